@@ -1,0 +1,137 @@
+"""One row map for every kind of input.
+
+The dimension key, used everywhere in tritonrnn:
+
+    T   time steps            I   input size
+    B   sequences             H   hidden units
+    N   tokens, i.e. rows     G   groups, i.e. directions
+
+A token (t, b) lives in row ``time_base[t] + batch_base[b]`` of a ``[N, features]`` matrix, and
+sequence b has ``lengths[b]`` tokens:
+
+    input                       time_base[t]          batch_base[b]
+    (T, B, F)                   t * B                 b
+    (B, T, F), batch_first      t                     b * T
+    PackedSequence              sum(batch_sizes[:t])  b
+    jagged, ``offsets``         t                     offsets[b]
+
+So no input is padded, unpacked or transposed to be walked, and lengths need not be sorted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Where every token of a batch lives: T steps, B sequences, N rows.
+
+    Build it with :meth:`time_major`, :meth:`batch_major`, :meth:`packed` or :meth:`jagged`. What
+    is costly to derive is derived when first asked for, so that a walk in torch never builds the
+    tensors that only a kernel reads, nor the other way round.
+    """
+
+    T: int
+    B: int
+    N: int
+    batch_first: bool = False
+    batch_sizes: tuple[int, ...] | None = None
+    offsets: tuple[int, ...] | None = None
+
+    @classmethod
+    def time_major(cls, T: int, B: int) -> SequenceLayout:
+        """A padded batch ``(T, B, F)``."""
+        return cls(T, B, T * B)
+
+    @classmethod
+    def batch_major(cls, B: int, T: int) -> SequenceLayout:
+        """A padded batch ``(B, T, F)``."""
+        return cls(T, B, T * B, batch_first=True)
+
+    @classmethod
+    def packed(cls, batch_sizes: Sequence[int], num_rows: int) -> SequenceLayout:
+        """The data of a ``PackedSequence``: ``batch_sizes[t]`` rows for step t.
+
+        Raises:
+            ValueError: ``batch_sizes`` is empty, grows, holds a number below 1, or does not add
+                up to ``num_rows``. (``torch.nn.RNN`` silently drops rows or steps there.)
+        """
+        sizes = tuple(batch_sizes)
+        if not sizes:
+            raise ValueError("Expected batch_sizes of a PackedSequence to be non-empty")
+        if sizes[-1] < 1 or any(later > earlier for earlier, later in zip(sizes, sizes[1:])):
+            raise ValueError(
+                "Expected batch_sizes of a PackedSequence to be positive and never to grow, "
+                f"got {_abridged(sizes)}"
+            )
+        if sum(sizes) != num_rows:
+            raise ValueError(
+                f"Expected batch_sizes of a PackedSequence to add up to its {num_rows} rows, "
+                f"got {sum(sizes)}"
+            )
+        return cls(len(sizes), sizes[0], num_rows, batch_sizes=sizes)
+
+    @classmethod
+    def jagged(cls, offsets: Sequence[int], num_rows: int) -> SequenceLayout:
+        """Sequences one after the other: sequence b is rows ``offsets[b]:offsets[b + 1]``.
+
+        Raises:
+            ValueError: ``offsets`` does not start at 0, falls, or does not end at ``num_rows``.
+        """
+        bounds = tuple(offsets)
+        if not bounds or bounds[0] != 0 or bounds[-1] != num_rows:
+            raise ValueError(
+                f"Expected offsets to run from 0 to the {num_rows} rows, got {_abridged(bounds)}"
+            )
+        if any(later < earlier for earlier, later in zip(bounds, bounds[1:])):
+            raise ValueError(f"Expected offsets never to fall, got {_abridged(bounds)}")
+        lengths = [later - earlier for earlier, later in zip(bounds, bounds[1:])]
+        return cls(max(lengths, default=0), len(lengths), num_rows, offsets=bounds)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence, ``[B]`` int64 on the CPU."""
+        if self.offsets is not None:
+            return torch.tensor(self.offsets, dtype=torch.int64).diff()
+        if self.batch_sizes is not None:
+            # batch_sizes never grows, so sequence b is alive in as many steps as have more than
+            # b rows: a search in the ascending order.
+            ascending = torch.tensor(self.batch_sizes[::-1], dtype=torch.int64)
+            return self.T - torch.searchsorted(ascending, torch.arange(self.B), right=True)
+        return torch.full((self.B,), self.T, dtype=torch.int64)
+
+    @cached_property
+    def time_base(self) -> Tensor:
+        """``[T]`` int64 on the CPU."""
+        if self.batch_sizes is not None:
+            return torch.tensor(list(accumulate(self.batch_sizes, initial=0))[:-1])
+        return torch.arange(self.T) * (1 if self._sequence_major else self.B)
+
+    @cached_property
+    def batch_base(self) -> Tensor:
+        """``[B]`` int64 on the CPU."""
+        if self.offsets is not None:
+            return torch.tensor(self.offsets[:-1], dtype=torch.int64)
+        return torch.arange(self.B) * (self.T if self.batch_first else 1)
+
+    @property
+    def _sequence_major(self) -> bool:
+        """Whether consecutive tokens of a sequence are consecutive rows."""
+        return self.batch_first or self.offsets is not None
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether every sequence has all T tokens."""
+        return self.batch_sizes is None and self.offsets is None
+
+
+def _abridged(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    return f"({shown}, ... {len(numbers)} in all)" if len(numbers) > 8 else f"({shown})"
