@@ -1,0 +1,248 @@
+"""Which launch serves a recurrence: computed from its shape, its dtype and the device's limits.
+
+No tables of shapes and no trial runs: the same problem on the same device always gets the same
+plan, and never one that does not fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+# What a step costs outside the arithmetic, in microseconds. Estimates from published figures:
+# they decide only between a launch a step from Python and torch's own launches a step from C++.
+TRITON_LAUNCH_US = 8.0
+TORCH_STEP_US = 5.0
+# What a step costs whose state never leaves the multiprocessor, and the rate at which matrix
+# instructions read weights from shared memory.
+RESIDENT_STEP_US = 0.2
+SHARED_BYTES_PER_US = 128 * 1.7e3
+
+# Warps a block: more lose their registers to their number.
+MAX_WARPS = 16
+# Sequences a program: more spill.
+MAX_BLOCK_B = 32
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The recurrence of one layer in one pass: G groups of H hidden units, B sequences, T steps.
+
+    Args:
+        T: time steps of the longest sequence.
+        B: sequences.
+        G: groups, i.e. directions.
+        H: hidden units a group.
+        dtype: ``bf16``, ``fp16`` or ``fp32``.
+        tf32: whether fp32 products may round their operands to TF32.
+        epilogue: ``tanh``, ``relu``, ``tanh_grad`` or ``relu_grad``.
+    """
+
+    T: int
+    B: int
+    G: int
+    H: int
+    dtype: str
+    tf32: bool = False
+    epilogue: str = "tanh"
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one number of the state."""
+        return ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What a plan must stay within.
+
+    Args:
+        arch: ``sm_90``, ``gfx942``, ... or ``interpreter``.
+        multiprocessors: programs that can run at the same time, one each.
+        shared_bytes: shared memory (LDS) that one block may use.
+        warp_size: threads a warp.
+    """
+
+    arch: str
+    multiprocessors: int
+    shared_bytes: int
+    warp_size: int = 32
+
+    @property
+    def is_interpreter(self) -> bool:
+        """Whether kernels run on CPU tensors, where every program takes its turn."""
+        return self.arch == "interpreter"
+
+    @property
+    def is_amd(self) -> bool:
+        """Whether the device is AMD's."""
+        return self.arch.startswith("gfx")
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether matrix instructions read their operands from shared memory."""
+        return self.arch == "sm_90"
+
+
+# The devices that kernels are compiled for where there is no GPU, and their limits as the vendors
+# publish them.
+DEVICES = {
+    "sm_80": DeviceLimits("sm_80", multiprocessors=108, shared_bytes=163 * 1024),
+    "sm_90": DeviceLimits("sm_90", multiprocessors=132, shared_bytes=227 * 1024),
+    "sm_100": DeviceLimits("sm_100", multiprocessors=148, shared_bytes=227 * 1024),
+    "gfx942": DeviceLimits("gfx942", multiprocessors=304, shared_bytes=64 * 1024, warp_size=64),
+    "interpreter": DeviceLimits("interpreter", multiprocessors=1, shared_bytes=227 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """How the recurrence kernel is launched.
+
+    Args:
+        name: ``resident`` or ``stepwise``; see ``recurrence.py`` for the tile pictures.
+        block_h: hidden units a program.
+        block_b: sequences a program.
+        block_k: hidden units of the previous state that one product takes.
+        num_warps: warps a program.
+        num_stages: tiles that the stepwise product keeps in flight.
+        precision: of fp32 products: ``tf32``, ``tf32x3`` or ``ieee``.
+        programs: programs a launch.
+        launches: launches a pass.
+        shared_bytes: an upper bound on the shared memory of a program.
+        device: the limits that the plan was made for.
+    """
+
+    name: str
+    block_h: int
+    block_b: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    precision: str
+    programs: int
+    launches: int
+    shared_bytes: int
+    device: DeviceLimits
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: tiles of {self.block_h} hidden units x {self.block_b} sequences "
+            f"(products of {self.block_k}, {self.precision}), {self.num_warps} warps, "
+            f"{self.programs} programs on {self.device.multiprocessors} multiprocessors, "
+            f"{self.launches} launch{'es' if self.launches > 1 else ''}, "
+            f"{self.shared_bytes / 1024:.0f} of {self.device.shared_bytes / 1024:.0f} KiB of "
+            f"shared memory ({self.device.arch})"
+        )
+
+
+@dataclass(frozen=True)
+class Declined:
+    """No launch is expected to be faster than torch's own path, for the reason given."""
+
+    reason: str
+
+
+def choose_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Declined:
+    """The plan that the limits call for, or why torch's own path is the better one."""
+    resident = resident_plan(problem, device)
+    if resident is not None:
+        return resident
+    stepwise = stepwise_plan(problem, device)
+    if device.is_interpreter:
+        return stepwise
+    if TRITON_LAUNCH_US > TORCH_STEP_US:
+        kib = problem.H * problem.H * problem.item_bytes / 1024
+        return Declined(
+            f"W_hh of {problem.H} x {problem.H} {problem.dtype} ({kib:.0f} KiB) does not fit one "
+            f"multiprocessor of {device.arch} ({device.shared_bytes / 1024:.0f} KiB), and a Triton "
+            f"launch a step ({TRITON_LAUNCH_US:g} us) costs more than torch's own "
+            f"({TORCH_STEP_US:g} us)"
+        )
+    return stepwise
+
+
+def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
+    """W_hh in one multiprocessor for the whole walk, or None where it does not fit."""
+    block_h = _power_of_two(problem.H, at_least=16)
+    precision = _precision(problem, device)
+    num_warps = _num_warps(block_h, device)
+    # As few sequences a program as keep every program on a multiprocessor of its own: the
+    # epilogue is a good part of a step, and its cost is the tile's size.
+    block_b = 8
+    while block_b < MAX_BLOCK_B and _cdiv(problem.B, block_b) * problem.G > device.multiprocessors:
+        block_b *= 2
+    while True:
+        shared_bytes = _resident_shared_bytes(problem, block_h, block_b, precision)
+        if shared_bytes <= device.shared_bytes:
+            break
+        if block_b == 8:
+            return None
+        block_b //= 2
+    return LaunchPlan(
+        name="resident",
+        block_h=block_h,
+        block_b=block_b,
+        block_k=block_h,
+        num_warps=num_warps,
+        num_stages=1,
+        precision=precision,
+        programs=_cdiv(problem.B, block_b) * problem.G,
+        launches=1,
+        shared_bytes=shared_bytes,
+        device=device,
+    )
+
+
+def stepwise_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan:
+    """A launch a step: every problem has this plan."""
+    block_h = min(64, _power_of_two(problem.H, at_least=16))
+    block_b = min(32, _power_of_two(problem.B, at_least=8))
+    block_k = min(64, block_h)
+    num_stages = 3
+    precision = _precision(problem, device)
+    tiles = num_stages * block_k * (block_h + block_b) * problem.item_bytes
+    return LaunchPlan(
+        name="stepwise",
+        block_h=block_h,
+        block_b=block_b,
+        block_k=block_k,
+        num_warps=_num_warps(block_h, device),
+        num_stages=num_stages,
+        precision=precision,
+        programs=_cdiv(problem.B, block_b) * _cdiv(problem.H, block_h) * problem.G,
+        launches=problem.T,
+        shared_bytes=2 * tiles if precision == "tf32x3" else tiles,
+        device=device,
+    )
+
+
+def _resident_shared_bytes(problem: Problem, block_h: int, block_b: int, precision: str) -> int:
+    weights = block_h * block_h * problem.item_bytes
+    state = block_h * block_b * problem.item_bytes
+    # fp32 tiles on their way between the layouts of memory and of the product.
+    exchange = 2 * block_h * block_b * 4
+    return weights * (2 if precision == "tf32x3" else 1) + state + exchange + 1024
+
+
+def _precision(problem: Problem, device: DeviceLimits) -> str:
+    if problem.dtype != "fp32":
+        return "ieee"
+    if problem.tf32:
+        return "tf32"
+    return "ieee"
+
+
+def _num_warps(block_h: int, device: DeviceLimits) -> int:
+    # A warp group of 128 threads to 64 rows of wgmma, a warp to 16 rows of the others.
+    threads = 2 * block_h
+    return max(1, min(MAX_WARPS, threads // device.warp_size))
+
+
+def _power_of_two(n: int, at_least: int) -> int:
+    return max(at_least, 1 << (n - 1).bit_length())
+
+
+def _cdiv(n: int, block: int) -> int:
+    return -(-n // block)
