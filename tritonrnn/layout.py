@@ -24,9 +24,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+# What selects rows of a matrix: a slice where one does, which makes views of what it selects.
+Rows: TypeAlias = slice | Tensor
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class SequenceLayout:
         """``[T]`` int64 on the CPU."""
         if self.batch_sizes is not None:
             return torch.tensor(list(accumulate(self.batch_sizes, initial=0))[:-1])
-        return torch.arange(self.T) * (1 if self._sequence_major else self.B)
+        return torch.arange(self.T) * (1 if self.sequence_major else self.B)
 
     @cached_property
     def batch_base(self) -> Tensor:
@@ -122,14 +126,76 @@ class SequenceLayout:
         return torch.arange(self.B) * (self.T if self.batch_first else 1)
 
     @property
-    def _sequence_major(self) -> bool:
-        """Whether consecutive tokens of a sequence are consecutive rows."""
-        return self.batch_first or self.offsets is not None
-
-    @property
     def is_padded(self) -> bool:
         """Whether every sequence has all T tokens."""
         return self.batch_sizes is None and self.offsets is None
+
+    @property
+    def sequence_major(self) -> bool:
+        """Whether consecutive tokens of a sequence are consecutive rows."""
+        return self.batch_first or self.offsets is not None
+
+    @cached_property
+    def first_rows(self) -> Rows:
+        """The row of every sequence's first token (meaningless where it has none)."""
+        if self.offsets is not None:
+            return self.batch_base
+        return slice(0, self.N, self.T) if self.batch_first else slice(0, self.B)
+
+    @cached_property
+    def last_rows(self) -> Rows:
+        """The row of every sequence's last token (meaningless where it has none)."""
+        if self.batch_first:
+            return slice(self.T - 1, self.N, self.T)
+        if self.is_padded:
+            return slice(self.N - self.B, self.N)
+        return self.batch_base + self.time_base[self.lengths - 1]
+
+    @cached_property
+    def neighbours(self) -> tuple[Rows, Rows]:
+        """Rows ``(earlier, later)``, pair by pair two consecutive tokens of one sequence.
+
+        Where :attr:`sequence_major`, the last token of a sequence is paired with the first of the
+        next one as well, so that both are plain slices: who uses them takes those pairs out.
+        """
+        if self.sequence_major:
+            return slice(0, max(self.N - 1, 0)), slice(1, self.N)
+        if self.batch_sizes is None:
+            return slice(0, self.N - self.B), slice(self.B, self.N)
+        sizes = torch.tensor(self.batch_sizes)
+        # Between row (t, b) and row (t - 1, b) lie the batch_sizes[t - 1] rows of step t - 1.
+        distance = sizes[:-1].repeat_interleave(sizes[1:])
+        return torch.arange(self.B, self.N) - distance, slice(self.B, self.N)
+
+    @cached_property
+    def jagged_steps(self) -> list[Tensor]:
+        """For every step the rows that are live in it, the longest sequence first."""
+        order = torch.argsort(self.lengths, descending=True, stable=True)
+        longest_first = self.batch_base[order]
+        alive = (self.lengths > torch.arange(self.T)[:, None]).sum(1)
+        return [longest_first[:count] + t for t, count in enumerate(alive.tolist())]
+
+    def steps(self, matrix: Tensor) -> Sequence[Tensor]:
+        """The live rows of ``matrix [N, F]`` step by step, the longest sequence first.
+
+        Views, except of a jagged matrix, whose steps are gathered.
+        """
+        if self.offsets is not None:
+            return [matrix[rows] for rows in self.jagged_steps]
+        if self.batch_sizes is not None:
+            return matrix.split(self.batch_sizes)
+        if self.batch_first:
+            return matrix.unflatten(0, (self.B, self.T)).unbind(1)
+        return matrix.unflatten(0, (self.T, self.B)).unbind(0)
+
+    def join(self, steps: Sequence[Tensor]) -> Tensor:
+        """The inverse of :meth:`steps`: a new ``[N, F]`` matrix."""
+        if self.batch_first:
+            return torch.stack(list(steps), 1).flatten(0, 1)
+        rows = torch.cat(list(steps))
+        if self.offsets is not None:
+            return rows[torch.argsort(torch.cat(self.jagged_steps))]
+        return rows
 
 
 def _abridged(numbers: Sequence[int]) -> str:

@@ -1,0 +1,77 @@
+"""Say which back end and plan serve a call, and why, without running it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from tritonrnn import functional
+from tritonrnn.modules import RNN
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What serves a call. ``print`` it.
+
+    Attributes:
+        backend: "triton" or "torch".
+        plan: how that back end runs it.
+        reason: why this back end and plan, in one sentence.
+        layout: "time_major", "batch_major" or "packed".
+        shape: the sizes of the call: steps T (of the longest sequence), sequences B, tokens N,
+            input size I, hidden units H, layers L, directions D.
+        dtype: what it is computed in.
+        device: where.
+    """
+
+    backend: str
+    plan: str
+    reason: str
+    layout: str
+    shape: dict[str, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{name}={size}" for name, size in self.shape.items())
+        return (
+            f"back end  {self.backend}\n"
+            f"plan      {self.plan}\n"
+            f"reason    {self.reason}\n"
+            f"call      {self.layout}, {sizes}, {self.dtype} on {self.device}"
+        )
+
+
+def explain(module: RNN, input: Tensor | PackedSequence, hx: Tensor | None = None) -> Explanation:
+    """Say which back end and plan would serve ``module(input, hx)`` here and now. Runs nothing.
+
+    Args:
+        module: a :class:`tritonrnn.RNN`.
+        input, hx: as its forward takes them.
+
+    Raises:
+        Whatever the call itself would raise before its first operation.
+    """
+    call = functional.check(
+        input,
+        hx,
+        module._flat_weights,
+        module.nonlinearity,
+        module.num_layers,
+        module.bidirectional,
+        module.batch_first,
+        module.dropout,
+    )
+    shape = {**call.sizes, "L": module.num_layers, "D": 2 if module.bidirectional else 1}
+    return Explanation(
+        call.choice.backend,
+        call.choice.plan,
+        call.choice.reason,
+        call.layout,
+        shape,
+        call.dtype,
+        call.data.device,
+    )

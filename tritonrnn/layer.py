@@ -1,0 +1,183 @@
+"""One layer, forward and backward: the matrix products around the recurrence.
+
+Everything that touches each token once is a product over all tokens; only the recurrence itself
+walks in time. Every back end runs this same code around its own walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonrnn import torch_path
+from tritonrnn.layout import SequenceLayout
+
+
+class GroupWeights(NamedTuple):
+    """The parameters of one direction; the biases are None where the layer has none."""
+
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+
+
+def split_weights(weights: Sequence[Tensor], bidirectional: bool) -> list[GroupWeights]:
+    """Part a layer's flat weights, in ``torch.nn.RNN``'s order, by direction."""
+    each = len(weights) // 2 if bidirectional else len(weights)
+    return [GroupWeights(*weights[i : i + each]) for i in range(0, len(weights), each)]
+
+
+def forward(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    layout: SequenceLayout,
+    nonlinearity: str,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run one layer, all its directions.
+
+        output_t = φ(W_ih input_t + b_ih + W_hh output_{t-1} + b_hh)    (Elman 1990; torch.nn.RNN)
+
+    Args:
+        input: ``[N, I]``.
+        hx: ``[G, B, H]``, or None for zero.
+        weights: ``w_ih [H, I], w_hh [H, H]`` and, or not, ``b_ih [H], b_hh [H]``; then the same
+            for the second direction, which walks from the last token to the first.
+        layout: where the N rows lie. Every sequence has a token.
+        nonlinearity: φ, "tanh" or "relu".
+        bidirectional: whether there is a second direction, G = 2.
+
+    Returns:
+        ``output [N, G * H]``, and ``h_n [G, B, H]``, the state after each walk.
+    """
+    groups = split_weights(weights, bidirectional)
+    M = _stack([group.w_hh for group in groups])
+    # The walk turns the drive into the output in place.
+    output = _drive(input, groups)
+    v_0 = None if hx is None else torch.matmul(hx, M.mT)
+    torch_path.recurrence(
+        output, v_0, M, None, layout, epilogue=nonlinearity, reverse=_directions(groups)
+    )
+    # torch.stack, for h_n may not be a view of the output.
+    h_n = torch.stack(
+        [
+            final_state(columns, layout, backwards=g == 1)
+            for g, columns in enumerate(output.chunk(len(groups), 1))
+        ]
+    )
+    return output, h_n
+
+
+def backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    layout: SequenceLayout,
+    nonlinearity: str,
+    bidirectional: bool,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Differentiate :func:`forward`.
+
+    With ``dz_t`` the gradient of the pre-activation, which is the same recurrence walked the
+    other way over ``weight_hh`` transposed,
+
+        d_input = dz W_ih,  d_hx = dz_first W_hh,  d_w_ih = Σ dzᵀ input,  d_b = Σ dz,
+        d_w_hh = Σ dz_tᵀ output_{t-1}.
+
+    Args:
+        grad_output: ``[N, G * H]``, or None for zero.
+        grad_h_n: ``[G, B, H]``, or None for zero.
+        input, hx, weights, layout, nonlinearity, bidirectional: as given to :func:`forward`.
+        output: what :func:`forward` returned.
+        needs: for ``input``, ``hx`` (False if it is None) and each of ``weights`` whether its
+            gradient is wanted.
+
+    Returns:
+        The gradients of ``input``, ``hx`` and each of ``weights``, None where not wanted. No two
+        share storage.
+    """
+    groups = split_weights(weights, bidirectional)
+    M = _stack([group.w_hh for group in groups])
+    dz = output.new_zeros(output.shape) if grad_output is None else grad_output.clone()
+    torch_path.recurrence(
+        dz,
+        grad_h_n,
+        M.mT,
+        output,
+        layout,
+        epilogue=nonlinearity + "_grad",
+        reverse=[not backwards for backwards in _directions(groups)],
+    )
+    dz_groups, output_groups = dz.chunk(len(groups), 1), output.chunk(len(groups), 1)
+    grad_input = dz @ _cat([group.w_ih for group in groups]) if needs[0] else None
+    grad_hx = None
+    if needs[1]:
+        starts = [layout.first_rows, layout.last_rows][: len(groups)]
+        grad_hx = torch.stack([dz_groups[g][rows] @ M[g] for g, rows in enumerate(starts)])
+    grads = [grad_input, grad_hx]
+    each = len(weights) // len(groups)
+    for g, (dz_g, output_g) in enumerate(zip(dz_groups, output_groups)):
+        needs_w_ih, needs_w_hh, *needs_biases = needs[2 + g * each : 2 + (g + 1) * each]
+        grads.append(dz_g.t() @ input if needs_w_ih else None)
+        bias = dz_g.sum(0) if any(needs_biases) else None
+        h_0 = None if hx is None else hx[g]
+        grads.append(
+            _grad_w_hh(dz_g, output_g, h_0, layout, backwards=g == 1) if needs_w_hh else None
+        )
+        # Storage of its own for each bias: clipping scales every .grad in place, a shared one
+        # twice.
+        grads += [bias.clone() if bias is not None and need else None for need in needs_biases]
+    return grads
+
+
+def final_state(output: Tensor, layout: SequenceLayout, backwards: bool) -> Tensor:
+    """The state after each sequence's walk, ``[B, H]``, of one direction's output."""
+    return output[layout.first_rows if backwards else layout.last_rows]
+
+
+def _directions(groups: Sequence[GroupWeights]) -> list[bool]:
+    return [False, True][: len(groups)]
+
+
+def _drive(input: Tensor, groups: Sequence[GroupWeights]) -> Tensor:
+    """``W_ih input + b_ih + b_hh`` of all directions, ``[N, G * H]``, in one product."""
+    biases = [g.b_ih + g.b_hh for g in groups if g.b_ih is not None and g.b_hh is not None]
+    return torch.nn.functional.linear(
+        input,
+        _cat([group.w_ih for group in groups]),
+        _cat(biases) if biases else None,
+    )
+
+
+def _grad_w_hh(
+    dz: Tensor, output: Tensor, h_0: Tensor | None, layout: SequenceLayout, backwards: bool
+) -> Tensor:
+    """``Σ dz_tᵀ output_{t-1}`` of one direction. Where rows cross sequences, dz is spoilt."""
+    start = layout.last_rows if backwards else layout.first_rows
+    initial = None if h_0 is None else dz[start].t() @ h_0
+    if layout.sequence_major:
+        # Neighbouring rows of two sequences are no neighbours in time: a zero drops the pair.
+        dz[start] = 0
+    earlier, later = layout.neighbours
+    before, after = (later, earlier) if backwards else (earlier, later)
+    grad = dz[after].t() @ output[before]
+    return grad if initial is None else grad.add_(initial)
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """``torch.stack``, but a view where there is one tensor only."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    """``torch.cat``, but the tensor itself where there is one only."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

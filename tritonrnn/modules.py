@@ -1,0 +1,171 @@
+"""RNN and RNNCell: the faces of torch.nn, over this package's recurrence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from tritonrnn import functional
+
+
+class RNN(torch.nn.RNNBase):
+    r"""A multi-layer Elman RNN: a drop-in for :class:`torch.nn.RNN`.
+
+    .. math::
+        h_t = \tanh(x_t W_{ih}^T + b_{ih} + h_{t-1}W_{hh}^T + b_{hh})
+
+    Arguments, parameters (their names, order and initial values), inputs, outputs and errors are
+    those of :class:`torch.nn.RNN`, and a ``state_dict`` of either loads into the other. See
+    :func:`tritonrnn.functional.rnn` for every shape, and for what raises.
+
+    Args:
+        input_size: I, the features of the input at each step.
+        hidden_size: H, the hidden units of each layer and direction.
+        num_layers: layers, each fed by the one before.
+        nonlinearity: "tanh" or "relu".
+        bias: whether there are ``bias_ih`` and ``bias_hh``.
+        batch_first: whether the batch comes first in input and output (never in the states).
+        dropout: the probability with which an output of a layer, but the last, is zeroed in
+            training.
+        bidirectional: whether a second direction walks from the last step to the first.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: an argument is of the wrong type.
+
+    Example::
+
+        rnn = tritonrnn.RNN(10, 20, 2)
+        output, h_n = rnn(torch.randn(5, 3, 10), torch.randn(2, 3, 20))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **unsupported: Any,
+    ) -> None:
+        if "proj_size" in unsupported:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        self.nonlinearity = nonlinearity
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+            **unsupported,
+        )
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Run all layers over whole sequences, see :func:`tritonrnn.functional.rnn`.
+
+        Args:
+            input: ``(T, B, I)``, ``(B, T, I)`` if ``batch_first``, ``(T, I)`` or a
+                ``PackedSequence``.
+            hx: ``(L * D, B, H)``, or ``(L * D, H)`` if the input is unbatched; zero if None.
+
+        Returns:
+            ``output``, shaped as the input with D * H features, and ``h_n``, shaped as ``hx``.
+        """
+        return functional.rnn(
+            input,
+            hx,
+            self._flat_weights,
+            nonlinearity=self.nonlinearity,
+            num_layers=self.num_layers,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            training=self.training,
+        )
+
+    # RNNBase keeps a second list of the parameters, weak references to them and, on CUDA, one
+    # buffer that they all lie in. All of it goes stale when weights are swapped, tied or
+    # parametrised, and no kernel here wants it: the weights are looked up at every call instead.
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        torch.nn.Module.__setattr__(self, name, value)
+
+    def _init_flat_weights(self) -> None:
+        pass
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: no kernel here wants the parameters in one buffer."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.nn.Module.__setstate__(self, state)
+        self._flat_weight_refs = []
+
+    def _replicate_for_data_parallel(self) -> RNN:
+        return torch.nn.Module._replicate_for_data_parallel(self)
+
+
+class RNNCell(torch.nn.RNNCell):
+    r"""One step of an Elman RNN: a drop-in for :class:`torch.nn.RNNCell`.
+
+    .. math::
+        h' = \tanh(x W_{ih}^T + b_{ih} + h W_{hh}^T + b_{hh})
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the hidden units.
+        bias: whether there are ``bias_ih`` and ``bias_hh``.
+        nonlinearity: "tanh" or "relu".
+        device, dtype: of the parameters.
+
+    Example::
+
+        cell = tritonrnn.RNNCell(10, 20)
+        hx = cell(torch.randn(3, 10), torch.randn(3, 20))
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Take one step, see :func:`tritonrnn.functional.rnn_cell`.
+
+        Args:
+            input: ``(B, I)``, or ``(I,)``.
+            hx: ``(B, H)``, or ``(H,)``; zero if None.
+
+        Returns:
+            The next state, ``(B, H)`` or ``(H,)``.
+        """
+        return functional.rnn_cell(
+            input,
+            hx,
+            self.weight_ih,
+            self.weight_hh,
+            self.bias_ih,
+            self.bias_hh,
+            nonlinearity=self.nonlinearity,
+        )

@@ -1,0 +1,293 @@
+"""One layer as a torch operator: schema, shapes for tracing, autograd.
+
+``torch.ops.tritonrnn.elman`` and ``elman_backward`` hide a layer's walk from tracers, so that a
+compiled or exported program holds one node a layer, whatever its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonrnn import differentiable, layer
+from tritonrnn.layout import SequenceLayout
+
+# `layout` names a constructor of SequenceLayout, `extents` is what it needs beyond the shape of
+# the input: batch_sizes if packed, offsets if jagged.
+_library = torch.library.Library("tritonrnn", "DEF")
+_library.define(
+    "elman(Tensor input, Tensor? hx, Tensor[] weights, Tensor? extents, str layout, "
+    "str nonlinearity, bool bidirectional, str backend) -> (Tensor, Tensor)"
+)
+_library.define(
+    "elman_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor? hx, "
+    "Tensor[] weights, Tensor output, Tensor? extents, str layout, str nonlinearity, "
+    "bool bidirectional, str backend, bool[] needs) -> Tensor[]"
+)
+
+
+def elman(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    extents: Tensor | None,
+    layout: str,
+    nonlinearity: str,
+    bidirectional: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Run one layer.
+
+    Args:
+        input: ``[T, B, I]`` ("time_major"), ``[B, T, I]`` ("batch_major") or ``[N, I]``
+            ("packed", "jagged").
+        hx: ``[G, B, H]``, or None for zero.
+        weights: the layer's, in the order of ``torch.nn.RNN``.
+        extents: batch_sizes ``[T]`` (packed) or offsets ``[B + 1]`` (jagged), int64 on the CPU.
+        layout: "time_major", "batch_major", "packed" or "jagged".
+        nonlinearity: "tanh" or "relu".
+        bidirectional: whether ``weights`` holds two directions.
+        backend: "torch" or "triton".
+
+    Returns:
+        ``output``, shaped as the input with G * H features, and ``h_n [G, B, H]``.
+    """
+    return torch.ops.tritonrnn.elman(
+        input, hx, weights, extents, layout, nonlinearity, bidirectional, backend
+    )
+
+
+def _rows(input: Tensor, layout: str, extents: Tensor | None) -> tuple[Tensor, SequenceLayout]:
+    """The input as ``[N, I]``, and where its rows lie."""
+    if layout == "time_major":
+        return input.flatten(0, 1), SequenceLayout.time_major(*input.shape[:2])
+    if layout == "batch_major":
+        return input.flatten(0, 1), SequenceLayout.batch_major(*input.shape[:2])
+    assert extents is not None, layout
+    if layout == "packed":
+        return input, SequenceLayout.packed(extents.tolist(), len(input))
+    assert layout == "jagged", layout
+    return input, SequenceLayout.jagged(extents.tolist(), len(input))
+
+
+@contextmanager
+def _plainly(device: torch.device) -> Iterator[None]:
+    """Run a kernel with nothing between it and torch's own.
+
+    A kernel is not below autograd by itself when called directly or from an exported program, and
+    autocast would cast again what was cast once for the whole call.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        if torch._C._is_any_autocast_enabled():
+            with torch.autocast(device.type, enabled=False):
+                yield
+        else:
+            yield
+
+
+def _elman_kernel(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    extents: Tensor | None,
+    layout: str,
+    nonlinearity: str,
+    bidirectional: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    with _plainly(input.device):
+        rows, where = _rows(input, layout, extents)
+        output, h_n = layer.forward(rows, hx, weights, where, nonlinearity, bidirectional)
+        return output.view(*input.shape[:-1], -1), h_n
+
+
+def _elman_backward_kernel(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    extents: Tensor | None,
+    layout: str,
+    nonlinearity: str,
+    bidirectional: bool,
+    backend: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    with _plainly(input.device):
+        rows, where = _rows(input, layout, extents)
+        grad_input, *grads = layer.backward(
+            None if grad_output is None else grad_output.reshape(len(rows), -1),
+            grad_h_n,
+            rows,
+            hx,
+            weights,
+            output.reshape(len(rows), -1),
+            where,
+            nonlinearity,
+            bidirectional,
+            needs,
+        )
+        if grad_input is not None:
+            grad_input = grad_input.view(input.shape)
+        return [grad for grad in (grad_input, *grads) if grad is not None]
+
+
+def _elman_fake(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    extents: Tensor | None,
+    layout: str,
+    nonlinearity: str,
+    bidirectional: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    G, H = 2 if bidirectional else 1, weights[1].shape[0]
+    B: Any
+    if hx is not None:
+        B = hx.shape[1]
+    elif layout == "packed":
+        # batch_sizes[0]: data, which a tracer does not see.
+        B = torch.library.get_ctx().new_dynamic_size()
+    elif layout == "jagged":
+        assert extents is not None
+        B = extents.shape[0] - 1
+    else:
+        B = input.shape[1 if layout == "time_major" else 0]
+    return input.new_empty(*input.shape[:-1], G * H), input.new_empty(G, B, H)
+
+
+def _elman_backward_fake(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    extents: Tensor | None,
+    layout: str,
+    nonlinearity: str,
+    bidirectional: bool,
+    backend: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    sources = (input, hx, *weights)
+    return [
+        source.new_empty(source.shape)
+        for source, need in zip(sources, needs)
+        if need and source is not None
+    ]
+
+
+def elman_recorded(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    extents: Tensor | None,
+    layout: str,
+    nonlinearity: str,
+    bidirectional: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The same as :func:`elman`, every step recorded by autograd instead."""
+    rows, where = _rows(input, layout, extents)
+    output, h_n = differentiable.forward(rows, hx, weights, where, nonlinearity, bidirectional)
+    return output.unflatten(0, input.shape[:-1]), h_n
+
+
+class _Elman(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        settings, (input, hx, extents, *weights) = args[:4], args[4:]
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.tritonrnn.elman(input, hx, weights, extents, *settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.settings = inputs[:4]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[0], *inputs[4:])
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        output, input, hx, extents, *weights = ctx.saved_tensors
+        needs_input, needs_hx, _, *needs_weights = ctx.needs_input_grad[4:]
+        needs = [needs_input, needs_hx, *needs_weights]
+        if grad_output is None and grad_h_n is None:
+            return (None,) * len(ctx.needs_input_grad)
+        found = iter(
+            torch.ops.tritonrnn.elman_backward(
+                grad_output, grad_h_n, input, hx, weights, output, extents, *ctx.settings, needs
+            )
+        )
+        grads = [next(found) if need else None for need in needs]
+        return (*[None] * 4, grads[0], grads[1], None, *grads[2:])
+
+
+def _elman_autograd(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    extents: Tensor | None,
+    *settings: Any,
+) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled():
+        return _Elman.apply(*settings, input, hx, extents, *weights)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.tritonrnn.elman(input, hx, weights, extents, *settings)
+
+
+def _elman_backward_autograd(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    extents: Tensor | None,
+    layout: str,
+    nonlinearity: str,
+    bidirectional: bool,
+    backend: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Grad mode within a backward pass means that a second one is wanted: record every step."""
+    if not torch.is_grad_enabled():
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.tritonrnn.elman_backward(
+                grad_output, grad_h_n, input, hx, weights, output, extents,
+                layout, nonlinearity, bidirectional, backend, needs,
+            )  # fmt: skip
+    # Views are distinct even where two weights are one tensor, so each gets its own gradient.
+    input, hx, *weights = (t if t is None else t.view_as(t) for t in (input, hx, *weights))
+    outputs = elman_recorded(
+        input, hx, weights, extents, layout, nonlinearity, bidirectional, backend
+    )
+    pairs = zip(outputs, (grad_output, grad_h_n))
+    known = [(value, grad) for value, grad in pairs if grad is not None]
+    return list(
+        torch.autograd.grad(
+            [value for value, _ in known],
+            [t for t, need in zip((input, hx, *weights), needs) if need],
+            [grad for _, grad in known],
+            create_graph=True,
+            materialize_grads=True,
+        )
+    )
+
+
+for _name, _kernel, _autograd, _fake in (
+    ("elman", _elman_kernel, _elman_autograd, _elman_fake),
+    ("elman_backward", _elman_backward_kernel, _elman_backward_autograd, _elman_backward_fake),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, _autograd, "Autograd")
+    torch.library.register_fake(f"tritonrnn::{_name}", _fake, lib=_library)
