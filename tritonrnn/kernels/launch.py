@@ -145,6 +145,7 @@ def kernel_arguments(
         "EPILOGUE": problem.epilogue,
         "PLAN": plan.name,
         "PRECISION": plan.precision,
+        "INTERPRETED": triton.knobs.runtime.interpret,
         "BLOCK_H": plan.block_h,
         "BLOCK_B": plan.block_b,
         "BLOCK_K": plan.block_k,

@@ -59,9 +59,22 @@ def round_to_tf32(x):
 
 
 @triton.jit
-def as_operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """What the product sees of an fp32 or stored tile."""
-    x = x.to(dtype)
+def narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Round an fp32 tile to dtype, to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # Triton's interpreter truncates instead, which is exact for a number of 8 bits.
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def as_operand(x, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Turn stored numbers into what ``tl.dot`` is to see of them."""
+    if INTERPRETED:
+        # Triton's interpreter would multiply the bit patterns of bf16 numbers.
+        x = x.to(tl.float32)
     if PRECISION == "tf32":
         x = round_to_tf32(x)
     return x
@@ -125,6 +138,7 @@ def recurrence_kernel(
     EPILOGUE: tl.constexpr,
     PLAN: tl.constexpr,
     PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -138,6 +152,7 @@ def recurrence_kernel(
     row_map_ptr     int64 time_base[T], batch_base[B], lengths[B]; or None where token (t, b) is
                     in row t * stride_time + b * stride_batch and every length is T
     reverse_groups  bit g is set where group g walks from the last step to the first
+    INTERPRETED     whether Triton's interpreter runs this, whose bf16 needs a hand
     """
     WIDTH: tl.constexpr = G * H
     dtype: tl.constexpr = a_ptr.dtype.element_ty
@@ -169,8 +184,8 @@ def recurrence_kernel(
     m_ptrs = m_ptr + offs_h[:, None].to(tl.int64) * stride_m_row + offs_k[None, :] * stride_m_column
     if PLAN == "resident":
         m = tl.load(m_ptrs, mask=mask_h[:, None] & (offs_k < H)[None, :], other=0.0)
-        m = as_operand(m, dtype, PRECISION)
-        state = tl.zeros([BLOCK_H, BLOCK_B], dtype)
+        m = as_operand(m, PRECISION, INTERPRETED)
+        state = as_operand(tl.zeros([BLOCK_H, BLOCK_B], dtype), PRECISION, INTERPRETED)
 
     # The pipeliner would move reads of the state above the stores that other programs wait for.
     for step in tl.range(first_step, tl.minimum(last_step, longest), num_stages=1):
@@ -204,13 +219,14 @@ def recurrence_kernel(
                     other=0.0,
                 )
                 z = tl.dot(
-                    as_operand(m, dtype, PRECISION),
-                    as_operand(state, dtype, PRECISION),
+                    as_operand(m, PRECISION, INTERPRETED),
+                    as_operand(state, PRECISION, INTERPRETED),
                     z,
                     input_precision=PRECISION,
                 )
 
         s = tl.where(live[None, :], apply_epilogue(z, aux, EPILOGUE), 0.0)
-        tl.store(a_ptr + row + tile, s.to(dtype), mask=mask)
+        s = narrow(s, dtype, INTERPRETED)
+        tl.store(a_ptr + row + tile, s, mask=mask)
         if PLAN == "resident":
-            state = as_operand(s, dtype, PRECISION)
+            state = as_operand(s, PRECISION, INTERPRETED)

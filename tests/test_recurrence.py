@@ -1,0 +1,334 @@
+"""The recurrence kernel against the oracle: every epilogue, layout, direction, plan and dtype."""
+
+from dataclasses import dataclass
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from tritonrnn.kernels import launch
+from tritonrnn.kernels.plan import LaunchPlan, resident_plan, stepwise_plan
+from tritonrnn.kernels.recurrence import recurrence_kernel
+from tritonrnn.layout import SequenceLayout
+
+# In the interpreter NumPy warns where IEEE arithmetic is meant to give infinity or NaN.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PLANS = {"resident": resident_plan, "stepwise": stepwise_plan}
+LAYOUTS = {
+    "time-major": SequenceLayout.time_major(7, 11),
+    "batch-major": SequenceLayout.batch_major(11, 7),
+    "packed": SequenceLayout.packed([11, 9, 9, 5, 2, 1, 1], 38),
+    "jagged": SequenceLayout.jagged([0, 1, 1, 8, 10, 11, 15, 16, 16, 22, 23], 23),
+}
+BOTH_WAYS = (False, True)
+
+
+@dataclass
+class Case:
+    """Arguments of one recurrence, and what float64 makes of them."""
+
+    layout: SequenceLayout
+    a: Tensor
+    v_0: Tensor | None
+    M: Tensor
+    aux: Tensor | None
+    epilogue: str
+    reverse: tuple[bool, ...] = BOTH_WAYS
+    tf32: bool = False
+
+    def run(self, plan: str | LaunchPlan = "resident") -> Tensor:
+        if isinstance(plan, str):
+            plan = plan_of(self, plan)
+        # Rows before and after the tensor, which no program may touch.
+        guarded = torch.full((self.a.shape[0] + 2, self.a.shape[1]), torch.nan).to(self.a)
+        s = guarded[1:-1]
+        s.copy_(self.a)
+        launch.recurrence(
+            s,
+            self.v_0,
+            self.M,
+            self.aux,
+            self.layout,
+            epilogue=self.epilogue,
+            reverse=self.reverse,
+            tf32=self.tf32,
+            plan=plan,
+        )
+        assert guarded[[0, -1]].isnan().all()
+        return s
+
+    def expected(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        narrow = (
+            {} if dtype == torch.float64 or not self.tf32 else {"operand": oracle.round_to_tf32}
+        )
+        return oracle.recurrence(
+            self.a,
+            self.v_0,
+            self.M,
+            self.aux,
+            self.layout,
+            epilogue=self.epilogue,
+            reverse=self.reverse,
+            dtype=dtype,
+            **narrow,
+        )
+
+
+def plan_of(case: Case, name: str) -> LaunchPlan:
+    problem = launch.problem_of(
+        case.a, case.layout, G=len(case.reverse), epilogue=case.epilogue, tf32=case.tf32
+    )
+    plan = PLANS[name](problem, launch.device_limits(DEVICE))
+    assert isinstance(plan, LaunchPlan)
+    return plan
+
+
+def make_case(
+    layout: SequenceLayout,
+    H: int,
+    epilogue: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    with_v_0: bool = True,
+    reverse: tuple[bool, ...] = BOTH_WAYS,
+    tf32: bool = False,
+) -> Case:
+    """Inputs large enough for tanh to saturate in places, and for relu to be off in others."""
+    generator = torch.Generator().manual_seed(layout.N * H)
+    G = len(reverse)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(*shape, generator=generator)
+
+    a = normal(layout.N, G * H, scale=2.0).to(DEVICE, dtype)
+    M = normal(G, H, H, scale=H**-0.5).to(DEVICE, dtype)
+    v_0 = normal(G, layout.B, H, scale=2.0).to(DEVICE) if with_v_0 else None
+    aux = None
+    if epilogue.endswith("_grad"):
+        aux = oracle.EPILOGUES[epilogue.removesuffix("_grad")](
+            normal(layout.N, G * H, scale=2.0), a
+        )
+        aux = aux.to(DEVICE, dtype)
+        # What the backward pass hands in: a transposed view.
+        M = M.transpose(1, 2)
+    return Case(layout, a, v_0, M, aux, epilogue, reverse, tf32)
+
+
+def assert_close(case: Case, actual: Tensor) -> None:
+    """At most twice as far from float64 as the same loop in torch, in the dtype of the input.
+
+    Root mean squares are compared, which are steady where maxima are luck; the maxima may differ
+    by a factor of four, so that one wrong number among many is seen.
+    """
+    expected = case.expected()
+    assert expected.isfinite().all()
+    rounding = torch.finfo(case.a.dtype).eps / 4 * expected.square().mean().sqrt()
+    error = actual.double() - expected
+    of_torch = case.expected(case.a.dtype).double() - expected
+    for factor, size in [(2, lambda x: x.square().mean().sqrt()), (4, lambda x: x.abs().max())]:
+        bound = factor * torch.maximum(size(of_torch), rounding)
+        assert size(error) <= bound, f"error {size(error):.2e}, allowed {bound:.2e}"
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_recurrence_matches_float64(layout, epilogue, plan):
+    case = make_case(LAYOUTS[layout], 37, epilogue)
+    assert_close(case, case.run(plan))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "tf32"])
+def test_recurrence_rounds_no_worse_than_torch(dtype, epilogue, plan):
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
+    case = make_case(LAYOUTS["packed"], 70, epilogue, dtypes[dtype], tf32=dtype == "tf32")
+    assert_close(case, case.run(plan))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("epilogue", ["tanh", "relu_grad"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_recurrence_without_v_0_starts_at_zero(layout, epilogue, plan):
+    case = make_case(LAYOUTS[layout], 16, epilogue, with_v_0=False)
+    assert_close(case, case.run(plan))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    ("T", "B", "H"),
+    [(1, 1, 1), (1, 9, 5), (2, 1, 17), (5, 3, 64), (3, 33, 31), (2, 2, 130)],
+    ids=["T1-B1-H1", "T1-B9-H5", "T2-B1-H17", "T5-B3-H64", "T3-B33-H31", "T2-B2-H130"],
+)
+def test_recurrence_takes_any_size(T, B, H, plan):
+    for layout in (SequenceLayout.time_major(T, B), SequenceLayout.batch_major(B, T)):
+        case = make_case(layout, H, "tanh", torch.float16, reverse=(True,))
+        assert_close(case, case.run(plan))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_recurrence_walks_each_group_its_own_way(plan):
+    case = make_case(LAYOUTS["jagged"], 12, "tanh", reverse=(True, False, False, True, True))
+    assert_close(case, case.run(plan))
+
+
+@pytest.mark.parametrize("B", [0, 2])
+def test_recurrence_of_no_tokens_does_nothing(B):
+    case = make_case(SequenceLayout.jagged([0] * (B + 1), 0), 4, "tanh")
+    assert case.run().shape == (0, 8)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_recurrence_keeps_nan_in_its_sequence(layout, epilogue, plan, value):
+    case = make_case(LAYOUTS[layout], 18, epilogue)
+    clean = case.run(plan)
+    rows = oracle.sequences(case.layout)
+    # One sequence is poisoned throughout, another in its last token and its v_0 only.
+    case.a[rows[2]] = value
+    case.a[rows[3][-1]] = value
+    case.v_0[:, 3] = value
+    poisoned = case.run(plan)
+    others = sorted({row for b, of_b in enumerate(rows) if b not in (2, 3) for row in of_b})
+    assert torch.equal(poisoned[others], clean[others])
+    if value != value:
+        forward = poisoned[rows[2], :18]
+        assert forward.isnan().all() or epilogue == "relu_grad"
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_recurrence_is_deterministic(plan):
+    case = make_case(LAYOUTS["packed"], 33, "tanh", torch.bfloat16)
+    assert torch.equal(case.run(plan), case.run(plan))
+
+
+def test_recurrence_agrees_between_tile_sizes():
+    case = make_case(LAYOUTS["jagged"], 33, "tanh")
+    for plan, tiles in [
+        ("resident", {"block_b": 16}),
+        ("stepwise", {"block_h": 16, "block_k": 16, "block_b": 8}),
+        ("stepwise", {"block_h": 64, "block_k": 32, "block_b": 16}),
+    ]:
+        forced = plan_of(case, plan)
+        assert_close(case, case.run(LaunchPlan(**{**vars(forced), **tiles})))
+
+
+def test_recurrence_reaches_rows_beyond_32_bits():
+    H, N = 64, 2**31 // 64 + 8
+    layout = SequenceLayout(T=3, B=2, N=N, batch_sizes=(2, 2, 2))
+    rows = [0, N // 2, N - 2]
+    row_map = torch.tensor([*rows, 0, 1, 3, 3], device=DEVICE)
+    # Untouched pages of this 4 GiB tensor are never backed by memory on a CPU.
+    a = torch.empty(N, H, dtype=torch.float16, device=DEVICE)
+    case = make_case(SequenceLayout.packed([2, 2, 2], 6), H, "tanh", torch.float16, reverse=(True,))
+    for step, row in enumerate(rows):
+        a[row : row + 2] = case.a[2 * step : 2 * step + 2]
+    launch.recurrence(
+        a,
+        case.v_0,
+        case.M,
+        None,
+        layout,
+        epilogue="tanh",
+        reverse=(True,),
+        tf32=False,
+        row_map=row_map,
+        plan=plan_of(case, "resident"),
+    )
+    assert torch.equal(torch.cat([a[row : row + 2] for row in rows]), case.run())
+
+
+def test_recurrence_walks_past_step_65536():
+    T, H = 70_000, 8
+    case = make_case(SequenceLayout.time_major(T, 1), H, "tanh", reverse=(False,))
+    plan = plan_of(case, "stepwise")
+    problem = launch.problem_of(case.a, case.layout, G=1, epilogue="tanh", tf32=False)
+    arguments = launch.kernel_arguments(
+        case.a, case.v_0, case.M, None, case.layout, problem, (False,), None, plan
+    )
+    last = T - 3
+    tail = SequenceLayout.time_major(3, 1)
+    v_0 = (case.a[last - 1 : last] @ case.M[0].T)[None]
+    expected = oracle.recurrence(
+        case.a[last:], v_0, case.M, None, tail, epilogue="tanh", reverse=(False,)
+    )
+    for step in range(last, T):
+        recurrence_kernel[launch.grid(problem, plan)](
+            first_step=step, last_step=step + 1, **arguments
+        )
+    torch.testing.assert_close(case.a[last:].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", PLANS)
+def test_recurrence_walks_70000_steps(plan):
+    case = make_case(SequenceLayout.time_major(70_000, 1), 16, "tanh", reverse=(True,))
+    assert_close(case, case.run(plan))
+
+
+def test_oracle_matches_torch():
+    T, B, H = 7, 5, 6
+    lengths = [7, 4, 4, 2, 1]
+    generator = torch.Generator().manual_seed(0)
+    rnn = torch.nn.RNN(3, H, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(T, B, 3, generator=generator, dtype=torch.float64)
+    h_0 = torch.randn(2, B, H, generator=generator, dtype=torch.float64)
+    packed = pack_padded_sequence(x, lengths)
+    with torch.no_grad():
+        expected = rnn(packed, h_0)[0].data
+        weight_ih = torch.cat([rnn.weight_ih_l0, rnn.weight_ih_l0_reverse])
+        bias = torch.cat([rnn.bias_ih_l0, rnn.bias_ih_l0_reverse])
+        bias = bias + torch.cat([rnn.bias_hh_l0, rnn.bias_hh_l0_reverse])
+        M = torch.stack([rnn.weight_hh_l0, rnn.weight_hh_l0_reverse])
+        layout = SequenceLayout.packed(packed.batch_sizes.tolist(), sum(lengths))
+        actual = oracle.recurrence(
+            packed.data @ weight_ih.T + bias,
+            h_0 @ M.mT,
+            M,
+            None,
+            layout,
+            epilogue="tanh",
+            reverse=BOTH_WAYS,
+        )
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_epilogues_are_the_gradient(layout, plan, nonlinearity):
+    """The backward walk of the kernel is the derivative of the forward walk in float64."""
+    case = make_case(LAYOUTS[layout], 9, nonlinearity)
+    layout = case.layout
+    leaves = [x.double().requires_grad_() for x in (case.a, case.v_0)]
+    s = oracle.recurrence(
+        leaves[0], leaves[1], case.M, None, layout, epilogue=nonlinearity, reverse=BOTH_WAYS
+    )
+    rows = [of_b for of_b in oracle.sequences(layout) if of_b]
+    generator = torch.Generator().manual_seed(1)
+    d_s = torch.randn(s.shape, generator=generator, dtype=torch.float64).to(DEVICE)
+    d_h_n = torch.randn(2, layout.B, 9, generator=generator, dtype=torch.float64).to(DEVICE)
+    loss = (s * d_s).sum()
+    last = [[of_b[-1] for of_b in rows], [of_b[0] for of_b in rows]]
+    joined = [b for b, of_b in enumerate(oracle.sequences(layout)) if of_b]
+    for g, last_rows in enumerate(last):
+        loss = loss + (s[last_rows, g * 9 : (g + 1) * 9] * d_h_n[g, joined]).sum()
+    expected = torch.autograd.grad(loss, leaves[0])[0]
+
+    backward = Case(
+        layout,
+        d_s.float(),
+        d_h_n.float(),
+        case.M.transpose(1, 2),
+        s.detach().float(),
+        f"{nonlinearity}_grad",
+        reverse=(True, False),
+    )
+    torch.testing.assert_close(backward.run(plan).double(), expected, rtol=1e-4, atol=1e-5)
