@@ -300,7 +300,8 @@ def _check_weights(layers: Sequence[Sequence[Tensor]], data: Tensor, bidirection
                 )
             if weight.dtype != layers[0][0].dtype:
                 raise ValueError(
-                    f"Expected all weights of one dtype, got {layers[0][0].dtype} and {weight.dtype}"
+                    "Expected all weights of one dtype, "
+                    f"got {layers[0][0].dtype} and {weight.dtype}"
                 )
 
 
@@ -327,7 +328,7 @@ def _check_batch_sizes(batch_sizes: Tensor, num_rows: int) -> tuple[int, int]:
             "Expected batch_sizes of a PackedSequence to be 1-D and of dtype torch.int64, got "
             f"{batch_sizes.dim()}-D and {batch_sizes.dtype}"
         )
-    layout = SequenceLayout.packed(batch_sizes.tolist(), num_rows)
+    layout = SequenceLayout.of_packed(batch_sizes, num_rows)
     return layout.T, layout.B
 
 

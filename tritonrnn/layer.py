@@ -6,7 +6,7 @@ walks in time. Every back end runs this same code around its own walk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,7 @@ def forward(
     layout: SequenceLayout,
     nonlinearity: str,
     bidirectional: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Run one layer, all its directions.
 
@@ -51,6 +52,7 @@ def forward(
         layout: where the N rows lie. Every sequence has a token.
         nonlinearity: φ, "tanh" or "relu".
         bidirectional: whether there is a second direction, G = 2.
+        backend: whose walk, "torch" or "triton".
 
     Returns:
         ``output [N, G * H]``, and ``h_n [G, B, H]``, the state after each walk.
@@ -59,10 +61,9 @@ def forward(
     M = _stack([group.w_hh for group in groups])
     # The walk turns the drive into the output in place.
     output = _drive(input, groups)
-    v_0 = None if hx is None else torch.matmul(hx, M.mT)
-    torch_path.recurrence(
-        output, v_0, M, None, layout, epilogue=nonlinearity, reverse=_directions(groups)
-    )
+    v_0 = None if hx is None else _accurate(hx) @ _accurate(M).mT
+    walk = _recurrence(backend)
+    walk(output, v_0, M, None, layout, epilogue=nonlinearity, reverse=_directions(groups))
     # torch.stack, for h_n may not be a view of the output.
     h_n = torch.stack(
         [
@@ -74,7 +75,7 @@ def forward(
 
 
 def backward(
-    grad_output: Tensor | None,
+    dz: Tensor,
     grad_h_n: Tensor | None,
     input: Tensor,
     hx: Tensor | None,
@@ -83,6 +84,7 @@ def backward(
     layout: SequenceLayout,
     nonlinearity: str,
     bidirectional: bool,
+    backend: str,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Differentiate :func:`forward`.
@@ -94,10 +96,11 @@ def backward(
         d_w_hh = Σ dz_tᵀ output_{t-1}.
 
     Args:
-        grad_output: ``[N, G * H]``, or None for zero.
+        dz: the gradient of the output, ``[N, G * H]``. Spoilt.
         grad_h_n: ``[G, B, H]``, or None for zero.
         input, hx, weights, layout, nonlinearity, bidirectional: as given to :func:`forward`.
         output: what :func:`forward` returned.
+        backend: whose walk, "torch" or "triton".
         needs: for ``input``, ``hx`` (False if it is None) and each of ``weights`` whether its
             gradient is wanted.
 
@@ -107,16 +110,10 @@ def backward(
     """
     groups = split_weights(weights, bidirectional)
     M = _stack([group.w_hh for group in groups])
-    dz = output.new_zeros(output.shape) if grad_output is None else grad_output.clone()
-    torch_path.recurrence(
-        dz,
-        grad_h_n,
-        M.mT,
-        output,
-        layout,
-        epilogue=nonlinearity + "_grad",
-        reverse=[not backwards for backwards in _directions(groups)],
-    )
+    v_0 = None if grad_h_n is None else _accurate(grad_h_n).contiguous()
+    walk = _recurrence(backend)
+    back = tuple(not backwards for backwards in _directions(groups))
+    walk(dz, v_0, M.mT, output, layout, epilogue=f"{nonlinearity}_grad", reverse=back)
     dz_groups, output_groups = dz.chunk(len(groups), 1), output.chunk(len(groups), 1)
     grad_input = dz @ _cat([group.w_ih for group in groups]) if needs[0] else None
     grad_hx = None
@@ -144,8 +141,23 @@ def final_state(output: Tensor, layout: SequenceLayout, backwards: bool) -> Tens
     return output[layout.first_rows if backwards else layout.last_rows]
 
 
-def _directions(groups: Sequence[GroupWeights]) -> list[bool]:
-    return [False, True][: len(groups)]
+def _recurrence(backend: str) -> Callable[..., None]:
+    """The walk of a back end; see :func:`tritonrnn.torch_path.recurrence` for what it does."""
+    if backend == "torch":
+        return torch_path.recurrence
+    from tritonrnn.kernels import launch
+
+    return launch.recurrence
+
+
+def _directions(groups: Sequence[GroupWeights]) -> tuple[bool, ...]:
+    """For each direction whether it walks from the last token to the first."""
+    return (False, True)[: len(groups)]
+
+
+def _accurate(tensor: Tensor) -> Tensor:
+    """Take what enters a walk in fp32 at least: it is rounded once, with the drive."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _drive(input: Tensor, groups: Sequence[GroupWeights]) -> Tensor:

@@ -23,11 +23,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 # What selects rows of a matrix: a slice where one does, which makes views of what it selects.
 Rows: TypeAlias = slice | Tensor
@@ -70,7 +71,7 @@ class SequenceLayout:
         sizes = tuple(batch_sizes)
         if not sizes:
             raise ValueError("Expected batch_sizes of a PackedSequence to be non-empty")
-        if sizes[-1] < 1 or any(later > earlier for earlier, later in zip(sizes, sizes[1:])):
+        if sizes[-1] < 1 or any(later > earlier for earlier, later in pairwise(sizes)):
             raise ValueError(
                 "Expected batch_sizes of a PackedSequence to be positive and never to grow, "
                 f"got {_abridged(sizes)}"
@@ -81,6 +82,19 @@ class SequenceLayout:
                 f"got {sum(sizes)}"
             )
         return cls(len(sizes), sizes[0], num_rows, batch_sizes=sizes)
+
+    @classmethod
+    def of_packed(cls, batch_sizes: Tensor, num_rows: int) -> SequenceLayout:
+        """:meth:`packed` of a tensor, remembered for as long as the tensor lives unchanged.
+
+        So all layers of a call share what is derived from it, and the backward pass as well.
+        """
+        version = None if batch_sizes.is_inference() else batch_sizes._version
+        known_version, layout = _packed.get(batch_sizes, (None, None))
+        if layout is None or known_version != version or layout.N != num_rows:
+            layout = cls.packed(batch_sizes.tolist(), num_rows)
+            _packed[batch_sizes] = version, layout
+        return layout
 
     @classmethod
     def jagged(cls, offsets: Sequence[int], num_rows: int) -> SequenceLayout:
@@ -94,9 +108,9 @@ class SequenceLayout:
             raise ValueError(
                 f"Expected offsets to run from 0 to the {num_rows} rows, got {_abridged(bounds)}"
             )
-        if any(later < earlier for earlier, later in zip(bounds, bounds[1:])):
+        if any(later < earlier for earlier, later in pairwise(bounds)):
             raise ValueError(f"Expected offsets never to fall, got {_abridged(bounds)}")
-        lengths = [later - earlier for earlier, later in zip(bounds, bounds[1:])]
+        lengths = [later - earlier for earlier, later in pairwise(bounds)]
         return cls(max(lengths, default=0), len(lengths), num_rows, offsets=bounds)
 
     @cached_property
@@ -124,6 +138,30 @@ class SequenceLayout:
         if self.offsets is not None:
             return torch.tensor(self.offsets[:-1], dtype=torch.int64)
         return torch.arange(self.B) * (self.T if self.batch_first else 1)
+
+    def row_map(self, device: torch.device) -> Tensor:
+        """``time_base[T], batch_base[B], lengths[B]`` as one int64 tensor on a device.
+
+        One pinned, asynchronous copy, made once for all layers and passes on a stream. It is not
+        kept where a CUDA graph is being captured: its memory is that graph's.
+        """
+        if device.type != "cuda":
+            return self._host_map.to(device)
+        stream = torch.cuda.current_stream(device)
+        known = self._row_maps.get(stream)
+        if known is None:
+            known = self._host_map.pin_memory().to(device, non_blocking=True)
+            if not torch.cuda.is_current_stream_capturing():
+                self._row_maps[stream] = known
+        return known
+
+    @cached_property
+    def _host_map(self) -> Tensor:
+        return torch.cat([self.time_base, self.batch_base, self.lengths])
+
+    @cached_property
+    def _row_maps(self) -> dict[torch.cuda.Stream, Tensor]:
+        return {}
 
     @property
     def is_padded(self) -> bool:
@@ -196,6 +234,9 @@ class SequenceLayout:
         if self.offsets is not None:
             return rows[torch.argsort(torch.cat(self.jagged_steps))]
         return rows
+
+
+_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _abridged(numbers: Sequence[int]) -> str:

@@ -69,7 +69,7 @@ def _rows(input: Tensor, layout: str, extents: Tensor | None) -> tuple[Tensor, S
         return input.flatten(0, 1), SequenceLayout.batch_major(*input.shape[:2])
     assert extents is not None, layout
     if layout == "packed":
-        return input, SequenceLayout.packed(extents.tolist(), len(input))
+        return input, SequenceLayout.of_packed(extents, len(input))
     assert layout == "jagged", layout
     return input, SequenceLayout.jagged(extents.tolist(), len(input))
 
@@ -101,8 +101,8 @@ def _elman_kernel(
 ) -> tuple[Tensor, Tensor]:
     with _plainly(input.device):
         rows, where = _rows(input, layout, extents)
-        output, h_n = layer.forward(rows, hx, weights, where, nonlinearity, bidirectional)
-        return output.view(*input.shape[:-1], -1), h_n
+        output, h_n = layer.forward(rows, hx, weights, where, nonlinearity, bidirectional, backend)
+        return output.view(*input.shape[:-1], output.shape[-1]), h_n
 
 
 def _elman_backward_kernel(
@@ -121,16 +121,22 @@ def _elman_backward_kernel(
 ) -> list[Tensor]:
     with _plainly(input.device):
         rows, where = _rows(input, layout, extents)
+        # The walk is in place: on a copy, which for an odd layout is the only one.
+        if grad_output is None:
+            dz = output.new_zeros(output.shape)
+        else:
+            dz = grad_output.clone(memory_format=torch.contiguous_format)
         grad_input, *grads = layer.backward(
-            None if grad_output is None else grad_output.reshape(len(rows), -1),
+            dz.view(len(rows), output.shape[-1]),
             grad_h_n,
             rows,
             hx,
             weights,
-            output.reshape(len(rows), -1),
+            output.reshape(len(rows), output.shape[-1]),
             where,
             nonlinearity,
             bidirectional,
+            backend,
             needs,
         )
         if grad_input is not None:
