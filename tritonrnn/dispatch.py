@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
+
+from tritonrnn.precision import rounds_to_tf32
+
+if TYPE_CHECKING:
+    from tritonrnn.kernels.plan import LaunchPlan
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -58,40 +65,83 @@ class Choice:
 
     Attributes:
         backend: "triton" or "torch".
-        plan: how. On torch: "walk", an operator a layer that walks in place; "recorded", every
-            step recorded by autograd; "native", ``torch.rnn_tanh`` and ``rnn_relu`` (cuDNN on
-            CUDA).
+        plan: how. On triton a ``LaunchPlan``, of the forward pass. On torch: "walk", an operator
+            a layer that walks in place; "recorded", every step recorded by autograd; "native",
+            torch's own ``rnn_tanh`` and ``rnn_relu``, which on CUDA are cuDNN's.
         reason: why, in one sentence.
     """
 
     backend: Literal["triton", "torch"]
-    plan: str
+    plan: str | LaunchPlan
     reason: str
 
 
-def choose(device: torch.device, dtype: torch.dtype, *, single_step: bool) -> Choice:
-    """Choose for a call of this device and dtype, in the context that it is made in.
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    T: int,
+    B: int,
+    G: int,
+    H: int,
+    nonlinearity: str,
+) -> Choice:
+    """Choose for a call of these sizes, in the context that it is made in.
 
     Raises:
         RuntimeError: the back end asked for can't serve the call.
     """
     asked = current_backend()
-    obstacle = _obstacle(device)
-    if asked == "triton":
-        raise RuntimeError(f"the triton back end can't serve this call: {obstacle}")
     recorded = _why_recorded(dtype)
+    obstacle = recorded or _obstacle(device, dtype)
+    if asked == "triton" and obstacle:
+        raise RuntimeError(f"the triton back end can't serve this call: {obstacle}")
+    if asked != "torch" and not obstacle:
+        # Only here: without Triton, there is nothing to import.
+        from tritonrnn.kernels import launch, plan
+
+        problem = plan.Problem(
+            T, B, G, H, launch.DTYPES[dtype], rounds_to_tf32(device, dtype), nonlinearity
+        )
+        limits = launch.device_limits(device)
+        chosen = plan.choose_plan(problem, limits)
+        if isinstance(chosen, plan.LaunchPlan):
+            return Choice("triton", chosen, "the kernels have a plan for it.")
+        if asked == "triton":
+            return Choice("triton", plan.stepwise_plan(problem, limits), "triton was asked for.")
+        obstacle = chosen.reason
     if recorded:
         return Choice("torch", "recorded", recorded)
-    reason = "the torch back end was asked for." if asked == "torch" else obstacle
+    reason = "torch was asked for." if asked == "torch" else obstacle
     # torch's own kernels are as good as any where there is no walk, and on CUDA they are cuDNN.
-    return Choice("torch", "native" if single_step or device.type == "cuda" else "walk", reason)
+    return Choice("torch", "native" if T == 1 or device.type == "cuda" else "walk", reason or "")
 
 
-def _obstacle(device: torch.device) -> str:
-    return "this version has no Triton kernel yet."
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels can't serve this device or dtype, or None if they can."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels compute in float32, bfloat16 and float16, not in {dtype}."
+    if device.type not in ("cuda", "cpu"):
+        return f"the kernels run on CUDA and ROCm devices, not on {device.type}."
+    if not _has_triton():
+        return "Triton is not installed."
+    if device.type == "cpu":
+        import triton
+
+        if not triton.knobs.runtime.interpret:
+            return "the tensors are on the CPU."
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels need a GPU of compute capability 8.0 or later."
+    return None
 
 
 def _why_recorded(dtype: torch.dtype) -> str | None:
+    """Why every step has to be an operation that autograd records, or None if not."""
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active, which needs every step recorded."
     if torch.autograd.forward_ad._current_level >= 0:

@@ -68,7 +68,7 @@ def explain(module: RNN, input: Tensor | PackedSequence, hx: Tensor | None = Non
     shape = {**call.sizes, "L": module.num_layers, "D": 2 if module.bidirectional else 1}
     return Explanation(
         call.choice.backend,
-        call.choice.plan,
+        str(call.choice.plan),
         call.choice.reason,
         call.layout,
         shape,

@@ -113,7 +113,16 @@ def rnn_cell(
         return rnn_cell(
             input.unsqueeze(0), batched, w_ih, w_hh, b_ih, b_hh, nonlinearity=nonlinearity
         ).squeeze(0)
-    if choose(input.device, _compute_dtype(input), single_step=True).backend == "torch":
+    choice = choose(
+        input.device,
+        _compute_dtype(input),
+        T=1,
+        B=len(input),
+        G=1,
+        H=len(w_hh),
+        nonlinearity=nonlinearity,
+    )
+    if choice.backend == "torch":
         # One step has no walk to save: torch's own kernel is the torch path.
         step = torch.rnn_tanh_cell if nonlinearity == "tanh" else torch.rnn_relu_cell
         state = input.new_zeros(len(input), len(w_hh)) if hx is None else hx
@@ -210,7 +219,8 @@ def check(
             hx = hx.index_select(1, permutation)
     _check_weights(layers, data, bidirectional)
     dtype = _compute_dtype(data)
-    choice = choose(data.device, dtype, single_step=T == 1)
+    G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
+    choice = choose(data.device, dtype, T=T, B=B, G=G, H=H, nonlinearity=nonlinearity)
     return Call(data, hx, layers, extents, layout, nonlinearity, bidirectional, dtype, choice)
 
 

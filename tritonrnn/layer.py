@@ -6,6 +6,7 @@ walks in time. Every back end runs this same code around its own walk.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from tritonrnn import torch_path
 from tritonrnn.layout import SequenceLayout
+from tritonrnn.precision import rounds_to_tf32
 
 
 class GroupWeights(NamedTuple):
@@ -62,7 +64,7 @@ def forward(
     # The walk turns the drive into the output in place.
     output = _drive(input, groups)
     v_0 = None if hx is None else _accurate(hx) @ _accurate(M).mT
-    walk = _recurrence(backend)
+    walk = _recurrence(backend, M.device, M.dtype)
     walk(output, v_0, M, None, layout, epilogue=nonlinearity, reverse=_directions(groups))
     # torch.stack, for h_n may not be a view of the output.
     h_n = torch.stack(
@@ -111,7 +113,7 @@ def backward(
     groups = split_weights(weights, bidirectional)
     M = _stack([group.w_hh for group in groups])
     v_0 = None if grad_h_n is None else _accurate(grad_h_n).contiguous()
-    walk = _recurrence(backend)
+    walk = _recurrence(backend, M.device, M.dtype)
     back = tuple(not backwards for backwards in _directions(groups))
     walk(dz, v_0, M.mT, output, layout, epilogue=f"{nonlinearity}_grad", reverse=back)
     dz_groups, output_groups = dz.chunk(len(groups), 1), output.chunk(len(groups), 1)
@@ -141,13 +143,15 @@ def final_state(output: Tensor, layout: SequenceLayout, backwards: bool) -> Tens
     return output[layout.first_rows if backwards else layout.last_rows]
 
 
-def _recurrence(backend: str) -> Callable[..., None]:
+def _recurrence(backend: str, device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
     """The walk of a back end; see :func:`tritonrnn.torch_path.recurrence` for what it does."""
     if backend == "torch":
         return torch_path.recurrence
+    # Only here: without Triton, there is nothing to import.
     from tritonrnn.kernels import launch
 
-    return launch.recurrence
+    tf32 = rounds_to_tf32(device, dtype)
+    return functools.partial(launch.recurrence, tf32=tf32)
 
 
 def _directions(groups: Sequence[GroupWeights]) -> tuple[bool, ...]:

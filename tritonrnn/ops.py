@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tritonrnn import differentiable, layer
 from tritonrnn.layout import SequenceLayout
+from tritonrnn.precision import products_as_in_rnn
 
 # `layout` names a constructor of SequenceLayout, `extents` is what it needs beyond the shape of
 # the input: batch_sizes if packed, offsets if jagged.
@@ -75,13 +76,14 @@ def _rows(input: Tensor, layout: str, extents: Tensor | None) -> tuple[Tensor, S
 
 
 @contextmanager
-def _plainly(device: torch.device) -> Iterator[None]:
+def _plainly(input: Tensor) -> Iterator[None]:
     """Run a kernel with nothing between it and torch's own.
 
     A kernel is not below autograd by itself when called directly or from an exported program, and
     autocast would cast again what was cast once for the whole call.
     """
-    with torch._C._AutoDispatchBelowAutograd():
+    device = input.device
+    with torch._C._AutoDispatchBelowAutograd(), products_as_in_rnn(device, input.dtype):
         if torch._C._is_any_autocast_enabled():
             with torch.autocast(device.type, enabled=False):
                 yield
@@ -99,7 +101,7 @@ def _elman_kernel(
     bidirectional: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    with _plainly(input.device):
+    with _plainly(input):
         rows, where = _rows(input, layout, extents)
         output, h_n = layer.forward(rows, hx, weights, where, nonlinearity, bidirectional, backend)
         return output.view(*input.shape[:-1], output.shape[-1]), h_n
@@ -119,7 +121,7 @@ def _elman_backward_kernel(
     backend: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    with _plainly(input.device):
+    with _plainly(input):
         rows, where = _rows(input, layout, extents)
         # The walk is in place: on a copy, which for an odd layout is the only one.
         if grad_output is None:

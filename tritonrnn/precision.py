@@ -1,0 +1,39 @@
+"""fp32 products follow torch's switch for RNNs, and no other.
+
+``torch.backends.cudnn.rnn.fp32_precision`` is "tf32" by default: on CUDA ``torch.nn.RNN`` rounds
+the operands of its products to TF32, and so does whatever replaces it. "ieee", or TF32 switched
+off for all of cuDNN, asks for products of full accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def rounds_to_tf32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the products of a layer of this device and dtype may be TF32."""
+    if device.type != "cuda" or dtype != torch.float32:
+        return False
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+
+
+@contextmanager
+def products_as_in_rnn(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Make torch's own matrix products follow the switch for RNNs, as they do inside cuDNN.
+
+    They follow one of their own otherwise, whose value is put back after. It is the process's:
+    products that another thread launches meanwhile follow it as well.
+    """
+    if device.type != "cuda" or dtype != torch.float32:
+        yield
+        return
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "tf32" if rounds_to_tf32(device, dtype) else "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
