@@ -210,17 +210,17 @@ def elman_recorded(
 
 
 class _Elman(torch.autograd.Function):
+    # Not with setup_context: torch then binds the arguments by inspection, 40 us a call, for the
+    # sake of torch.func, which never comes here.
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         settings, (input, hx, extents, *weights) = args[:4], args[4:]
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.tritonrnn.elman(input, hx, weights, extents, *settings)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.settings = inputs[:4]
+            output, h_n = torch.ops.tritonrnn.elman(input, hx, weights, extents, *settings)
+        ctx.settings = settings
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[0], *inputs[4:])
+        ctx.save_for_backward(output, input, hx, extents, *weights)
+        return output, h_n
 
     @staticmethod
     def backward(

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from tritonrnn.layout import SequenceLayout
 
-# Below this many multiply-adds a step, handing half of it to a second core costs more than it
-# saves: B 8, H 64 (32 thousand) took 2.9 us on one thread and 6.5 us on two, B 32, H 128 (524
-# thousand) 14.6 and 16.2 us, B 16, H 256 (a million) 31 and 25 us (torch 2.13, 2 cores of an AMD
-# EPYC with AVX-512).
-_ONE_THREAD_STEP = 1 << 19
+# From here on a step's derivative is made when it is needed, while it fits the cache, and not for
+# all steps at once, which saves an operation a step.
+_LARGE_STEP_BYTES = 1 << 13
 
 
 def recurrence(
@@ -46,18 +43,20 @@ def recurrence(
     H = M.shape[1]
     if v_0 is not None:
         _add_initial(a, v_0, layout, reverse)
-    apply, factor = _epilogue(epilogue, aux)
-    with _one_thread() if layout.B * H * H < _ONE_THREAD_STEP else nullcontext():
-        for g, backwards in enumerate(reverse):
-            columns = slice(g * H, (g + 1) * H)
-            _walk(
-                a[:, columns],
-                M[g].t().contiguous(),
-                None if factor is None else factor[:, columns],
-                layout,
-                apply,
-                backwards,
+    for g, backwards in enumerate(reverse):
+        columns = slice(g * H, (g + 1) * H)
+        rows = a[:, columns]
+        steps = layout.steps(rows)
+        in_turn = steps[::-1] if backwards else steps
+        Mt = M[g].t().contiguous()
+        if aux is None:
+            _walk(in_turn, Mt, epilogue)
+        else:
+            _walk_gradient(
+                in_turn, Mt, epilogue, _factors(epilogue, aux[:, columns], layout, backwards)
             )
+        if layout.offsets is not None:
+            rows.copy_(layout.join(steps))
 
 
 def _add_initial(a: Tensor, v_0: Tensor, layout: SequenceLayout, reverse: Sequence[bool]) -> None:
@@ -71,73 +70,69 @@ def _add_initial(a: Tensor, v_0: Tensor, layout: SequenceLayout, reverse: Sequen
             a[rows, columns] += v_0[g]
 
 
-def _epilogue(epilogue: str, aux: Tensor | None) -> tuple[Callable, Tensor | None]:
-    """The in-place E of one step, and what it needs of all steps at once."""
+def _factors(
+    epilogue: str, aux: Tensor, layout: SequenceLayout, backwards: bool
+) -> Iterable[Tensor]:
+    """What a gradient's epilogue needs at each step: the derivative, or where it is zero."""
+    one = aux.new_ones(())
+
+    def derive(output: Tensor) -> Tensor:
+        if epilogue == "relu_grad":
+            return output <= 0
+        return torch.addcmul(one, output, output, value=-1)
+
+    if aux.nbytes < _LARGE_STEP_BYTES * layout.T:
+        factors = layout.steps(derive(aux))
+        return factors[::-1] if backwards else factors
+    outputs = layout.steps(aux)
+    return map(derive, outputs[::-1] if backwards else outputs)
+
+
+def _walk(steps: Sequence[Tensor], Mt: Tensor, epilogue: str) -> None:
+    activate = Tensor.relu_
     if epilogue == "tanh":
-        return lambda z, _: z.tanh_(), None
-    if epilogue == "relu":
-        return lambda z, _: z.relu_(), None
-    assert aux is not None
-    if epilogue == "tanh_grad":
-        return torch.Tensor.mul_, torch.addcmul(aux.new_ones(()), aux, aux, value=-1)
-    assert epilogue == "relu_grad", epilogue
-    # Filled, not multiplied: an infinite gradient at a dead unit is still none.
-    return lambda z, dead: z.masked_fill_(dead, 0), aux <= 0
+        is_fast = steps[0].is_contiguous() or steps[0].nbytes < _LARGE_STEP_BYTES
+        activate = Tensor.tanh_ if is_fast else _strided_tanh
+    activate(steps[0])
+    for z, target, source in zip(steps[1:], *_continued(steps)):
+        target.addmm_(source, Mt)
+        activate(z)
 
 
-def _walk(
-    a: Tensor,
-    Mt: Tensor,
-    factor: Tensor | None,
-    layout: SequenceLayout,
-    apply: Callable,
-    backwards: bool,
+def _strided_tanh(z: Tensor) -> Tensor:
+    # torch's vectorised tanh takes contiguous tensors only: two small copies are cheaper than the
+    # other one (B 32, H 128, one of two directions: 15 us for 27, torch 2.13 on 2 cores).
+    return z.copy_(z.contiguous().tanh_())
+
+
+def _walk_gradient(
+    steps: Sequence[Tensor], Mt: Tensor, epilogue: str, factors: Iterable[Tensor]
 ) -> None:
-    in_order = layout.steps(a)
-    factors: Sequence[Tensor | None] = [None] * layout.T if factor is None else layout.steps(factor)
-    steps = in_order
-    if backwards:
-        steps, factors = steps[::-1], factors[::-1]
-    previous = a[:0]
-    for z, f in zip(steps, factors):
-        # Sequences leave where lengths end, and join there in the other direction: whatever
-        # joins starts from the v_0 that it already holds.
-        before, now = len(previous), len(z)
-        if before == now:
-            z.addmm_(previous, Mt)
-        elif before > now:
-            z.addmm_(previous[:now], Mt)
-        elif before > 0:
-            z[:before].addmm_(previous, Mt)
-        apply(z, f)
-        previous = z
-    if layout.offsets is not None:
-        a.copy_(layout.join(in_order))
+    gate = Tensor.mul_ if epilogue == "tanh_grad" else _close
+    factors = iter(factors)
+    gate(steps[0], next(factors))
+    for z, factor, target, source in zip(steps[1:], factors, *_continued(steps)):
+        target.addmm_(source, Mt)
+        gate(z, factor)
 
 
-_thread_lock = threading.Lock()
-_thread_users = 0
-_thread_count = 1
+def _close(z: Tensor, off: Tensor) -> Tensor:
+    # Filled, not multiplied: an infinite gradient where the unit is off is still none.
+    return z.masked_fill_(off, 0)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch's kernels on the calling thread.
+def _continued(steps: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """For every step but the first the rows that go on from the one before, in both of them.
 
-    The number of threads is the process's, so concurrent users of this count themselves: the
-    first one in notes it and the last one out puts it back.
+    Sequences leave where lengths end and, walking back, join there: the first rows of either step
+    are those that the two share. What joins starts from the v_0 that it already holds.
     """
-    global _thread_users, _thread_count
-    with _thread_lock:
-        if _thread_users == 0:
-            _thread_count = torch.get_num_threads()
-            if _thread_count > 1:
-                torch.set_num_threads(1)
-        _thread_users += 1
-    try:
-        yield
-    finally:
-        with _thread_lock:
-            _thread_users -= 1
-            if _thread_users == 0 and _thread_count > 1:
-                torch.set_num_threads(_thread_count)
+    if len(steps[0]) == len(steps[-1]):
+        return steps[1:], steps[:-1]
+    targets, sources = list(steps[1:]), list(steps[:-1])
+    for i, (before, now) in enumerate(pairwise([len(z) for z in steps])):
+        if now > before:
+            targets[i] = targets[i][:before]
+        elif now < before:
+            sources[i] = sources[i][:now]
+    return targets, sources
