@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from tritonrnn.modules import RNN, RNNCell
@@ -80,7 +79,7 @@ def _reparametrized(cls: type[nn.Module], ours: type[nn.Module]) -> type[nn.Modu
 
 
 @functools.cache
-def _adopted(cls: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module]:
+def _adopted(cls: Any, ours: Any) -> type[nn.Module]:
     """A subclass of a user's subclass that runs as ours does."""
     members: dict[str, Any] = {
         name: member
@@ -94,5 +93,4 @@ def _adopted(cls: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module]:
 
 
 def _new_adopted(cls: type[nn.Module], ours: type[nn.Module]) -> nn.Module:
-    adopted = _adopted(cls, ours)
-    return torch.nn.Module.__new__(adopted)
+    return nn.Module.__new__(_adopted(cls, ours))

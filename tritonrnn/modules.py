@@ -107,8 +107,8 @@ class RNN(torch.nn.RNNBase):
     # buffer that they all lie in. All of it goes stale when weights are swapped, tied or
     # parametrised, and no kernel here wants it: the weights are looked up at every call instead.
 
-    @property
-    def _flat_weights(self) -> list[Tensor]:
+    @property  # type: ignore[override]
+    def _flat_weights(self) -> list[Tensor]:  # type: ignore[override]
         return [getattr(self, name) for name in self._flat_weights_names]
 
     def __setattr__(self, name: str, value: Any) -> None:

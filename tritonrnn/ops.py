@@ -275,16 +275,19 @@ def _elman_backward_autograd(
                 layout, nonlinearity, bidirectional, backend, needs,
             )  # fmt: skip
     # Views are distinct even where two weights are one tensor, so each gets its own gradient.
-    input, hx, *weights = (t if t is None else t.view_as(t) for t in (input, hx, *weights))
+    input = input.view_as(input)
+    hx = None if hx is None else hx.view_as(hx)
+    weights = [weight.view_as(weight) for weight in weights]
     outputs = elman_recorded(
         input, hx, weights, extents, layout, nonlinearity, bidirectional, backend
     )
     pairs = zip(outputs, (grad_output, grad_h_n))
     known = [(value, grad) for value, grad in pairs if grad is not None]
+    sources = [t for t, need in zip((input, hx, *weights), needs) if need and t is not None]
     return list(
         torch.autograd.grad(
             [value for value, _ in known],
-            [t for t, need in zip((input, hx, *weights), needs) if need],
+            sources,
             [grad for _, grad in known],
             create_graph=True,
             materialize_grads=True,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -17,7 +18,8 @@ def rounds_to_tf32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the products of a layer of this device and dtype may be TF32."""
     if device.type != "cuda" or dtype != torch.float32:
         return False
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    switch: Any = torch.backends.cudnn.rnn
+    return switch.fp32_precision == "tf32"
 
 
 @contextmanager
@@ -30,7 +32,7 @@ def products_as_in_rnn(device: torch.device, dtype: torch.dtype) -> Iterator[Non
     if device.type != "cuda" or dtype != torch.float32:
         yield
         return
-    switch = torch.backends.cuda.matmul
+    switch: Any = torch.backends.cuda.matmul
     before = switch.fp32_precision
     switch.fp32_precision = "tf32" if rounds_to_tf32(device, dtype) else "ieee"
     try:
