@@ -80,7 +80,8 @@ class Compiled:
         if self.plan.device.is_amd:
             listing = self.assembly["amdgcn"]
             registers, spilled = (
-                re.search(rf"\.{key}:\s+(\d+)", listing) for key in ("vgpr_count", "vgpr_spill_count")
+                re.search(rf"\.{key}:\s+(\d+)", listing)
+                for key in ("vgpr_count", "vgpr_spill_count")
             )
             return int(registers[1]), 4 * int(spilled[1])
         listing = _cuda_tool("cuobjdump", "--dump-resource-usage", self.assembly["cubin"])

@@ -183,24 +183,21 @@ def test_recurrence_of_no_tokens_does_nothing(B):
     assert case.run().shape == (0, 8)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_recurrence_keeps_nan_in_its_sequence(layout, epilogue, plan, value):
+@pytest.mark.parametrize("layout", ["batch-major", "packed", "jagged"])
+def test_recurrence_keeps_nan_in_its_sequence(layout, epilogue, plan):
     case = make_case(LAYOUTS[layout], 18, epilogue)
     clean = case.run(plan)
     rows = oracle.sequences(case.layout)
     # One sequence is poisoned throughout, another in its last token and its v_0 only.
-    case.a[rows[2]] = value
-    case.a[rows[3][-1]] = value
-    case.v_0[:, 3] = value
+    case.a[rows[2]] = torch.nan
+    case.a[rows[3][-1]] = torch.inf
+    case.v_0[:, 3] = torch.nan
     poisoned = case.run(plan)
     others = sorted({row for b, of_b in enumerate(rows) if b not in (2, 3) for row in of_b})
     assert torch.equal(poisoned[others], clean[others])
-    if value != value:
-        forward = poisoned[rows[2], :18]
-        assert forward.isnan().all() or epilogue == "relu_grad"
+    assert epilogue == "relu_grad" or poisoned[rows[2]].isnan().all()
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -21,8 +21,9 @@ SHARED_BYTES_PER_US = 128 * 1.7e3
 
 # Warps a block: more lose their registers to their number.
 MAX_WARPS = 16
-# Sequences a program: more spill.
+# Sequences a program: more spill, of fp32 products without matrix instructions sooner.
 MAX_BLOCK_B = 32
+MAX_BLOCK_B_IEEE = 8
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class LaunchPlan:
         block_k: hidden units of the previous state that one product takes.
         num_warps: warps a program.
         num_stages: tiles that the stepwise product keeps in flight.
-        precision: of fp32 products: ``tf32``, ``tf32x3`` or ``ieee``.
+        precision: of fp32 products: ``tf32`` or ``ieee``.
         programs: programs a launch.
         launches: launches a pass.
         shared_bytes: an upper bound on the shared memory of a program.
@@ -166,18 +167,21 @@ def choose_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Declined
 def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
     """W_hh in one multiprocessor for the whole walk, or None where it does not fit."""
     block_h = _power_of_two(problem.H, at_least=16)
-    precision = _precision(problem, device)
+    precision = _precision(problem)
     num_warps = _num_warps(block_h, device)
-    # As few sequences a program as keep every program on a multiprocessor of its own: the
-    # epilogue is a good part of a step, and its cost is the tile's size.
-    block_b = 8
-    while block_b < MAX_BLOCK_B and _cdiv(problem.B, block_b) * problem.G > device.multiprocessors:
+    # As few sequences a program as keep every program on a multiprocessor of its own, for the
+    # epilogue is a good part of a step and costs what the tile is large; but as many as let Triton
+    # choose wgmma, where there is one.
+    smallest = 16 if device.has_wgmma and problem.item_bytes == 2 and block_h >= 64 else 8
+    largest = MAX_BLOCK_B_IEEE if _without_matrix_instructions(problem, precision) else MAX_BLOCK_B
+    block_b = smallest
+    while block_b < largest and _cdiv(problem.B, block_b) * problem.G > device.multiprocessors:
         block_b *= 2
     while True:
-        shared_bytes = _resident_shared_bytes(problem, block_h, block_b, precision)
+        shared_bytes = _resident_shared_bytes(problem, block_h, block_b)
         if shared_bytes <= device.shared_bytes:
             break
-        if block_b == 8:
+        if block_b == smallest:
             return None
         block_b //= 2
     return LaunchPlan(
@@ -197,11 +201,12 @@ def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
 
 def stepwise_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan:
     """A launch a step: every problem has this plan."""
+    precision = _precision(problem)
     block_h = min(64, _power_of_two(problem.H, at_least=16))
-    block_b = min(32, _power_of_two(problem.B, at_least=8))
-    block_k = min(64, block_h)
+    block_b = min(MAX_BLOCK_B, _power_of_two(problem.B, at_least=8))
+    # An fp32 product holds its operands in registers.
+    block_k = min(16 if _without_matrix_instructions(problem, precision) else 64, block_h)
     num_stages = 3
-    precision = _precision(problem, device)
     tiles = num_stages * block_k * (block_h + block_b) * problem.item_bytes
     return LaunchPlan(
         name="stepwise",
@@ -213,25 +218,25 @@ def stepwise_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan:
         precision=precision,
         programs=_cdiv(problem.B, block_b) * _cdiv(problem.H, block_h) * problem.G,
         launches=problem.T,
-        shared_bytes=2 * tiles if precision == "tf32x3" else tiles,
+        shared_bytes=tiles + 1024,
         device=device,
     )
 
 
-def _resident_shared_bytes(problem: Problem, block_h: int, block_b: int, precision: str) -> int:
+def _resident_shared_bytes(problem: Problem, block_h: int, block_b: int) -> int:
     weights = block_h * block_h * problem.item_bytes
     state = block_h * block_b * problem.item_bytes
     # fp32 tiles on their way between the layouts of memory and of the product.
     exchange = 2 * block_h * block_b * 4
-    return weights * (2 if precision == "tf32x3" else 1) + state + exchange + 1024
+    return weights + state + exchange + 1024
 
 
-def _precision(problem: Problem, device: DeviceLimits) -> str:
-    if problem.dtype != "fp32":
-        return "ieee"
-    if problem.tf32:
-        return "tf32"
-    return "ieee"
+def _precision(problem: Problem) -> str:
+    return "tf32" if problem.tf32 and problem.dtype == "fp32" else "ieee"
+
+
+def _without_matrix_instructions(problem: Problem, precision: str) -> bool:
+    return problem.dtype == "fp32" and precision == "ieee"
 
 
 def _num_warps(block_h: int, device: DeviceLimits) -> int:

@@ -82,14 +82,14 @@ def as_operand(x, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def apply_epilogue(z, aux, EPILOGUE: tl.constexpr):
-    """E(z, aux), in fp32."""
+    """E(z, aux), in fp32, of what :func:`prepare_aux` made of aux."""
     if EPILOGUE == "tanh":
         return tanh(z)
     elif EPILOGUE == "relu":
         # Not a maximum, which would lose a NaN.
         return tl.where(z < 0, 0.0, z)
     elif EPILOGUE == "tanh_grad":
-        return z * (1.0 - aux * aux)
+        return z * aux
     else:
         tl.static_assert(EPILOGUE == "relu_grad")
         # Chosen, not multiplied: torch gives 0 where the unit is off, whatever z is.
@@ -97,12 +97,28 @@ def apply_epilogue(z, aux, EPILOGUE: tl.constexpr):
 
 
 @triton.jit
-def row_offset(t, row_map_ptr, stride_time, is_inside, WIDTH: tl.constexpr):
-    """Elements from the start of a row-major ``[N, WIDTH]`` matrix to time step t."""
+def prepare_aux(aux, EPILOGUE: tl.constexpr):
+    """What of the epilogue can be computed before z is known."""
+    aux = aux.to(tl.float32)
+    if EPILOGUE == "tanh_grad":
+        aux = 1.0 - aux * aux
+    return aux
+
+
+@triton.jit
+def time_at(step, longest, is_reverse):
+    """Give the time step that is walked as number ``step``: outside [0, T) before and after."""
+    return tl.where(is_reverse, longest - 1 - step, step)
+
+
+@triton.jit
+def row_offset_at(step, stop, longest, is_reverse, row_map_ptr, stride_time, WIDTH: tl.constexpr):
+    """Give the offset of time step ``time_at(step)`` in a row-major ``[N, WIDTH]`` matrix."""
+    t = time_at(step, longest, is_reverse)
     if row_map_ptr is None:
         row = t.to(tl.int64) * stride_time
     else:
-        row = tl.load(row_map_ptr + t, mask=is_inside, other=0)
+        row = tl.load(row_map_ptr + t, mask=(step >= 0) & (step < stop), other=0)
     return row * WIDTH
 
 
@@ -163,7 +179,7 @@ def recurrence_kernel(
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_k = tl.arange(0, BLOCK_K)
     mask_b = offs_b < B
-    mask_h = offs_h < H
+    mask_h = (offs_h < H)[:, None]
 
     if row_map_ptr is None:
         lengths = tl.where(mask_b, T, 0)
@@ -172,49 +188,81 @@ def recurrence_kernel(
         batch_base = tl.load(row_map_ptr + T + offs_b, mask=mask_b, other=0)
         lengths = tl.load(row_map_ptr + T + B + offs_b, mask=mask_b, other=0).to(tl.int32)
     longest = tl.max(lengths, axis=0)
+    stop = tl.minimum(last_step, longest)
     # The time step at which a sequence joins the walk.
     joins = tl.where(is_reverse, lengths - 1, 0)
 
-    # Offsets of column 0 of a tile's rows, and of its hidden units, in a, aux and s.
-    base = batch_base * WIDTH + group * H
-    tile = base[None, :] + offs_h[:, None]
-    v_0_tile = (group.to(tl.int64) * B + offs_b)[None, :] * H + offs_h[:, None]
+    # Offsets of the program's tile from column 0 of a time step's row, in a, aux and s.
+    base = (batch_base * WIDTH + group * H)[None, :]
+    tile = base + offs_h[:, None]
 
     m_ptr += group.to(tl.int64) * stride_m_group
     m_ptrs = m_ptr + offs_h[:, None].to(tl.int64) * stride_m_row + offs_k[None, :] * stride_m_column
     if PLAN == "resident":
-        m = tl.load(m_ptrs, mask=mask_h[:, None] & (offs_k < H)[None, :], other=0.0)
+        m = tl.load(m_ptrs, mask=mask_h & (offs_k < H)[None, :], other=0.0)
         m = as_operand(m, PRECISION, INTERPRETED)
-        state = as_operand(tl.zeros([BLOCK_H, BLOCK_B], dtype), PRECISION, INTERPRETED)
+    s = tl.zeros([BLOCK_H, BLOCK_B], dtype)
+
+    # The first two steps' drive is fetched before the walk, every other one two steps ahead of its
+    # use, and a time step's row a step before that.
+    row_before = tl.zeros([], tl.int64)
+    row = row_offset_at(first_step, stop, longest, is_reverse, row_map_ptr, stride_time, WIDTH)
+    row_1 = row_offset_at(
+        first_step + 1, stop, longest, is_reverse, row_map_ptr, stride_time, WIDTH
+    )
+    row_2 = row_offset_at(
+        first_step + 2, stop, longest, is_reverse, row_map_ptr, stride_time, WIDTH
+    )
+    if PLAN != "resident":
+        row_before = row_offset_at(
+            first_step - 1, stop, longest, is_reverse, row_map_ptr, stride_time, WIDTH
+        )
+
+    t = time_at(first_step, longest, is_reverse)
+    mask = mask_h & ((t < lengths) & (first_step < stop))[None, :]
+    drive = tl.load(a_ptr + row + tile, mask=mask, other=0.0).to(tl.float32)
+    if v_0_ptr is not None:
+        v_0_tile = (group.to(tl.int64) * B + offs_b)[None, :] * H + offs_h[:, None]
+        v_0 = tl.load(v_0_ptr + v_0_tile, mask=mask_h & mask_b[None, :], other=0.0)
+        drive += tl.where((t == joins)[None, :], v_0, 0.0)
+    aux = drive
+    if aux_ptr is not None:
+        aux = prepare_aux(tl.load(aux_ptr + row + tile, mask=mask, other=0.0), EPILOGUE)
+
+    t_1 = time_at(first_step + 1, longest, is_reverse)
+    mask_1 = mask_h & ((t_1 < lengths) & (first_step + 1 < stop))[None, :]
+    a_1 = tl.load(a_ptr + row_1 + tile, mask=mask_1, other=0.0)
+    aux_1 = a_1
+    if aux_ptr is not None:
+        aux_1 = tl.load(aux_ptr + row_1 + tile, mask=mask_1, other=0.0)
 
     # The pipeliner would move reads of the state above the stores that other programs wait for.
-    for step in tl.range(first_step, tl.minimum(last_step, longest), num_stages=1):
-        t = tl.where(is_reverse, longest - 1 - step, step)
-        live = t < lengths
-        first = live & (t == joins)
-        mask = mask_h[:, None] & live[None, :]
-
-        row = row_offset(t, row_map_ptr, stride_time, True, WIDTH)
-        z = tl.load(a_ptr + row + tile, mask=mask, other=0.0).to(tl.float32)
-        if v_0_ptr is not None:
-            z += tl.load(v_0_ptr + v_0_tile, mask=mask_h[:, None] & first[None, :], other=0.0)
-        aux = z
+    for step in tl.range(first_step, stop, num_stages=1):
+        row_3 = row_offset_at(step + 3, stop, longest, is_reverse, row_map_ptr, stride_time, WIDTH)
+        t_2 = time_at(step + 2, longest, is_reverse)
+        mask_2 = mask_h & ((t_2 < lengths) & (step + 2 < stop))[None, :]
+        a_2 = tl.load(a_ptr + row_2 + tile, mask=mask_2, other=0.0)
+        aux_2 = a_2
         if aux_ptr is not None:
-            aux = tl.load(aux_ptr + row + tile, mask=mask, other=0.0).to(tl.float32)
+            aux_2 = tl.load(aux_ptr + row_2 + tile, mask=mask_2, other=0.0)
 
+        t = time_at(step, longest, is_reverse)
+        live = (t < lengths)[None, :]
         if PLAN == "resident":
-            z = tl.dot(m, state, z, input_precision=PRECISION)
+            state = as_operand(s, PRECISION, INTERPRETED)
+            z = tl.dot(m, state, drive, input_precision=PRECISION)
+            # The store of the step before waits in the shadow of the product.
+            t_before = time_at(step - 1, longest, is_reverse)
+            was_live = ((t_before < lengths) & (step > first_step))[None, :]
+            tl.store(a_ptr + row_before + tile, s, mask=mask_h & was_live)
         else:
-            t_before = tl.where(is_reverse, t + 1, t - 1)
-            row_before = row_offset(t_before, row_map_ptr, stride_time, step > 0, WIDTH)
-            walking = (live & (t != joins))[None, :]
+            z = drive
+            walking = live & (t != joins)[None, :]
             for k in tl.range(0, H, BLOCK_K):
                 mask_k = k + offs_k < H
-                m = tl.load(
-                    m_ptrs + k * stride_m_column, mask=mask_h[:, None] & mask_k[None, :], other=0.0
-                )
+                m = tl.load(m_ptrs + k * stride_m_column, mask=mask_h & mask_k[None, :], other=0.0)
                 state = tl.load(
-                    a_ptr + row_before + base[None, :] + (k + offs_k)[:, None],
+                    a_ptr + row_before + base + (k + offs_k)[:, None],
                     mask=mask_k[:, None] & walking,
                     other=0.0,
                 )
@@ -225,8 +273,33 @@ def recurrence_kernel(
                     input_precision=PRECISION,
                 )
 
-        s = tl.where(live[None, :], apply_epilogue(z, aux, EPILOGUE), 0.0)
+        # The next step's drive is filled up from the state where a sequence is dead, whose number
+        # does not count: a value that meets the state is carried in the accumulator's layout, so
+        # that the product need not wait for a change of layouts.
+        t_1 = time_at(step + 1, longest, is_reverse)
+        live_1 = (t_1 < lengths)[None, :]
+        drive = tl.where(live_1, a_1, s).to(tl.float32)
+        if v_0_ptr is not None and row_map_ptr is not None:
+            # Where every sequence has all T tokens, none joins later than the first step.
+            drive = tl.where((t_1 == joins)[None, :], drive + v_0, drive)
+        aux_now = aux
+        aux = drive
+        if aux_ptr is not None:
+            aux = prepare_aux(tl.where(live_1, aux_1, s), EPILOGUE)
+
+        s = tl.where(live, apply_epilogue(z, aux_now, EPILOGUE), 0.0)
         s = narrow(s, dtype, INTERPRETED)
-        tl.store(a_ptr + row + tile, s, mask=mask)
-        if PLAN == "resident":
-            state = as_operand(s, PRECISION, INTERPRETED)
+        if PLAN != "resident":
+            tl.store(a_ptr + row + tile, s, mask=mask_h & live)
+
+        row_before = row
+        row = row_1
+        row_1 = row_2
+        row_2 = row_3
+        a_1 = a_2
+        aux_1 = aux_2
+
+    if PLAN == "resident":
+        t = time_at(stop - 1, longest, is_reverse)
+        was_live = ((t >= 0) & (t < lengths) & (first_step < stop))[None, :]
+        tl.store(a_ptr + row_before + tile, s, mask=mask_h & was_live)
