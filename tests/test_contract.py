@@ -195,12 +195,10 @@ def test_sequences_of_one_token_work(lengths, D):
     torch.testing.assert_close(h_n, expected_h_n)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "unbatched"])
 @pytest.mark.parametrize("D", [1, 2], ids="D{}".format)
 def test_no_tokens_leak_between_sequences(layout, D):
     """A NaN in one sequence stays there."""
-    if layout == "unbatched":
-        pytest.skip("one sequence only")
     case = Case(layout=layout, D=D, L=2)
     _, ours = pair(case)
     data, hx = case.tensors()
@@ -639,7 +637,7 @@ def test_weight_changed_between_forward_and_backward_raises():
 
 TRANSFORMED = [
     Case(
-        T=4, B=3, I=2, H=3, L=L, D=D, layout=layout, nonlinearity=nonlinearity, dtype=torch.float64
+        T=3, B=3, I=2, H=2, L=L, D=D, layout=layout, nonlinearity=nonlinearity, dtype=torch.float64
     )
     for layout, (L, D), nonlinearity in [
         ("time-major", (1, 1), "tanh"),
@@ -853,12 +851,9 @@ def raised(function, *arguments, **options) -> Exception:
 @pytest.mark.parametrize("call", BAD_CALLS)
 def test_errors_are_torchs_own(call, batch_first):
     options = {"num_layers": 2, "bidirectional": True, "batch_first": batch_first}
+    arguments = BAD_CALLS[call]()
     if batch_first and call == "T = 0":
-        arguments = (torch.ones(2, 0, 3),)
-    elif batch_first and call == "T = 0 and B = 0":
-        pytest.skip("the same tensor")
-    else:
-        arguments = BAD_CALLS[call]()
+        arguments = (arguments[0].transpose(0, 1),)
     ours = tritonrnn.RNN(3, 5, **options)
     expected = raised(nn.RNN(3, 5, **options), *arguments)
     message = str(expected).replace("RNN.forward()", f"{type(ours).__name__}.forward()")
