@@ -34,7 +34,7 @@ def tokens(lengths) -> list[torch.Tensor]:
 
 
 def assert_rows_hold_their_tokens(layout: SequenceLayout, data: torch.Tensor, order) -> None:
-    assert layout.N == len(data)
+    assert len(data) == layout.N
     seen = []
     for b, rows in zip(order, rows_of(layout)):
         assert data[rows].tolist() == [[b, t] for t in range(len(rows))]
@@ -61,7 +61,7 @@ def test_packed_rows_are_those_of_a_packed_sequence(lengths):
     packed = pack_sequence(tokens(lengths), enforce_sorted=False)
     layout = SequenceLayout.packed(packed.batch_sizes.tolist(), len(packed.data))
     order = packed.sorted_indices.tolist()
-    assert (layout.T, layout.B) == (max(lengths), len(lengths))
+    assert (max(lengths), len(lengths)) == (layout.T, layout.B)
     assert not layout.is_padded
     assert layout.lengths.tolist() == [lengths[b] for b in order]
     assert_rows_hold_their_tokens(layout, packed.data, order)
@@ -80,7 +80,7 @@ def test_packed_rows_are_those_of_a_packed_padded_batch():
 def test_jagged_rows_are_those_of_a_jagged_tensor(lengths):
     nested = torch.nested.nested_tensor(tokens(lengths), layout=torch.jagged)
     layout = SequenceLayout.jagged(nested.offsets().tolist(), len(nested.values()))
-    assert (layout.T, layout.B) == (max(lengths), len(lengths))
+    assert (max(lengths), len(lengths)) == (layout.T, layout.B)
     assert not layout.is_padded
     assert layout.lengths.tolist() == list(lengths)
     assert_rows_hold_their_tokens(layout, nested.values(), range(len(lengths)))
@@ -91,7 +91,7 @@ def test_jagged_takes_empty_sequences(lengths):
     offsets = [sum(lengths[:b]) for b in range(len(lengths) + 1)]
     layout = SequenceLayout.jagged(offsets, sum(lengths))
     assert layout.lengths.tolist() == list(lengths)
-    assert layout.T == max(lengths, default=0)
+    assert max(lengths, default=0) == layout.T
     assert [len(rows) for rows in rows_of(layout)] == list(lengths)
 
 

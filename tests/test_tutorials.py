@@ -265,7 +265,7 @@ def packed_by_hand(rnn, packed: PackedSequence) -> tuple[Tensor, Tensor]:
         state = torch.cat([alive, state[size:]])
         rows.append(alive)
         start += size
-    return torch.cat(rows), state[packed.unsorted_indices]
+    return torch.cat(rows), state[packed.unsorted_indices].unsqueeze(0)
 
 
 def test_packing_by_hand_over_batch_sizes():
