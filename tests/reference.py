@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import torch
 from torch import Tensor
 
@@ -48,17 +50,25 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return ((got.double() - exact).norm() / exact.norm()).item() if exact.norm() else 0.0
 
 
-def assert_as_accurate(got: Tensor, theirs: Tensor, exact: Tensor, name: str = "result") -> None:
-    """``got`` is as close to ``exact`` (float64) as ``theirs``, torch.nn.RNN's, is.
+def assert_as_accurate(
+    got: list[Tensor], theirs: list[Tensor], exact: list[Tensor], name: str = "result"
+) -> None:
+    """Each of ``got`` is about as close to ``exact`` (float64) as ``theirs``, torch.nn.RNN's, is.
 
-    Its error may be twice theirs, plus what rounding the exact result once would cost (32 units
-    in float64, where the written-out recurrence is no more exact than either).
+    The median of its errors may be twice that of theirs, and one unit in the last place (32 in
+    float64, where the written-out recurrence is no more exact than either). Several draws of a
+    problem are for relu in low precision: a unit that rounding moves across 0 changes a gradient
+    by far more than rounding does, on either side.
     """
-    assert got.dtype == theirs.dtype, name
-    assert got.shape == theirs.shape, name
-    assert got.isfinite().all(), name
-    eps = torch.finfo(got.dtype).eps
-    floor = 32 * eps if got.dtype == torch.float64 else eps / 4
-    allowed = 2 * relative_error(theirs, exact) + floor
-    error = relative_error(got, exact)
+    for one, other in zip(got, theirs):
+        assert one.dtype == other.dtype, name
+        assert one.shape == other.shape, name
+        assert one.isfinite().all(), name
+    eps = torch.finfo(got[0].dtype).eps
+    floor = 32 * eps if got[0].dtype == torch.float64 else eps
+    error, reference = (
+        median(relative_error(one, truth) for one, truth in zip(results, exact))
+        for results in (got, theirs)
+    )
+    allowed = 2 * reference + floor
     assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"

@@ -35,15 +35,19 @@ EVERY_OPTION = [
         (1, 2),
         (1, 2),
     )
+    if not (bias or hx) or L == D or layout in ("time-major", "unsorted")
 ]
 EVERY_DTYPE = [
-    Case(layout=layout, nonlinearity=nonlinearity, dtype=dtype, L=2, D=2, H=11)
-    for layout, nonlinearity, dtype in product(
-        LAYOUTS, ("tanh", "relu"), (torch.float64, torch.bfloat16, torch.float16)
-    )
+    Case(layout=layout, dtype=dtype, L=2, D=2, H=11)
+    for layout, dtype in product(LAYOUTS, (torch.float64, torch.bfloat16, torch.float16))
+]
+# Few units, or one of them is near 0 in nearly every draw.
+EVERY_DTYPE += [
+    Case(T=3, B=3, H=5, D=2, layout=layout, nonlinearity="relu", dtype=dtype)
+    for layout, dtype in product(LAYOUTS, (torch.float64, torch.bfloat16, torch.float16))
 ]
 SIZES = [
-    Case(T=63, B=5, I=33, H=97),
+    Case(T=63, B=3, I=33, H=97),
     Case(T=64, B=8, I=32, H=64, dtype=torch.bfloat16),
     Case(T=33, B=1, I=1, H=31, D=2),
     Case(T=1, B=3, I=5, H=17, L=3),
@@ -96,16 +100,25 @@ class RecordedCalls(TorchDispatchMode):
 # Values and gradients.
 
 
+def assert_accurate_over(cases: list[Case], scale: float = 4.0) -> None:
+    expected, truth, got = [], [], []
+    for case in cases:
+        theirs, ours = pair(case)
+        data, hx = case.tensors(scale)
+        expected.append(run(case, theirs, data, hx))
+        truth.append(exact(case, theirs, data, hx))
+        got.append(run(case, ours, data, hx))
+        assert got[-1].keys() == expected[-1].keys()
+    for name in expected[0]:
+        assert_as_accurate(
+            *([draw[name] for draw in draws] for draws in (got, expected, truth)), name
+        )
+
+
 @pytest.mark.parametrize("case", EVERY_OPTION + EVERY_DTYPE + SIZES, ids=str)
 def test_results_are_as_accurate_as_torch(case):
-    theirs, ours = pair(case)
-    data, hx = case.tensors()
-    expected = run(case, theirs, data, hx)
-    truth = exact(case, theirs, data, hx)
-    got = run(case, ours, data, hx)
-    assert got.keys() == expected.keys()
-    for name in expected:
-        assert_as_accurate(got[name], expected[name], truth[name], name)
+    kinks = case.nonlinearity == "relu" and case.dtype in (torch.bfloat16, torch.float16)
+    assert_accurate_over([replace(case, seed=seed) for seed in range(5 if kinks else 1)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -121,22 +134,23 @@ def test_inputs_of_these_tests_saturate(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_extreme_inputs_are_as_accurate_as_torch(scale, layout, dtype):
     case = Case(T=20, layout=layout, dtype=dtype, H=33, bias=scale > 1, hx=scale > 1)
-    theirs, ours = pair(case)
-    data, hx = case.tensors(scale)
-    expected, truth = run(case, theirs, data, hx), exact(case, theirs, data, hx)
-    for name, result in run(case, ours, data, hx).items():
-        assert_as_accurate(result, expected[name], truth[name], name)
+    assert_accurate_over([case], scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_complex_numbers_agree_with_torch(layout, dtype):
     case = Case(layout=layout, L=2, D=2)
-    theirs, ours = (
-        cls(case.I, case.H, **case.options, dtype=dtype) for cls in (nn.RNN, tritonrnn.RNN)
-    )
+    theirs = nn.RNN(case.I, case.H, **case.options, dtype=dtype)
+    ours = tritonrnn.RNN(case.I, case.H, **case.options, dtype=dtype)
+    # Small, for tanh has poles in the complex plane.
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.mul_(0.3)
     ours.load_state_dict(theirs.state_dict())
-    data, hx = (torch.randn_like(x, dtype=dtype, requires_grad=True) for x in case.tensors(0.3))
+    data, hx = (
+        (0.3 * torch.randn_like(x, dtype=dtype)).detach().requires_grad_() for x in case.tensors()
+    )
     case = replace(case, dtype=dtype)
     tolerance = 1e-4 if dtype == torch.complex64 else 1e-11
     assert_same_results(
@@ -374,16 +388,28 @@ def test_results_share_no_storage(layout):
 
 
 @pytest.mark.parametrize("layout", ["time-major", "batch-first", "packed"])
-@pytest.mark.parametrize("which", ["output", "h_n"])
-def test_results_changed_in_place_never_give_wrong_gradients(which, layout):
+def test_h_n_may_be_changed_in_place(layout):
     case = Case(layout=layout, dtype=torch.float64)
     data, hx = case.tensors()
     gradients = []
     for module in pair(case):
         output, h_n = module(case.input(data), hx)
-        (plain(output) if which == "output" else h_n).mul_(3)
+        h_n.mul_(3)
         loss = plain(output).square().sum() + h_n.square().sum()
-        # Refusing is right as well: what backward needs is gone.
+        gradients.append(torch.autograd.grad(loss, [data, hx]))
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("layout", ["time-major", "batch-first", "packed"])
+def test_output_changed_in_place_never_gives_wrong_gradients(layout):
+    """Refusing in backward is right as well, as cuDNN does: what backward needs is gone."""
+    case = Case(layout=layout, dtype=torch.float64)
+    data, hx = case.tensors()
+    gradients = []
+    for module in pair(case):
+        output, h_n = module(case.input(data), hx)
+        plain(output).mul_(3)
+        loss = plain(output).square().sum() + h_n.square().sum()
         with contextlib.suppress(RuntimeError):
             gradients.append(torch.autograd.grad(loss, [data, hx]))
     assert gradients
@@ -491,7 +517,7 @@ def test_autocast_follows_torchs_rules(layout, hx, input_dtype):
         for module, y, last in ((theirs, expected, expected_h_n), (ours, output, h_n))
     )
     for name in expected:
-        assert_as_accurate(got[name], expected[name], truth[name], name)
+        assert_as_accurate([got[name]], [expected[name]], [truth[name]], name)
 
 
 def gradients_of(case, module, data, hx, output, h_n):
@@ -554,6 +580,8 @@ def weight_norm(module):
 def spectral_norm(module):
     torch.manual_seed(5)
     parametrizations.spectral_norm(module, "weight_hh_l1_reverse")
+    # In training each look at the weight changes it, and nobody promises how often forward looks.
+    module.eval()
 
 
 def prune_half(module):

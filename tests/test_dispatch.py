@@ -1,0 +1,298 @@
+"""Which back end serves a call: asked for in a context, in the environment, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tritonrnn
+
+
+@pytest.fixture(autouse=True)
+def _no_default(monkeypatch):
+    monkeypatch.delenv("TRITONRNN_BACKEND", raising=False)
+
+
+def a_call(dtype=torch.float64) -> tuple[tritonrnn.RNN, torch.Tensor]:
+    """float64, which no Triton kernel serves, so that a forced back end shows."""
+    return tritonrnn.RNN(3, 5, dtype=dtype), torch.ones(4, 2, 3, dtype=dtype)
+
+
+def triton_is_forced() -> bool:
+    module, x = a_call()
+    try:
+        module(x)
+    except RuntimeError as error:
+        return "triton" in str(error).lower()
+    return False
+
+
+def test_auto_and_torch_serve_what_triton_cannot():
+    module, x = a_call()
+    expected = module(x)
+    for name in ("auto", "torch"):
+        with tritonrnn.backend(name):
+            torch.testing.assert_close(module(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["time-major", "packed"])
+def test_forced_triton_raises_the_reason_for_which_auto_takes_torch(packed):
+    module, x = a_call()
+    if packed:
+        x = pack_sequence([x[:, 0], x[:2, 1]])
+    choice = tritonrnn.explain(module, x)
+    assert choice.backend == "torch"
+    with tritonrnn.backend("triton"), pytest.raises(RuntimeError) as caught:
+        module(x)
+    assert choice.reason in str(caught.value)
+    assert_one_sentence(choice.reason)
+
+
+def assert_one_sentence(text: str) -> None:
+    assert len(text.split()) > 2
+    assert "\n" not in text
+    assert text.count(". ") == 0
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "Triton", None], ids=repr)
+def test_unknown_back_end_raises(name):
+    with pytest.raises((ValueError, TypeError)), tritonrnn.backend(name):
+        pass
+
+
+def test_contexts_nest_and_end():
+    assert not triton_is_forced()
+    with tritonrnn.backend("triton"):
+        assert triton_is_forced()
+        with tritonrnn.backend("torch"):
+            assert not triton_is_forced()
+            with tritonrnn.backend("triton"):
+                assert triton_is_forced()
+            assert not triton_is_forced()
+        with tritonrnn.backend("auto"):
+            assert not triton_is_forced()
+        assert triton_is_forced()
+    assert not triton_is_forced()
+
+
+def test_context_ends_when_an_exception_leaves_it():
+    with pytest.raises(KeyError), tritonrnn.backend("triton"):
+        raise KeyError
+    assert not triton_is_forced()
+
+
+def test_context_can_decorate_or_be_used_once_more():
+    for _ in range(2):
+        with tritonrnn.backend("triton"):
+            assert triton_is_forced()
+
+
+def test_context_holds_in_its_own_thread_only():
+    barrier = Barrier(3, timeout=60)
+
+    def seen(name):
+        if name is None:
+            barrier.wait()
+            forced = triton_is_forced()
+            barrier.wait()
+            return forced
+        with tritonrnn.backend(name):
+            barrier.wait()
+            forced = triton_is_forced()
+            barrier.wait()
+        return forced
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(seen, ["triton", "torch", None])) == [True, False, False]
+
+
+def test_context_holds_in_its_own_task_only():
+    async def seen(name, entered, others):
+        with tritonrnn.backend(name):
+            entered.set()
+            await others.wait()
+            return triton_is_forced()
+
+    async def main():
+        first, second = asyncio.Event(), asyncio.Event()
+        async with asyncio.timeout(60) if sys.version_info >= (3, 11) else _no_limit():
+            results = await asyncio.gather(
+                seen("triton", first, second), seen("torch", second, first)
+            )
+        return [*results, triton_is_forced()]
+
+    assert asyncio.run(main()) == [True, False, False]
+
+
+class _no_limit:
+    async def __aenter__(self):
+        pass
+
+    async def __aexit__(self, *_):
+        pass
+
+
+def test_task_started_in_a_context_inherits_it():
+    async def seen():
+        return triton_is_forced()
+
+    async def main():
+        with tritonrnn.backend("triton"):
+            task = asyncio.create_task(seen())
+        return await task, triton_is_forced()
+
+    assert asyncio.run(main()) == (True, False)
+
+
+def test_choice_of_forward_is_kept_for_backward():
+    module, x = a_call()
+    x.requires_grad_()
+    with tritonrnn.backend("torch"):
+        output, h_n = module(x)
+    with tritonrnn.backend("triton"):
+        (output.sum() + h_n.sum()).backward()
+    reference = nn.RNN(3, 5, dtype=torch.float64)
+    reference.load_state_dict(module.state_dict())
+    expected = x.detach().requires_grad_()
+    output, h_n = reference(expected)
+    (output.sum() + h_n.sum()).backward()
+    torch.testing.assert_close(x.grad, expected.grad)
+
+
+def in_a_new_process(program: str, **environment: str) -> str:
+    """What a program prints with nothing but ``environment`` set of what tritonrnn reads."""
+    unset = ("TRITON_INTERPRET", "TRITONRNN_BACKEND")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_environment_sets_the_default_and_the_context_wins():
+    program = """
+        import torch, tritonrnn
+        module, x = tritonrnn.RNN(3, 5).double(), torch.ones(4, 2, 3).double()
+        def outcome():
+            try:
+                module(x)
+                return "served"
+            except RuntimeError:
+                return "refused"
+        seen = [outcome()]
+        for name in ("torch", "auto", "triton"):
+            with tritonrnn.backend(name):
+                seen.append(outcome())
+        print(*seen, outcome())
+    """
+    printed = in_a_new_process(program, TRITONRNN_BACKEND="triton")
+    assert printed.split() == ["refused", "served", "served", "refused", "refused"]
+
+
+def test_environment_that_names_no_back_end_raises():
+    program = """
+        try:
+            import torch, tritonrnn
+            tritonrnn.RNN(3, 5)(torch.ones(4, 2, 3))
+        except ValueError as error:
+            print(error)
+    """
+    printed = in_a_new_process(program, TRITONRNN_BACKEND="cudnn")
+    assert "TRITONRNN_BACKEND" in printed
+    assert "cudnn" in printed
+
+
+def test_forced_triton_refuses_cpu_tensors_outside_the_interpreter():
+    program = """
+        import torch, tritonrnn
+        module, x = tritonrnn.RNN(3, 5), torch.ones(4, 2, 3)
+        module(x)
+        with tritonrnn.backend("triton"):
+            try:
+                module(x)
+            except RuntimeError as error:
+                print(error)
+    """
+    printed = in_a_new_process(program)
+    assert printed.count("\n") == 1
+    assert tritonrnn.explain(*a_call()).reason
+    assert "triton" in printed.lower()
+
+
+# explain
+
+
+class Forbidden(TorchDispatchMode):
+    """No operator may be called that computes: views and numbers aside, as looking needs them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        allowed = ("view", "select", "unsqueeze", "squeeze", "detach", "_local_scalar_dense")
+        assert func.is_view or any(name in func.name() for name in allowed), func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def explained_inputs():
+    x = torch.ones(4, 2, 3)
+    return {
+        "time-major": (x, None),
+        "hx": (x, torch.ones(1, 2, 5)),
+        "unbatched": (x[:, 0], None),
+        "packed": (pack_sequence([x[:, 0], x[:2, 1]]), None),
+        "unsorted": (pack_sequence([x[:2, 0], x[:, 1]], enforce_sorted=False), torch.ones(1, 2, 5)),
+    }
+
+
+@pytest.mark.parametrize("layout", list(explained_inputs()))
+def test_explain_runs_nothing(layout, monkeypatch):
+    module = tritonrnn.RNN(3, 5)
+    input, hx = explained_inputs()[layout]
+    hooked = []
+    module.register_forward_hook(lambda *_: hooked.append(1))
+    before = torch.get_rng_state()
+    with Forbidden():
+        choice = tritonrnn.explain(module, input, hx)
+    assert not hooked
+    assert torch.equal(torch.get_rng_state(), before)
+    assert choice.backend in ("torch", "triton")
+    assert_one_sentence(choice.reason)
+    assert choice.plan is not None
+
+
+def test_explain_prints_well():
+    text = str(tritonrnn.explain(*a_call()))
+    assert "torch" in text
+    assert tritonrnn.explain(*a_call()).reason.rstrip(".") in text
+    assert " object at 0x" not in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_explain_follows_the_context():
+    module, x = a_call(torch.float32)
+    with tritonrnn.backend("torch"):
+        choice = tritonrnn.explain(module, x)
+    assert choice.backend == "torch"
+    assert "torch" in choice.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_explain_needs_no_memory_for_its_answer(dtype):
+    """On tensors without storage, too: a plan can be asked for before the data is there."""
+    module = tritonrnn.RNN(3, 5, dtype=dtype, device="meta")
+    choice = tritonrnn.explain(module, torch.ones(4, 2, 3, dtype=dtype, device="meta"))
+    assert choice.backend in ("torch", "triton")
