@@ -6,9 +6,9 @@ import pytest
 import torch
 from cases import LAYOUTS, Case, plain
 from torch import nn
-from tritonrnn.functional import rnn
 
 import tritonrnn
+from tritonrnn.functional import rnn
 
 
 def options(case: Case, **changes) -> dict:
