@@ -1,6 +1,7 @@
 """Where there is no GPU, kernels run in Triton's interpreter, on CPU tensors."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# What is computed here is small, and threads that wait for one another on a busy machine take ten
+# times as long over it.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what only a GPU can show."""
@@ -16,3 +21,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def torch_back_end() -> Iterator[None]:
+    """The torch path, also where the interpreter would let a kernel take tensors on the CPU."""
+    from tritonrnn import backend
+
+    with backend("torch"):
+        yield

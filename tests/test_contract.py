@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 
@@ -23,8 +24,11 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonrnn
 
-# torch's own rules for forward AD are scripted at their first use.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+pytestmark = [
+    pytest.mark.usefixtures("torch_back_end"),
+    # torch's own rules for forward AD are scripted at their first use.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
+]
 
 EVERY_OPTION = [
     Case(layout=layout, nonlinearity=nonlinearity, bias=bias, L=L, D=D, hx=hx)
@@ -941,3 +945,102 @@ def test_errors_come_before_any_work(call):
 
 def leaves_of(argument):
     return argument if isinstance(argument, (PackedSequence, list)) else [argument]
+
+
+# The same through the kernels: on a machine without a GPU in Triton's interpreter, hence few.
+
+
+ON_TRITON = [
+    Case(T=3, B=2, H=5, dtype=dtype, nonlinearity=nonlinearity, layout=layout, L=L, D=D, hx=hx)
+    for layout, (L, D), nonlinearity, dtype, hx in [
+        ("time-major", (1, 1), "tanh", torch.float32, True),
+        ("batch-first", (2, 1), "tanh", torch.float32, False),
+        ("unbatched", (1, 2), "tanh", torch.float32, True),
+        ("packed", (1, 2), "relu", torch.float32, False),
+        ("unsorted", (2, 2), "tanh", torch.float32, True),
+        ("unsorted", (1, 1), "tanh", torch.bfloat16, True),
+        ("time-major", (1, 2), "tanh", torch.float16, False),
+    ]
+]
+on_triton = pytest.mark.parametrize("case", ON_TRITON, ids=str)
+
+
+@pytest.fixture
+def triton_back_end(torch_back_end):
+    with tritonrnn.backend("triton"):
+        yield
+
+
+@on_triton
+@pytest.mark.usefixtures("triton_back_end")
+def test_kernels_are_as_accurate_as_torch(case):
+    data, hx = case.tensors()
+    assert tritonrnn.explain(case.module(tritonrnn.RNN), case.input(data), hx).backend == "triton"
+    assert_accurate_over([case])
+
+
+@pytest.mark.usefixtures("triton_back_end")
+def test_kernels_share_no_storage_between_gradients():
+    case = ON_TRITON[2]
+    test_no_two_gradients_share_storage(case.layout, T=2, L=1, D=2)
+
+
+@pytest.mark.usefixtures("triton_back_end")
+def test_kernels_give_an_empty_batch_zero_gradients():
+    test_empty_batch_has_zero_gradients("time-major", L=1, D=2)
+
+
+@pytest.mark.usefixtures("triton_back_end")
+def test_double_backward_through_a_kernel_agrees_with_torch():
+    case = replace(ON_TRITON[0], T=2)
+    outcomes = []
+    for module in pair(case):
+        data, hx = case.tensors(1.0)
+        output, h_n = module(data, hx)
+        loss = output.square().sum() + h_n.sum()
+        gradients = torch.autograd.grad(loss, [data, hx], create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in gradients)
+        outcomes.append(torch.autograd.grad(penalty, [data, hx, *module.parameters()]))
+    torch.testing.assert_close(outcomes[1], outcomes[0])
+
+
+@pytest.mark.usefixtures("triton_back_end")
+def test_forced_kernels_refuse_forward_ad_rather_than_drop_a_tangent():
+    case = ON_TRITON[0]
+    module = case.module(tritonrnn.RNN)
+    data, hx = (x.detach() for x in case.tensors())
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward"):
+        module(forward_ad.make_dual(data, torch.ones_like(data)), hx)
+
+
+# Threads.
+
+
+@pytest.mark.parametrize("layout", ["time-major", "packed"])
+def test_number_of_threads_is_left_as_it_was(layout):
+    case = Case(layout=layout, H=8)
+    _, ours = pair(case)
+    data, hx = case.tensors()
+    torch.set_num_threads(2)
+    try:
+        output, h_n = ours(case.input(data), hx)
+        assert torch.get_num_threads() == 2
+        (plain(output).sum() + h_n.sum()).backward()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_calls_from_several_threads_agree():
+    case = Case(T=40, H=16, D=2, dtype=torch.float64)
+    _, ours = pair(case)
+    data, hx = case.tensors()
+    expected = run(case, ours, data, hx)
+
+    def again(_):
+        return run(case, ours, data, hx)
+
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(again, range(12)):
+            assert_same_results(got, expected)
+    assert torch.get_num_threads() == 1

@@ -12,6 +12,8 @@ from torch.nn.utils import parametrizations, prune
 
 import tritonrnn
 
+pytestmark = pytest.mark.usefixtures("torch_back_end")
+
 OPTIONS = [
     {},
     {"num_layers": 2, "bidirectional": True, "nonlinearity": "relu"},

@@ -10,6 +10,8 @@ from torch import nn
 import tritonrnn
 from tritonrnn.functional import rnn
 
+pytestmark = pytest.mark.usefixtures("torch_back_end")
+
 
 def options(case: Case, **changes) -> dict:
     given = {

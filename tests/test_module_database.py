@@ -19,6 +19,8 @@ from torch.testing._internal.common_utils import freeze_rng_state
 
 import tritonrnn
 
+pytestmark = pytest.mark.usefixtures("torch_back_end")
+
 # Importing the database freezes the flags of torch.backends for the whole process.
 torch.backends.__allow_nonbracketed_mutation_flag = True
 
@@ -85,9 +87,7 @@ def test_forward_agrees_with_torch_and_the_reference(name, dtype, training):
         torch.testing.assert_close(plain(got), plain(theirs(*arguments, **options)))
         if sample.reference_fn is not None and not isinstance(arguments[0], PackedSequence):
             with freeze_rng_state():
-                reference = sample.reference_fn(
-                    ours, list(ours.parameters()), *arguments, **options
-                )
+                reference = sample.reference_fn(ours, *arguments, **options)
             torch.testing.assert_close(plain(got), plain(reference))
 
 
@@ -120,11 +120,11 @@ def check_gradients(check, name, training, stride):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_gradcheck_passes(name, training):
-    check_gradients(partial(torch.autograd.gradcheck, check_forward_ad=True), name, training, 7)
+    check_gradients(partial(torch.autograd.gradcheck, check_forward_ad=True), name, training, 5)
 
 
 def test_gradgradcheck_passes(name):
-    check_gradients(torch.autograd.gradgradcheck, name, True, 11)
+    check_gradients(torch.autograd.gradgradcheck, name, True, 5)
 
 
 def test_non_contiguous_input_and_gradient_agree(name):

@@ -13,6 +13,8 @@ from torch import nn
 
 import tritonrnn
 
+pytestmark = pytest.mark.usefixtures("torch_back_end")
+
 PAIRS = {"RNN": (nn.RNN, tritonrnn.RNN), "RNNCell": (nn.RNNCell, tritonrnn.RNNCell)}
 CONSTRUCTIONS = [
     ("RNN", (3, 5), {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from cases import LAYOUTS, Case, exact, plain, run
 from hypothesis import given, settings
@@ -10,6 +11,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import tritonrnn
+
+pytestmark = pytest.mark.usefixtures("torch_back_end")
 
 reproducible = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 

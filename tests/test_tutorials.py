@@ -16,6 +16,8 @@ from torch.nn.utils.rnn import (
 
 import tritonrnn
 
+pytestmark = pytest.mark.usefixtures("torch_back_end")
+
 T, B, I, H = 7, 4, 3, 5  # noqa: E741
 
 
