@@ -54,7 +54,7 @@ def _target(module: nn.Module) -> type[nn.Module] | None:
                 return None
             if nn.utils.parametrize.is_parametrized(module) and cls.__bases__ == (original,):
                 return _reparametrized(cls, ours)
-            return _adopted(cls, ours)
+            return _adopted(cls, ours)  # type: ignore[arg-type]
     return None
 
 
@@ -79,7 +79,7 @@ def _reparametrized(cls: type[nn.Module], ours: type[nn.Module]) -> type[nn.Modu
 
 
 @functools.cache
-def _adopted(cls: Any, ours: Any) -> type[nn.Module]:
+def _adopted(cls: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a user's subclass that runs as ours does."""
     members: dict[str, Any] = {
         name: member
@@ -93,4 +93,4 @@ def _adopted(cls: Any, ours: Any) -> type[nn.Module]:
 
 
 def _new_adopted(cls: type[nn.Module], ours: type[nn.Module]) -> nn.Module:
-    return nn.Module.__new__(_adopted(cls, ours))
+    return nn.Module.__new__(_adopted(cls, ours))  # type: ignore[arg-type]

@@ -109,24 +109,27 @@ def rnn_cell(
     if nonlinearity not in ("tanh", "relu"):
         raise RuntimeError(f"Unknown nonlinearity: {nonlinearity}")
     if input.dim() == 1:
-        batched = None if hx is None else hx.unsqueeze(0)
-        return rnn_cell(
-            input.unsqueeze(0), batched, w_ih, w_hh, b_ih, b_hh, nonlinearity=nonlinearity
-        ).squeeze(0)
-    choice = choose(
-        input.device,
-        _compute_dtype(input),
-        T=1,
-        B=len(input),
-        G=1,
-        H=len(w_hh),
-        nonlinearity=nonlinearity,
-    )
+        hx = None if hx is None else hx.unsqueeze(0)
+        return _step(input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh, nonlinearity).squeeze(0)
+    return _step(input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity)
+
+
+def _step(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    nonlinearity: str,
+) -> Tensor:
+    dtype = _compute_dtype(input)
+    B, H = len(input), len(w_hh)
+    choice = choose(input.device, dtype, T=1, B=B, G=1, H=H, nonlinearity=nonlinearity)
     if choice.backend == "torch":
         # One step has no walk to save: torch's own kernel is the torch path.
         step = torch.rnn_tanh_cell if nonlinearity == "tanh" else torch.rnn_relu_cell
-        state = input.new_zeros(len(input), len(w_hh)) if hx is None else hx
-        return step(input, state, w_ih, w_hh, b_ih, b_hh)
+        return step(input, input.new_zeros(B, H) if hx is None else hx, w_ih, w_hh, b_ih, b_hh)
     weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
     hx = None if hx is None else hx.unsqueeze(0)
     output, _ = rnn(input.unsqueeze(0), hx, weights, nonlinearity=nonlinearity)
@@ -367,6 +370,12 @@ def _check_hx(hx: Tensor, expected: tuple[int, int, int], data: Tensor) -> None:
 def _compute_dtype(data: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on and the input is no double, else the input's own."""
     device = data.device.type
-    if torch.is_autocast_enabled(device) and data.is_floating_point():
-        return data.dtype if data.dtype == torch.float64 else torch.get_autocast_dtype(device)
+    if (
+        torch._C._is_any_autocast_enabled()
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and data.is_floating_point()
+        and data.dtype != torch.float64
+    ):
+        return torch.get_autocast_dtype(device)
     return data.dtype

@@ -79,12 +79,13 @@ def _rows(input: Tensor, layout: str, extents: Tensor | None) -> tuple[Tensor, S
 def _plainly(input: Tensor) -> Iterator[None]:
     """Run a kernel with nothing between it and torch's own.
 
-    A kernel is not below autograd by itself when called directly or from an exported program, and
-    autocast would cast again what was cast once for the whole call.
+    A kernel is not below autograd by itself when called directly or from an exported program; what
+    it returns would be views of what it made, which can't be changed in place; and autocast would
+    cast again what was cast once for the whole call.
     """
     device = input.device
-    with torch._C._AutoDispatchBelowAutograd(), products_as_in_rnn(device, input.dtype):
-        if torch._C._is_any_autocast_enabled():
+    with torch._C._AutoDispatchBelowADInplaceOrView(), products_as_in_rnn(device, input.dtype):
+        if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device.type):
             with torch.autocast(device.type, enabled=False):
                 yield
         else:
@@ -267,32 +268,37 @@ def _elman_backward_autograd(
     backend: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Grad mode within a backward pass means that a second one is wanted: record every step."""
-    if not torch.is_grad_enabled():
+    """Record every step where the backward pass is itself to be differentiated, or batched.
+
+    Grad mode within a backward pass says the first; the other is ``torch.func.vmap`` over it.
+    """
+    again = torch.is_grad_enabled()
+    if not again and not torch._C._are_functorch_transforms_active():
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.tritonrnn.elman_backward(
                 grad_output, grad_h_n, input, hx, weights, output, extents,
                 layout, nonlinearity, bidirectional, backend, needs,
             )  # fmt: skip
-    # Views are distinct even where two weights are one tensor, so each gets its own gradient.
-    input = input.view_as(input)
-    hx = None if hx is None else hx.view_as(hx)
-    weights = [weight.view_as(weight) for weight in weights]
-    outputs = elman_recorded(
-        input, hx, weights, extents, layout, nonlinearity, bidirectional, backend
-    )
-    pairs = zip(outputs, (grad_output, grad_h_n))
-    known = [(value, grad) for value, grad in pairs if grad is not None]
-    sources = [t for t, need in zip((input, hx, *weights), needs) if need and t is not None]
-    return list(
-        torch.autograd.grad(
-            [value for value, _ in known],
-            sources,
-            [grad for _, grad in known],
-            create_graph=True,
-            materialize_grads=True,
+    with torch.enable_grad():
+        # Views are distinct even where two weights are one tensor: each gets its own gradient.
+        input = input.view_as(input)
+        hx = None if hx is None else hx.view_as(hx)
+        weights = [weight.view_as(weight) for weight in weights]
+        outputs = elman_recorded(
+            input, hx, weights, extents, layout, nonlinearity, bidirectional, backend
         )
-    )
+        pairs = zip(outputs, (grad_output, grad_h_n))
+        known = [(value, grad) for value, grad in pairs if grad is not None]
+        sources = [t for t, need in zip((input, hx, *weights), needs) if need and t is not None]
+        return list(
+            torch.autograd.grad(
+                [value for value, _ in known],
+                sources,
+                [grad for _, grad in known],
+                create_graph=again,
+                materialize_grads=True,
+            )
+        )
 
 
 for _name, _kernel, _autograd, _fake in (

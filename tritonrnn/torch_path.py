@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -89,7 +89,7 @@ def _factors(
 
 
 def _walk(steps: Sequence[Tensor], Mt: Tensor, epilogue: str) -> None:
-    activate = Tensor.relu_
+    activate: Callable[[Tensor], Tensor] = Tensor.relu_
     if epilogue == "tanh":
         is_fast = steps[0].is_contiguous() or steps[0].nbytes < _LARGE_STEP_BYTES
         activate = Tensor.tanh_ if is_fast else _strided_tanh
