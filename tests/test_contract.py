@@ -750,6 +750,12 @@ TRANSFORMS = {
     "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
     "hessian": lambda f, x: torch.func.hessian(scalar(f))(x),
     "jacobian": torch.autograd.functional.jacobian,
+    "jacobian-vectorized": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
+    "jacobian-forward": lambda f, x: torch.autograd.functional.jacobian(
+        f, x, vectorize=True, strategy="forward-mode"
+    ),
+    "jvp-of-two-vjps": lambda f, x: torch.autograd.functional.jvp(f, x, x.cos()),
+    "hvp": lambda f, x: torch.autograd.functional.hvp(scalar(f), x, x.cos()),
     "double-vjp": lambda f, x: torch.autograd.functional.hessian(scalar(f), x),
 }
 

@@ -43,6 +43,8 @@ def imports_of(path: Path) -> list[tuple[str, bool]]:
     while pending:
         node = pending.pop()
         at_once.add(node)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
         for child in ast.iter_child_nodes(node):
             if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
                 pending.append(child)
