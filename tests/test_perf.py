@@ -20,15 +20,10 @@ from perf.__main__ import app
 from perf.cases import Case, Workload
 from perf.timing import Job, time_in_rounds
 
+pytestmark = pytest.mark.usefixtures("torch_back_end")
+
 TOP = 400
 TINY = Case(T=5, B=3, I=4, H=6, layers=1, directions=1)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Threads gain such small runs nothing, and lose much on a busy machine.
-    with cpu.torch_threads(1):
-        yield
 
 
 class SlightlyWrong(tritonrnn.RNN):
@@ -267,7 +262,7 @@ def cpu_arguments(monkeypatch, *more: str) -> tuple[str, ...]:
 
 def test_cpu_command_checks_times_and_writes(monkeypatch, tmp_path):
     threads = torch.get_num_threads()
-    result = invoke(*cpu_arguments(monkeypatch, "--threads", "1", "--out", str(tmp_path)))
+    result = invoke(*cpu_arguments(monkeypatch, "--threads", "2", "--out", str(tmp_path)))
     assert result.exit_code == 0, result.output
     assert torch.get_num_threads() == threads
     rows = pd.read_parquet(tmp_path / "cpu.parquet")
@@ -276,7 +271,7 @@ def test_cpu_command_checks_times_and_writes(monkeypatch, tmp_path):
     assert (rows["max_rel_err"] <= rows["tolerance"]).all()
     assert (rows.loc[rows["peer"] == cpu.REFERENCE, "speedup_vs_nn_p50"] == 1).all()
     [facts] = json.loads((tmp_path / "env.json").read_text()).values()
-    assert facts["threads"] == 1
+    assert facts["threads"] == 2
 
 
 def test_cpu_command_times_no_wrong_result(monkeypatch):
