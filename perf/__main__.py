@@ -83,5 +83,16 @@ def cpu(
     )
 
 
+@app.command()
+def static(
+    arch: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942.")] = "sm_90",
+    json: Annotated[Path | None, typer.Option(help="Write the rows to this file, too.")] = None,
+) -> None:
+    """Compile every plan for a GPU that need not be there, and show what the compiler made."""
+    from perf import static
+
+    static.static(arch, json)
+
+
 if __name__ == "__main__":
     app(prog_name="python -m perf")
