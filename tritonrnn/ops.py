@@ -232,10 +232,15 @@ class _Elman(torch.autograd.Function):
         needs = [needs_input, needs_hx, *needs_weights]
         if grad_output is None and grad_h_n is None:
             return (None,) * len(ctx.needs_input_grad)
+        # Batched gradients (vectorised jacobians) know no rule for the operator, only for what it
+        # is made of.
+        batched = any(
+            grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+            for grad in (grad_output, grad_h_n)
+        )
+        run = _recorded_backward if batched else torch.ops.tritonrnn.elman_backward
         found = iter(
-            torch.ops.tritonrnn.elman_backward(
-                grad_output, grad_h_n, input, hx, weights, output, extents, *ctx.settings, needs
-            )
+            run(grad_output, grad_h_n, input, hx, weights, output, extents, *ctx.settings, needs)
         )
         grads = [next(found) if need else None for need in needs]
         return (*[None] * 4, grads[0], grads[1], None, *grads[2:])
@@ -268,17 +273,35 @@ def _elman_backward_autograd(
     backend: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Record every step where the backward pass is itself to be differentiated, or batched.
-
-    Grad mode within a backward pass says the first; the other is ``torch.func.vmap`` over it.
-    """
-    again = torch.is_grad_enabled()
-    if not again and not torch._C._are_functorch_transforms_active():
+    """Grad mode within a backward pass means that a second one is wanted: record every step."""
+    if not torch.is_grad_enabled():
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.tritonrnn.elman_backward(
                 grad_output, grad_h_n, input, hx, weights, output, extents,
                 layout, nonlinearity, bidirectional, backend, needs,
             )  # fmt: skip
+    return _recorded_backward(
+        grad_output, grad_h_n, input, hx, weights, output, extents,
+        layout, nonlinearity, bidirectional, backend, needs,
+    )  # fmt: skip
+
+
+def _recorded_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    extents: Tensor | None,
+    layout: str,
+    nonlinearity: str,
+    bidirectional: bool,
+    backend: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Run the layer again, every step recorded, and leave its derivative to autograd."""
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views are distinct even where two weights are one tensor: each gets its own gradient.
         input = input.view_as(input)
