@@ -6,7 +6,7 @@ compiled or exported program holds one node a layer, whatever its length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -238,6 +238,7 @@ class _Elman(torch.autograd.Function):
             grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
             for grad in (grad_output, grad_h_n)
         )
+        run: Callable[..., list[Tensor]]
         run = _recorded_backward if batched else torch.ops.tritonrnn.elman_backward
         found = iter(
             run(grad_output, grad_h_n, input, hx, weights, output, extents, *ctx.settings, needs)
@@ -259,31 +260,12 @@ def _elman_autograd(
         return torch.ops.tritonrnn.elman(input, hx, weights, extents, *settings)
 
 
-def _elman_backward_autograd(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    input: Tensor,
-    hx: Tensor | None,
-    weights: Sequence[Tensor],
-    output: Tensor,
-    extents: Tensor | None,
-    layout: str,
-    nonlinearity: str,
-    bidirectional: bool,
-    backend: str,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def _elman_backward_autograd(*args: Any) -> list[Tensor]:
     """Grad mode within a backward pass means that a second one is wanted: record every step."""
-    if not torch.is_grad_enabled():
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.tritonrnn.elman_backward(
-                grad_output, grad_h_n, input, hx, weights, output, extents,
-                layout, nonlinearity, bidirectional, backend, needs,
-            )  # fmt: skip
-    return _recorded_backward(
-        grad_output, grad_h_n, input, hx, weights, output, extents,
-        layout, nonlinearity, bidirectional, backend, needs,
-    )  # fmt: skip
+    if torch.is_grad_enabled():
+        return _recorded_backward(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.tritonrnn.elman_backward(*args)
 
 
 def _recorded_backward(

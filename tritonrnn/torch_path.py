@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from tritonrnn.layout import SequenceLayout
-
-# From here on a step's derivative is made when it is needed, while it fits the cache, and not for
-# all steps at once, which saves an operation a step.
-_LARGE_STEP_BYTES = 1 << 13
 
 
 def recurrence(
@@ -52,9 +49,8 @@ def recurrence(
         if aux is None:
             _walk(in_turn, Mt, epilogue)
         else:
-            _walk_gradient(
-                in_turn, Mt, epilogue, _factors(epilogue, aux[:, columns], layout, backwards)
-            )
+            outputs = layout.steps(aux[:, columns])
+            _walk_gradient(in_turn, Mt, epilogue, outputs[::-1] if backwards else outputs)
         if layout.offsets is not None:
             rows.copy_(layout.join(steps))
 
@@ -70,28 +66,10 @@ def _add_initial(a: Tensor, v_0: Tensor, layout: SequenceLayout, reverse: Sequen
             a[rows, columns] += v_0[g]
 
 
-def _factors(
-    epilogue: str, aux: Tensor, layout: SequenceLayout, backwards: bool
-) -> Iterable[Tensor]:
-    """What a gradient's epilogue needs at each step: the derivative, or where it is zero."""
-    one = aux.new_ones(())
-
-    def derive(output: Tensor) -> Tensor:
-        if epilogue == "relu_grad":
-            return output <= 0
-        return torch.addcmul(one, output, output, value=-1)
-
-    if aux.nbytes < _LARGE_STEP_BYTES * layout.T:
-        factors = layout.steps(derive(aux))
-        return factors[::-1] if backwards else factors
-    outputs = layout.steps(aux)
-    return map(derive, outputs[::-1] if backwards else outputs)
-
-
 def _walk(steps: Sequence[Tensor], Mt: Tensor, epilogue: str) -> None:
     activate: Callable[[Tensor], Tensor] = Tensor.relu_
     if epilogue == "tanh":
-        is_fast = steps[0].is_contiguous() or steps[0].nbytes < _LARGE_STEP_BYTES
+        is_fast = steps[0].is_contiguous() or steps[0].numel() < _VECTOR_TANH_SIZE
         activate = Tensor.tanh_ if is_fast else _strided_tanh
     activate(steps[0])
     for z, target, source in zip(steps[1:], *_continued(steps)):
@@ -99,26 +77,29 @@ def _walk(steps: Sequence[Tensor], Mt: Tensor, epilogue: str) -> None:
         activate(z)
 
 
+# torch's vectorised tanh takes contiguous tensors only: from this size on, two small copies are
+# cheaper than the other one (B 32, H 128, one of two directions: 15 us for 27; B 8, H 64: 7 us for
+# 4; torch 2.13 on 2 cores).
+_VECTOR_TANH_SIZE = 1 << 11
+
+
 def _strided_tanh(z: Tensor) -> Tensor:
-    # torch's vectorised tanh takes contiguous tensors only: two small copies are cheaper than the
-    # other one (B 32, H 128, one of two directions: 15 us for 27, torch 2.13 on 2 cores).
     return z.copy_(z.contiguous().tanh_())
 
 
 def _walk_gradient(
-    steps: Sequence[Tensor], Mt: Tensor, epilogue: str, factors: Iterable[Tensor]
+    steps: Sequence[Tensor], Mt: Tensor, epilogue: str, outputs: Sequence[Tensor]
 ) -> None:
-    gate = Tensor.mul_ if epilogue == "tanh_grad" else _close
-    factors = iter(factors)
-    gate(steps[0], next(factors))
-    for z, factor, target, source in zip(steps[1:], factors, *_continued(steps)):
+    derive = _tanh_backward if epilogue == "tanh_grad" else _relu_backward
+    derive(steps[0], outputs[0], grad_input=steps[0])
+    for z, output, target, source in zip(steps[1:], outputs[1:], *_continued(steps)):
         target.addmm_(source, Mt)
-        gate(z, factor)
+        derive(z, output, grad_input=z)
 
 
-def _close(z: Tensor, off: Tensor) -> Tensor:
-    # Filled, not multiplied: an infinite gradient where the unit is off is still none.
-    return z.masked_fill_(off, 0)
+# The derivatives that autograd itself takes, in one operation and in place.
+_tanh_backward = torch.ops.aten.tanh_backward.grad_input
+_relu_backward = functools.partial(torch.ops.aten.threshold_backward.grad_input, threshold=0)
 
 
 def _continued(steps: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
