@@ -43,7 +43,7 @@ DTYPES = {
     "tf32": (torch.float32, True),
     "fp32": (torch.float32, False),
 }
-T, B = 1024, 16
+T = 1024
 
 
 class _Target:
@@ -149,7 +149,7 @@ def count(instructions: list[str], mnemonic: str) -> int:
 
 
 def problems(
-    dtypes: list[str], sizes: tuple[int, ...], epilogues: tuple[str, ...]
+    dtypes: list[str], sizes: tuple[int, ...], epilogues: tuple[str, ...], B: int
 ) -> Iterator[tuple[str, Problem]]:
     """The spread of shapes that the table shows, each with the name of its arithmetic."""
     for name, H, epilogue in product(dtypes, sizes, epilogues):
@@ -162,11 +162,12 @@ def table(
     dtypes: list[str] | None = None,
     sizes: tuple[int, ...] = HIDDEN_SIZES,
     epilogues: tuple[str, ...] = EPILOGUES,
+    B: int = 16,
 ) -> pd.DataFrame:
     """One row a plan that fits the device."""
     device = DEVICES[arch]
     rows = []
-    for name, problem in problems(dtypes or list(DTYPES), sizes, epilogues):
+    for name, problem in problems(dtypes or list(DTYPES), sizes, epilogues, B):
         for plan in (resident_plan(problem, device), stepwise_plan(problem, device)):
             if plan is not None:
                 rows.append(_row(name, problem, compile_plan(problem, plan, DTYPES[name][0])))

@@ -125,6 +125,10 @@ def kernel_arguments(
     assert all(rows is None or rows.is_contiguous() for rows in (a, v_0, aux))
     # One bit a group, in an argument of 32 bits.
     assert G < 32
+    if plan.name == "resident" and a.dtype == torch.float32:
+        # Shared memory is read in wide pieces along rows only where numbers have 16 bits: a
+        # transposed M would be read number by number in every step.
+        M = M.contiguous()
     stride_m_group, stride_m_row, stride_m_column = M.stride()
     return {
         "a_ptr": a,

@@ -21,9 +21,8 @@ SHARED_BYTES_PER_US = 128 * 1.7e3
 
 # Warps a block: more lose their registers to their number.
 MAX_WARPS = 16
-# Sequences a program: more spill, of fp32 products without matrix instructions sooner.
-MAX_BLOCK_B = 32
-MAX_BLOCK_B_IEEE = 8
+# Sequences a program: more spill on sm_80 or sm_90, as ``perf static`` shows.
+MAX_BLOCK_B = {"16-bit": 32, "tf32": 16, "fp32": 16}
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,8 @@ class LaunchPlan:
         block_k: hidden units of the previous state that one product takes.
         num_warps: warps a program.
         num_stages: tiles that the stepwise product keeps in flight.
-        precision: of fp32 products: ``tf32`` or ``ieee``.
+        precision: of the products: ``tf32``, ``tf32x3`` (three products of TF32 parts, of fp32
+            accuracy) or ``ieee`` (as they are).
         programs: programs a launch.
         launches: launches a pass.
         shared_bytes: an upper bound on the shared memory of a program.
@@ -173,7 +173,7 @@ def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
     # epilogue is a good part of a step and costs what the tile is large; but as many as let Triton
     # choose wgmma, where there is one.
     smallest = 16 if device.has_wgmma and problem.item_bytes == 2 and block_h >= 64 else 8
-    largest = MAX_BLOCK_B_IEEE if _without_matrix_instructions(problem, precision) else MAX_BLOCK_B
+    largest = MAX_BLOCK_B[_arithmetic(problem)]
     block_b = smallest
     while block_b < largest and _cdiv(problem.B, block_b) * problem.G > device.multiprocessors:
         block_b *= 2
@@ -203,9 +203,9 @@ def stepwise_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan:
     """A launch a step: every problem has this plan."""
     precision = _precision(problem)
     block_h = min(64, _power_of_two(problem.H, at_least=16))
-    block_b = min(MAX_BLOCK_B, _power_of_two(problem.B, at_least=8))
-    # An fp32 product holds its operands in registers.
-    block_k = min(16 if _without_matrix_instructions(problem, precision) else 64, block_h)
+    block_b = min(MAX_BLOCK_B[_arithmetic(problem)], _power_of_two(problem.B, at_least=8))
+    # Three products a tile take more registers than one.
+    block_k = min(32 if _arithmetic(problem) == "fp32" else 64, block_h)
     num_stages = 3
     tiles = num_stages * block_k * (block_h + block_b) * problem.item_bytes
     return LaunchPlan(
@@ -224,25 +224,29 @@ def stepwise_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan:
 
 
 def _resident_shared_bytes(problem: Problem, block_h: int, block_b: int) -> int:
-    weights = block_h * block_h * problem.item_bytes
-    state = block_h * block_b * problem.item_bytes
+    parts = 2 if _arithmetic(problem) == "fp32" else 1
+    weights = block_h * block_h * problem.item_bytes * parts
+    state = block_h * block_b * problem.item_bytes * parts
     # fp32 tiles on their way between the layouts of memory and of the product.
     exchange = 2 * block_h * block_b * 4
     return weights + state + exchange + 1024
 
 
+def _arithmetic(problem: Problem) -> str:
+    """What the products are to be accurate to."""
+    if problem.dtype != "fp32":
+        return "16-bit"
+    return "tf32" if problem.tf32 else "fp32"
+
+
 def _precision(problem: Problem) -> str:
-    return "tf32" if problem.tf32 and problem.dtype == "fp32" else "ieee"
-
-
-def _without_matrix_instructions(problem: Problem, precision: str) -> bool:
-    return problem.dtype == "fp32" and precision == "ieee"
+    # Without matrix instructions, fp32 products spill and take twice the instructions.
+    return {"16-bit": "ieee", "tf32": "tf32", "fp32": "tf32x3"}[_arithmetic(problem)]
 
 
 def _num_warps(block_h: int, device: DeviceLimits) -> int:
     # A warp group of 128 threads to 64 rows of wgmma, a warp to 16 rows of the others.
-    threads = 2 * block_h
-    return max(1, min(MAX_WARPS, threads // device.warp_size))
+    return max(1, min(MAX_WARPS, 2 * block_h // device.warp_size))
 
 
 def _power_of_two(n: int, at_least: int) -> int:

@@ -70,14 +70,32 @@ def narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def as_operand(x, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Turn stored numbers into what ``tl.dot`` is to see of them."""
+def operands(x, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Turn stored numbers into what ``tl.dot`` is to see of them: a large and a small part.
+
+    Only products of fp32 accuracy have use for the small part. There the two are TF32 numbers
+    whose sum keeps 22 bits of x.
+    """
     if INTERPRETED:
         # Triton's interpreter would multiply the bit patterns of bf16 numbers.
         x = x.to(tl.float32)
-    if PRECISION == "tf32":
-        x = round_to_tf32(x)
-    return x
+    large = x
+    small = x
+    if PRECISION != "ieee":
+        large = round_to_tf32(x)
+    if PRECISION == "tf32x3":
+        # Infinity less infinity is not the 0 that is meant.
+        small = tl.where(x == large, 0.0, round_to_tf32(x - large))
+    return large, small
+
+
+@triton.jit
+def multiply_add(m, m_small, s, s_small, z, PRECISION: tl.constexpr):
+    """Give ``m s + z`` of parts that :func:`operands` made, the smallest products first."""
+    if PRECISION == "tf32x3":
+        z = tl.dot(m_small, s, z, input_precision="tf32")
+        z = tl.dot(m, s_small, z, input_precision="tf32")
+    return tl.dot(m, s, z, input_precision="tf32" if PRECISION != "ieee" else "ieee")
 
 
 @triton.jit
@@ -200,7 +218,7 @@ def recurrence_kernel(
     m_ptrs = m_ptr + offs_h[:, None].to(tl.int64) * stride_m_row + offs_k[None, :] * stride_m_column
     if PLAN == "resident":
         m = tl.load(m_ptrs, mask=mask_h & (offs_k < H)[None, :], other=0.0)
-        m = as_operand(m, PRECISION, INTERPRETED)
+        m, m_small = operands(m, PRECISION, INTERPRETED)
     s = tl.zeros([BLOCK_H, BLOCK_B], dtype)
 
     # The first two steps' drive is fetched before the walk, every other one two steps ahead of its
@@ -249,8 +267,8 @@ def recurrence_kernel(
         t = time_at(step, longest, is_reverse)
         live = (t < lengths)[None, :]
         if PLAN == "resident":
-            state = as_operand(s, PRECISION, INTERPRETED)
-            z = tl.dot(m, state, drive, input_precision=PRECISION)
+            state, state_small = operands(s, PRECISION, INTERPRETED)
+            z = multiply_add(m, m_small, state, state_small, drive, PRECISION)
             # The store of the step before waits in the shadow of the product.
             t_before = time_at(step - 1, longest, is_reverse)
             was_live = ((t_before < lengths) & (step > first_step))[None, :]
@@ -266,12 +284,9 @@ def recurrence_kernel(
                     mask=mask_k[:, None] & walking,
                     other=0.0,
                 )
-                z = tl.dot(
-                    as_operand(m, PRECISION, INTERPRETED),
-                    as_operand(state, PRECISION, INTERPRETED),
-                    z,
-                    input_precision=PRECISION,
-                )
+                m, m_small = operands(m, PRECISION, INTERPRETED)
+                state, state_small = operands(state, PRECISION, INTERPRETED)
+                z = multiply_add(m, m_small, state, state_small, z, PRECISION)
 
         # The next step's drive is filled up from the state where a sequence is dead, whose number
         # does not count: a value that meets the state is carried in the accumulator's layout, so

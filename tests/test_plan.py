@@ -1,0 +1,104 @@
+"""Plans are computed from shape, dtype and limits: they fit, and every problem has one."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tritonrnn.kernels.plan import (
+    DEVICES,
+    Declined,
+    DeviceLimits,
+    LaunchPlan,
+    Problem,
+    choose_plan,
+    resident_plan,
+    stepwise_plan,
+)
+
+SM_90 = DEVICES["sm_90"]
+
+problems = st.builds(
+    Problem,
+    T=st.integers(1, 10**6),
+    B=st.integers(1, 10**6),
+    G=st.integers(1, 8),
+    H=st.integers(1, 4096),
+    dtype=st.sampled_from(["bf16", "fp16", "fp32"]),
+    tf32=st.booleans(),
+    epilogue=st.sampled_from(["tanh", "relu", "tanh_grad", "relu_grad"]),
+)
+devices = st.sampled_from(list(DEVICES.values()))
+
+
+def is_power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0
+
+
+@given(problems, devices)
+def test_plans_fit_the_device(problem, device):
+    for plan in (resident_plan(problem, device), stepwise_plan(problem, device)):
+        if plan is None:
+            continue
+        assert plan.shared_bytes <= device.shared_bytes
+        assert all(map(is_power_of_two, (plan.block_h, plan.block_b, plan.block_k)))
+        assert plan.num_warps * device.warp_size <= 1024
+        # Every hidden unit of every sequence belongs to a program.
+        blocks_b = -(-problem.B // plan.block_b)
+        blocks_h = -(-problem.H // plan.block_h)
+        assert plan.programs == blocks_b * blocks_h * problem.G
+        if plan.name == "resident":
+            assert blocks_h == 1
+            assert plan.block_k >= problem.H
+
+
+@given(problems, devices)
+def test_choose_plan_is_a_function_of_its_arguments(problem, device):
+    choice = choose_plan(problem, device)
+    assert choice == choose_plan(problem, device)
+    assert isinstance(choice, LaunchPlan | Declined)
+    if device.is_interpreter:
+        assert isinstance(choice, LaunchPlan)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tf32", "device", "largest"),
+    [
+        ("bf16", False, "sm_90", 256),
+        ("bf16", False, "sm_80", 256),
+        ("bf16", False, "gfx942", 128),
+        ("fp32", True, "sm_90", 128),
+        ("fp32", False, "sm_80", 128),
+        ("fp32", False, "gfx942", 64),
+    ],
+)
+def test_choose_plan_keeps_weights_resident_while_they_fit(dtype, tf32, device, largest):
+    fits = Problem(T=100, B=16, G=2, H=largest, dtype=dtype, tf32=tf32)
+    choice = choose_plan(fits, DEVICES[device])
+    assert isinstance(choice, LaunchPlan)
+    assert (choice.name, choice.launches) == ("resident", 1)
+    too_large = Problem(T=100, B=16, G=2, H=largest + 1, dtype=dtype, tf32=tf32)
+    declined = choose_plan(too_large, DEVICES[device])
+    assert isinstance(declined, Declined)
+    assert declined.reason.startswith(f"W_hh of {largest + 1} x {largest + 1} {dtype}")
+
+
+@pytest.mark.parametrize(
+    ("B", "block_b"), [(1, 16), (64, 16), (16 * 66, 16), (16 * 66 + 1, 32), (10**5, 32)]
+)
+def test_choose_plan_widens_tiles_when_multiprocessors_run_out(B, block_b):
+    problem = Problem(T=9, B=B, G=2, H=128, dtype="bf16")
+    assert choose_plan(problem, SM_90).block_b == block_b
+
+
+def test_choose_plan_heeds_a_smaller_device():
+    small = DeviceLimits("sm_86", multiprocessors=20, shared_bytes=99 * 1024)
+    assert isinstance(choose_plan(Problem(9, 8, 1, 128, "bf16"), small), LaunchPlan)
+    assert isinstance(choose_plan(Problem(9, 8, 1, 256, "bf16"), small), Declined)
+
+
+def test_plan_prints_what_it_launches_and_its_limits():
+    text = str(choose_plan(Problem(T=50, B=64, G=2, H=100, dtype="fp32", tf32=True), SM_90))
+    assert text == (
+        "resident: tiles of 128 hidden units x 8 sequences (products of 128, tf32), 8 warps, "
+        "16 programs on 132 multiprocessors, 1 launch, 77 of 227 KiB of shared memory (sm_90)"
+    )

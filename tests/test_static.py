@@ -1,0 +1,91 @@
+"""What the compiler makes of the plans, for GPUs that need not be there."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def compile_in_a_fresh_process(code: str) -> str:
+    """Run a script where kernels are compiled: here they may belong to the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+
+
+def static_rows(arch: str, spread: str) -> list[dict]:
+    code = (
+        f"from perf.static import table; print(table({arch!r}, {spread}).to_json(orient='records'))"
+    )
+    return json.loads(compile_in_a_fresh_process(code))
+
+
+# The largest weights that fit and the dearest epilogues, in the widest tiles: the rest of what
+# ``perf static`` shows takes fewer registers.
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("dtypes", "H"), [("bf16", 64), ("bf16", 256), ("fp16", 128), ("tf32", 128), ("fp32", 128)]
+)
+def test_static_plans_neither_spill_nor_outgrow_the_device(dtypes, H, arch):
+    rows = static_rows(
+        arch, f"dtypes=[{dtypes!r}], sizes=({H},), epilogues=('tanh', 'tanh_grad'), B=10**5"
+    )
+    assert [(row["plan"], row["epilogue"]) for row in rows] == [
+        (plan, epilogue) for epilogue in ("tanh", "tanh_grad") for plan in ("resident", "stepwise")
+    ]
+    for row in rows:
+        assert row["spill_bytes"] == 0
+        assert row["shared_bytes"] <= row["planned_bytes"]
+        assert row["hgmma" if arch == "sm_90" else "hmma"] > 0
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_static_plan_of_few_sequences_does_not_spill(arch):
+    rows = static_rows(arch, "dtypes=['bf16', 'fp32'], sizes=(128,), epilogues=('tanh_grad',)")
+    assert [row["spill_bytes"] for row in rows] == [0, 0, 0, 0]
+    assert arch == "sm_80" or all(row["hgmma"] for row in rows if row["dtype"] == "bf16")
+
+
+@pytest.mark.parametrize("arch", ["sm_100", "gfx942"])
+def test_static_plans_compile_elsewhere(arch):
+    rows = static_rows(arch, "dtypes=['bf16', 'fp32'], sizes=(64, 128), epilogues=('tanh_grad',)")
+    assert [row for row in rows if row["shared_bytes"] > row["planned_bytes"]] == []
+    assert {row["H"] for row in rows if row["plan"] == "resident"} == {64, 128}
+
+
+def test_wgmma_reads_the_state_behind_a_barrier_and_a_proxy_fence():
+    """Threads write the state through the generic proxy; wgmma reads it through the async one.
+
+    The order wanted is: every thread's writes, a barrier, then in each reading thread a fence
+    between the proxies before its wgmma. The fence may follow the barrier: what orders a write
+    before a read of another proxy is a proxy fence anywhere on the path that leads from one to the
+    other (PTX ISA, memory consistency model, causality order), and the barrier brings every
+    thread's writes before the fence of each.
+    """
+    ptx = compile_in_a_fresh_process(
+        "from perf.static import *\n"
+        "problem = Problem(T, 16, 1, 128, 'bf16')\n"
+        "plan = resident_plan(problem, DEVICES['sm_90'])\n"
+        "print(compile_plan(problem, plan, torch.bfloat16).assembly['ptx'])"
+    )
+    body = ptx[: ptx.rindex("wgmma.wait_group")]
+    body = body[: body.index("wgmma.mma_async")]
+    events = re.findall(
+        r"st(?:matrix\.sync\S*)?\.shared|bar\.sync|fence\.proxy\.async|wgmma\.fence", body
+    )
+    last_write = max(i for i, event in enumerate(events) if event.startswith("st"))
+    after = events[last_write + 1 :]
+    assert after.index("bar.sync") < after.index("fence.proxy.async") < after.index("wgmma.fence")
