@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import oracle
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from tritonrnn.kernels import launch
 from tritonrnn.kernels.plan import LaunchPlan, resident_plan, stepwise_plan
-from tritonrnn.kernels.recurrence import recurrence_kernel
+from tritonrnn.kernels.recurrence import recurrence_kernel, round_to_tf32, tanh
 from tritonrnn.layout import SequenceLayout
 
 # In the interpreter NumPy warns where IEEE arithmetic is meant to give infinity or NaN.
@@ -198,6 +200,44 @@ def test_recurrence_keeps_nan_in_its_sequence(layout, epilogue, plan):
     others = sorted({row for b, of_b in enumerate(rows) if b not in (2, 3) for row in of_b})
     assert torch.equal(poisoned[others], clean[others])
     assert epilogue == "relu_grad" or poisoned[rows[2]].isnan().all()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_recurrence_joins_with_a_true_zero(plan):
+    """An infinite weight of one unit reaches no other unit in a sequence's own first step."""
+    case = make_case(LAYOUTS["packed"], 18, "tanh", reverse=(True,))
+    clean = case.run(plan)
+    case.M[:, 0, 1] = torch.inf
+    first_steps = [rows[-1] for rows in oracle.sequences(case.layout)]
+    assert torch.equal(case.run(plan)[first_steps, 1:], clean[first_steps, 1:])
+
+
+@triton.jit
+def pointwise_kernel(x_ptr, tanh_ptr, tf32_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < n)
+    tl.store(tanh_ptr + offs, tanh(x), mask=offs < n)
+    tl.store(tf32_ptr + offs, round_to_tf32(x), mask=offs < n)
+
+
+def test_tanh_is_accurate_near_zero_and_safe_far_out():
+    size = torch.logspace(-37, 2, 50_001)
+    beyond = torch.tensor([0.0, 0.625, 100.0, 1e30, torch.inf])
+    x = torch.cat([size, beyond, -size, -beyond, torch.tensor([torch.nan])]).to(DEVICE)
+    actual, tf32 = torch.empty_like(x), torch.empty_like(x)
+    pointwise_kernel[(triton.cdiv(len(x), 1024),)](x, actual, tf32, len(x), BLOCK=1024)
+    # At most 1.6 units in the last place in the interpreter; a GPU's exponential costs another.
+    tolerance = 1.6 if DEVICE.type == "cpu" else 3.0
+    torch.testing.assert_close(
+        actual.double(),
+        torch.tanh(x.double()),
+        rtol=tolerance * 2**-23,
+        atol=0,
+        equal_nan=True,
+    )
+    assert actual.nan_to_num().abs().max() == 1
+    assert torch.equal(actual.sign().nan_to_num(), x.sign().nan_to_num())
+    torch.testing.assert_close(tf32, oracle.round_to_tf32(x), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("plan", PLANS)

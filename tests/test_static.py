@@ -26,37 +26,44 @@ def compile_in_a_fresh_process(code: str) -> str:
     ).stdout
 
 
-def static_rows(arch: str, spread: str) -> list[dict]:
-    code = (
-        f"from perf.static import table; print(table({arch!r}, {spread}).to_json(orient='records'))"
-    )
+def static_rows(arch: str, *spreads: str) -> list[dict]:
+    tables = ", ".join(f"table({arch!r}, {spread})" for spread in spreads)
+    code = f"from perf.static import *; print(pd.concat([{tables}]).to_json(orient='records'))"
     return json.loads(compile_in_a_fresh_process(code))
 
 
-# The largest weights that fit and the dearest epilogues, in the widest tiles: the rest of what
-# ``perf static`` shows takes fewer registers.
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize(
-    ("dtypes", "H"), [("bf16", 64), ("bf16", 256), ("fp16", 128), ("tf32", 128), ("fp32", 128)]
-)
-def test_static_plans_neither_spill_nor_outgrow_the_device(dtypes, H, arch):
-    rows = static_rows(
-        arch, f"dtypes=[{dtypes!r}], sizes=({H},), epilogues=('tanh', 'tanh_grad'), B=10**5"
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+def rows(request) -> list[dict]:
+    """The largest weights that fit and the dearest epilogues.
+
+    In the widest tiles at that, but for the last: the rest of what ``perf static`` shows takes
+    fewer registers.
+    """
+    few = "sizes=({},), epilogues=('tanh', 'tanh_grad'), dtypes=['{}'], B={}"
+    return static_rows(
+        request.param,
+        few.format(64, "bf16", 10**5),
+        few.format(256, "bf16", 10**5),
+        few.format(128, "fp16", 10**5),
+        few.format(128, "tf32", 10**5),
+        few.format(128, "fp32", 10**5),
+        few.format(128, "fp32", 16),
     )
-    assert [(row["plan"], row["epilogue"]) for row in rows] == [
-        (plan, epilogue) for epilogue in ("tanh", "tanh_grad") for plan in ("resident", "stepwise")
-    ]
-    for row in rows:
-        assert row["spill_bytes"] == 0
-        assert row["shared_bytes"] <= row["planned_bytes"]
-        assert row["hgmma" if arch == "sm_90" else "hmma"] > 0
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_static_plan_of_few_sequences_does_not_spill(arch):
-    rows = static_rows(arch, "dtypes=['bf16', 'fp32'], sizes=(128,), epilogues=('tanh_grad',)")
-    assert [row["spill_bytes"] for row in rows] == [0, 0, 0, 0]
-    assert arch == "sm_80" or all(row["hgmma"] for row in rows if row["dtype"] == "bf16")
+def test_static_plans_do_not_spill(rows):
+    assert len(rows) == 24
+    assert [row for row in rows if row["spill_bytes"]] == []
+
+
+def test_static_plans_know_their_shared_memory(rows):
+    assert [row for row in rows if row["shared_bytes"] > row["planned_bytes"]] == []
+
+
+def test_static_plans_multiply_with_matrix_instructions(rows):
+    assert [row for row in rows if not row["hgmma"] and not row["hmma"]] == []
+    sixteen_bit = [row for row in rows if row["dtype"] in ("bf16", "fp16")]
+    assert [row for row in sixteen_bit if row["arch"] == "sm_90" and not row["hgmma"]] == []
 
 
 @pytest.mark.parametrize("arch", ["sm_100", "gfx942"])
