@@ -75,18 +75,14 @@ class Compiled:
     assembly: dict[str, Any]
 
     @property
-    def resources(self) -> tuple[int | None, int | None]:
+    def resources(self) -> tuple[int, int]:
         """Registers a thread, and bytes a thread spills to memory."""
         if self.plan.device.is_amd:
             listing = self.assembly["amdgcn"]
-            registers, spilled = (
-                re.search(rf"\.{key}:\s+(\d+)", listing)
-                for key in ("vgpr_count", "vgpr_spill_count")
-            )
-            return int(registers[1]), 4 * int(spilled[1])
+            spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", listing)
+            return _number(r"\.vgpr_count:\s+(\d+)", listing), 4 * spilled
         listing = _cuda_tool("cuobjdump", "--dump-resource-usage", self.assembly["cubin"])
-        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", listing).groups()
-        return int(registers), int(stack)
+        return _number(r"REG:(\d+)", listing), _number(r"STACK:(\d+)", listing)
 
     @property
     def sass(self) -> list[str]:
@@ -200,6 +196,12 @@ def _row(name: str, problem: Problem, compiled: Compiled) -> dict[str, Any]:
             "bar": count(step, "BAR"),
         }
     return row | {"compile_s": round(compiled.compile_s, 2)}
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    assert match is not None, pattern
+    return int(match[1])
 
 
 def _cuda_tool(tool: str, option: str, cubin: bytes) -> str:

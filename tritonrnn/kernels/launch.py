@@ -174,5 +174,5 @@ def device_limits(device: torch.device) -> DeviceLimits:
     return DeviceLimits(
         arch=f"sm_{properties.major}{properties.minor}",
         multiprocessors=properties.multi_processor_count,
-        shared_bytes=properties.shared_memory_per_block_optin,
+        shared_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
     )
