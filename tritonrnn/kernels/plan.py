@@ -167,6 +167,9 @@ def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
     # choose wgmma, where there is one.
     smallest = 16 if device.has_wgmma and problem.item_bytes == 2 and block_h >= 64 else 8
     largest = MAX_BLOCK_B[_arithmetic(problem)]
+    if num_warps == MAX_WARPS:
+        # Half the registers a thread: the backward pass of a packed batch spills at 32.
+        largest = min(largest, 16)
     block_b = smallest
     while block_b < largest and _cdiv(problem.B, block_b) * problem.G > device.multiprocessors:
         block_b *= 2
