@@ -116,7 +116,6 @@ def compile_plan(problem: Problem, plan: LaunchPlan, dtype: torch.dtype) -> Comp
             layout,
             problem,
             (False, True) if G == 2 else (False,),
-            None,
             plan,
         ),
     )

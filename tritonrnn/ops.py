@@ -238,8 +238,9 @@ class _Elman(torch.autograd.Function):
             grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
             for grad in (grad_output, grad_h_n)
         )
-        run: Callable[..., list[Tensor]]
-        run = _recorded_backward if batched else torch.ops.tritonrnn.elman_backward
+        run: Callable[..., list[Tensor]] = torch.ops.tritonrnn.elman_backward
+        if batched:
+            run = _recorded_backward
         found = iter(
             run(grad_output, grad_h_n, input, hx, weights, output, extents, *ctx.settings, needs)
         )

@@ -34,7 +34,6 @@ def recurrence(
     epilogue: str,
     reverse: tuple[bool, ...],
     tf32: bool,
-    row_map: Tensor | None = None,
     plan: LaunchPlan | None = None,
 ) -> None:
     """Overwrite ``a`` by ``s_t = E(a_t + v_t, aux_t)``, ``v_t = M s_{t-1}``.
@@ -49,8 +48,6 @@ def recurrence(
         epilogue: ``tanh``, ``relu``, ``tanh_grad`` or ``relu_grad``.
         reverse: for each group, whether it walks from a sequence's last step to its first.
         tf32: whether fp32 products may round their operands to TF32.
-        row_map: of this layout and device, built once by :func:`build_row_map` and shared by all
-            layers; built here if it is needed and not given.
         plan: the plan to launch, whatever :func:`choose_plan` says. Without one, a problem that
             torch's own path would serve better is walked step by step.
     """
@@ -61,9 +58,7 @@ def recurrence(
         device = device_limits(a.device)
         choice = choose_plan(problem, device)
         plan = choice if isinstance(choice, LaunchPlan) else stepwise_plan(problem, device)
-    if row_map is None:
-        row_map = build_row_map(layout, a.device)
-    arguments = kernel_arguments(a, v_0, M, aux, layout, problem, reverse, row_map, plan)
+    arguments = kernel_arguments(a, v_0, M, aux, layout, problem, reverse, plan)
     with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
         if plan.name == "resident":
             recurrence_kernel[grid(problem, plan)](first_step=0, last_step=layout.T, **arguments)
@@ -72,19 +67,6 @@ def recurrence(
                 recurrence_kernel[grid(problem, plan)](
                     first_step=step, last_step=step + 1, **arguments
                 )
-
-
-def build_row_map(layout: SequenceLayout, device: torch.device) -> Tensor | None:
-    """``time_base[T], batch_base[B], lengths[B]`` as one int64 tensor, in one asynchronous copy.
-
-    None for a padded layout, whose rows are computed from two strides.
-    """
-    if layout.is_padded:
-        return None
-    row_map = torch.cat([layout.time_base, layout.batch_base, layout.lengths])
-    if device.type == "cpu":
-        return row_map
-    return row_map.pin_memory().to(device, non_blocking=True)
 
 
 def problem_of(a: Tensor, layout: SequenceLayout, *, G: int, epilogue: str, tf32: bool) -> Problem:
@@ -110,7 +92,6 @@ def kernel_arguments(
     layout: SequenceLayout,
     problem: Problem,
     reverse: tuple[bool, ...],
-    row_map: Tensor | None,
     plan: LaunchPlan,
 ) -> dict[str, Any]:
     """Every argument of the kernel but the steps to walk, and the compiler's options."""
@@ -135,7 +116,8 @@ def kernel_arguments(
         "v_0_ptr": v_0,
         "m_ptr": M,
         "aux_ptr": aux,
-        "row_map_ptr": row_map,
+        # The rows of a padded layout are computed from its two strides.
+        "row_map_ptr": None if layout.is_padded else layout.row_map(a.device),
         "T": layout.T,
         "B": B,
         "stride_time": 1 if layout.batch_first else B,
