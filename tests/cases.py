@@ -1,4 +1,4 @@
-"""A problem of torch.nn.RNN as one record, whose name reads as its shape."""
+"""A problem of torch.nn.RNN as one record, whose name reads as its shape; what must hold of it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from reference import elman
+from reference import assert_as_accurate, elman
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tritonrnn
 
 DTYPE_NAMES = {
     torch.float64: "fp64",
@@ -182,3 +186,99 @@ def exact(case: Case, module: nn.Module, data: Tensor, hx: Tensor | None) -> dic
     wide = case.module().double()
     wide.load_state_dict(module.state_dict())
     return with_gradients(case, wide, data, hx, *case.written_out(wide.parameters(), data, hx))
+
+
+def pair(case: Case) -> tuple[nn.Module, nn.Module]:
+    """torch.nn.RNN and ours, with the same weights, saturating here and there."""
+    theirs = case.module(nn.RNN)
+    ours = case.module(tritonrnn.RNN)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def assert_same_results(got: dict, expected: dict, rtol: float = 1e-9, atol: float = 1e-11) -> None:
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            got[name], expected[name], rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+class RecordedCalls(TorchDispatchMode):
+    """Names of the operators called, and the storages their results brought with them."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+        self.storages = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        results = func(*args, **(kwargs or {}))
+        for tensor in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages.setdefault(
+                    storage._cdata, (StorageWeakRef(storage), storage.nbytes())
+                )
+        return results
+
+    def bytes_alive(self) -> int:
+        return sum(nbytes for storage, nbytes in self.storages.values() if not storage.expired())
+
+
+def assert_accurate_over(cases: list[Case], scale: float = 4.0) -> None:
+    expected, truth, got = [], [], []
+    for case in cases:
+        theirs, ours = pair(case)
+        data, hx = case.tensors(scale)
+        expected.append(run(case, theirs, data, hx))
+        truth.append(exact(case, theirs, data, hx))
+        got.append(run(case, ours, data, hx))
+        assert got[-1].keys() == expected[-1].keys()
+    for name in expected[0]:
+        assert_as_accurate(
+            *([draw[name] for draw in draws] for draws in (got, expected, truth)), name
+        )
+
+
+def gradients_of(case, module, data, hx, output, h_n):
+    leaves = {"input": data, "hx": hx, **dict(module.named_parameters())}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    cotangents = [c.to(y.dtype) for c, y in zip(case.cotangents(output, h_n), (output, h_n))]
+    gradients = torch.autograd.grad((output, h_n), leaves.values(), cotangents)
+    named = {f"grad of {name}": g for name, g in zip(leaves, gradients)}
+    return {"output": output.detach(), "h_n": h_n.detach(), **named}
+
+
+def assert_no_shared_storage(case: Case) -> None:
+    """No gradient lies in the memory of another, of a result or of what was handed in."""
+    _, ours = pair(case)
+    data, hx = case.tensors()
+    output, h_n = ours(case.input(data), hx)
+    cotangents = case.cotangents(plain(output), h_n)
+    leaves = {"input": data, "hx": hx, **dict(ours.named_parameters())}
+    handed_in = {"cotangent of output": cotangents[0], "cotangent of h_n": cotangents[1], **leaves}
+    gradients = torch.autograd.grad(
+        (plain(output), h_n), leaves.values(), cotangents, retain_graph=True
+    )
+    owners = {x.untyped_storage().data_ptr(): name for name, x in handed_in.items()}
+    owners[plain(output).untyped_storage().data_ptr()] = "output"
+    for name, gradient in zip(leaves, gradients):
+        owner = owners.setdefault(gradient.untyped_storage().data_ptr(), f"gradient of {name}")
+        assert owner == f"gradient of {name}"
+    torch.autograd.backward((plain(output), h_n), cotangents)
+    assert len({x.grad.untyped_storage().data_ptr() for x in leaves.values()}) == len(leaves)
+
+
+def assert_zero_gradients(case: Case) -> None:
+    """An empty batch gives every parameter a gradient, of zeros."""
+    theirs, ours = pair(case)
+    data, hx = case.tensors()
+    got, expected = run(case, ours, data, hx), run(case, theirs, data, hx)
+    assert_same_results(got, expected)
+    output, h_n = ours(data)
+    (output.sum() + h_n.sum()).backward()
+    for parameter in ours.parameters():
+        assert parameter.grad is not None
+        assert not parameter.grad.any()

@@ -1,0 +1,178 @@
+"""Double backward, forward AD, torch.func and checkpointing, as on torch.nn.RNN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, pair, plain
+from torch import nn
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+import tritonrnn
+
+pytestmark = [
+    pytest.mark.usefixtures("torch_back_end"),
+    # torch's own rules for forward AD are scripted at their first use.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
+]
+
+TRANSFORMED = [
+    Case(
+        T=3, B=3, I=2, H=2, L=L, D=D, layout=layout, nonlinearity=nonlinearity, dtype=torch.float64
+    )
+    for layout, (L, D), nonlinearity in [
+        ("time-major", (1, 1), "tanh"),
+        ("time-major", (2, 2), "tanh"),
+        ("batch-first", (1, 2), "tanh"),
+        ("unbatched", (2, 1), "relu"),
+        ("packed", (1, 1), "tanh"),
+        ("unsorted", (2, 2), "tanh"),
+    ]
+]
+transformed = pytest.mark.parametrize("case", TRANSFORMED, ids=str)
+
+
+def as_function(case: Case, module: nn.Module):
+    """(data, hx, *weights) -> (output, h_n)."""
+    names = [name for name, _ in module.named_parameters()]
+    data, hx = case.tensors(0.7)
+    packed = case.input(data)
+
+    def function(data, hx, *weights):
+        input = packed._replace(data=data) if case.is_packed else data
+        parameters = dict(zip(names, weights))
+        output, h_n = torch.func.functional_call(module, parameters, (input, hx))
+        return plain(output), h_n
+
+    weights = [weight.detach().clone().requires_grad_() for weight in module.parameters()]
+    return function, (data, hx, *weights)
+
+
+@transformed
+def test_gradcheck_passes_backward_and_forward(case):
+    function, arguments = as_function(case, case.module(tritonrnn.RNN))
+    assert gradcheck(function, arguments, fast_mode=True, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("case", TRANSFORMED[:1] + TRANSFORMED[4:5], ids=str)
+def test_gradcheck_passes_element_by_element(case):
+    function, arguments = as_function(case, case.module(tritonrnn.RNN))
+    assert gradcheck(function, arguments)
+
+
+@transformed
+def test_gradgradcheck_passes(case):
+    function, arguments = as_function(case, case.module(tritonrnn.RNN))
+    assert gradgradcheck(function, arguments, fast_mode=True)
+
+
+@transformed
+def test_double_backward_agrees_with_torch(case):
+    """A gradient penalty, as a Wasserstein critic has it."""
+    outcomes = []
+    for module in pair(case):
+        data, hx = case.tensors()
+        output, h_n = module(case.input(data), hx)
+        loss = plain(output).square().sum() + h_n.sum()
+        gradients = torch.autograd.grad(loss, [data, hx], create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in gradients)
+        leaves = [data, hx, *module.parameters()]
+        # relu has no second derivative in its biases: torch says None or zero.
+        second = torch.autograd.grad(penalty, leaves, allow_unused=True)
+        outcomes.append([torch.zeros_like(x) if g is None else g for x, g in zip(leaves, second)])
+    torch.testing.assert_close(outcomes[1], outcomes[0])
+
+
+def scalar(function):
+    def loss(*arguments):
+        output, h_n = function(*arguments)
+        return (output * output.detach().cos()).sum() + h_n.pow(3).sum()
+
+    return loss
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(scalar(f))(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](f(x)),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.cos(),)),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(scalar(f))(x),
+    "jacobian": torch.autograd.functional.jacobian,
+    "jacobian-vectorized": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
+    "jacobian-forward": lambda f, x: torch.autograd.functional.jacobian(
+        f, x, vectorize=True, strategy="forward-mode"
+    ),
+    "jvp-of-two-vjps": lambda f, x: torch.autograd.functional.jvp(f, x, x.cos()),
+    "hvp": lambda f, x: torch.autograd.functional.hvp(scalar(f), x, x.cos()),
+    "double-vjp": lambda f, x: torch.autograd.functional.hessian(scalar(f), x),
+}
+
+
+@transformed
+@pytest.mark.parametrize("argument", [0, 1, 3], ids=["input", "hx", "weight_hh"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_agree_with_the_recurrence_written_out(case, argument, transform):
+    """Written out, for torch.nn.RNN takes no packed input under torch.func."""
+    function, arguments = as_function(case, case.module(tritonrnn.RNN))
+    arguments = [x.detach() for x in arguments]
+    # Found before the transform: reading lengths within one is not the subject here.
+    assert case.rows
+
+    def ours(x):
+        return function(*arguments[:argument], x, *arguments[argument + 1 :])
+
+    def written_out(x):
+        data, hx, *weights = [*arguments[:argument], x, *arguments[argument + 1 :]]
+        return case.written_out(weights, data, hx)
+
+    expected = TRANSFORMS[transform](written_out, arguments[argument])
+    assert any(x.any() for x in tree_leaves(expected))
+    torch.testing.assert_close(TRANSFORMS[transform](ours, arguments[argument]), expected)
+
+
+@transformed
+@pytest.mark.parametrize("leaf", ["input", "hx", "weight_ih_l0", "weight_hh_l0", "bias_hh_l0"])
+def test_forward_ad_never_gives_a_silent_zero_tangent(case, leaf):
+    tangents = []
+    for module in pair(case):
+        data, hx = (x.detach() for x in case.tensors())
+        with forward_ad.dual_level():
+            parameters = {n: p.detach() for n, p in module.named_parameters()}
+            leaves = {"input": data, "hx": hx, **parameters}
+            tangent = torch.linspace(-1, 1, leaves[leaf].numel(), dtype=torch.float64)
+            leaves[leaf] = forward_ad.make_dual(leaves[leaf], tangent.view(leaves[leaf].shape))
+            output, h_n = torch.func.functional_call(
+                module,
+                {name: leaves[name] for name in parameters},
+                (case.input(leaves["input"]), leaves["hx"]),
+            )
+            tangents.append([forward_ad.unpack_dual(y).tangent for y in (plain(output), h_n)])
+    for expected, got in zip(*tangents):
+        assert expected.any()
+        assert got is not None
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["recomputed", "reentrant"])
+@pytest.mark.parametrize("layout", ["time-major", "packed"])
+def test_checkpointing_agrees_and_repeats_dropout(layout, use_reentrant):
+    case = Case(layout=layout, L=2, dropout=0.4, dtype=torch.float64)
+    _, ours = pair(case)
+    data, hx = case.tensors()
+
+    def function(data, hx):
+        output, h_n = ours(case.input(data), hx)
+        return plain(output), h_n
+
+    results = []
+    for call in (function, lambda *a: checkpoint(function, *a, use_reentrant=use_reentrant)):
+        ours.zero_grad()
+        data.grad = None
+        torch.manual_seed(3)
+        output, h_n = call(data, hx)
+        (output.square().sum() + h_n.sum()).backward()
+        results.append([data.grad, *(parameter.grad for parameter in ours.parameters())])
+    torch.testing.assert_close(results[1], results[0])
