@@ -64,14 +64,14 @@ class Choice:
     """What serves a call.
 
     Attributes:
-        backend: "triton" or "torch".
+        backend: "triton" or "torch"; "auto" while a program is being compiled.
         plan: how. On triton a ``LaunchPlan``, of the forward pass. On torch: "walk", an operator
             a layer that walks in place; "recorded", every step recorded by autograd; "native",
             torch's own ``rnn_tanh`` and ``rnn_relu``, which on CUDA are cuDNN's.
         reason: why, in one sentence.
     """
 
-    backend: Literal["triton", "torch"]
+    backend: Backend
     plan: str | LaunchPlan
     reason: str
 
@@ -115,6 +115,14 @@ def choose(
     reason = "torch was asked for." if asked == "torch" else obstacle
     # torch's own kernels are as good as any where there is no walk, and on CUDA they are cuDNN.
     return Choice("torch", "native" if T == 1 or device.type == "cuda" else "walk", reason or "")
+
+
+def defer(dtype: torch.dtype) -> Choice:
+    """Leave the choice to the operator, for a program that is being compiled or exported."""
+    recorded = _why_recorded(dtype)
+    if recorded:
+        return Choice("torch", "recorded", recorded)
+    return Choice("auto", "walk", "a compiled program chooses each time that it runs.")
 
 
 @functools.cache

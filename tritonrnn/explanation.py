@@ -53,8 +53,11 @@ def explain(module: RNN, input: Tensor | PackedSequence, hx: Tensor | None = Non
         input, hx: as its forward takes them.
 
     Raises:
-        Whatever the call itself would raise before its first operation.
+        TypeError: ``module`` is no :class:`tritonrnn.RNN`.
+        Exception: whatever the call itself would raise before its first operation.
     """
+    if not isinstance(module, RNN):
+        raise TypeError(f"Expected a tritonrnn.RNN to explain, got {type(module).__qualname__}")
     call = functional.check(
         input,
         hx,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from tritonrnn import ops
-from tritonrnn.dispatch import Choice, choose
+from tritonrnn.dispatch import Choice, choose, defer
 from tritonrnn.layout import SequenceLayout
 
 
@@ -196,7 +196,7 @@ def check(
         data, extents, permutation, _ = input
         layout = "packed"
         _check_data(data, layers, dim=2)
-        T, B = _check_batch_sizes(extents, len(data))
+        T, B = _check_batch_sizes(extents, len(data), hx)
     else:
         if input.dim() not in (2, 3):
             raise ValueError(
@@ -222,8 +222,11 @@ def check(
             hx = hx.index_select(1, permutation)
     _check_weights(layers, data, bidirectional)
     dtype = _compute_dtype(data)
-    G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
-    choice = choose(data.device, dtype, T=T, B=B, G=G, H=H, nonlinearity=nonlinearity)
+    if torch.compiler.is_compiling():
+        choice = defer(dtype)
+    else:
+        G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
+        choice = choose(data.device, dtype, T=T, B=B, G=G, H=H, nonlinearity=nonlinearity)
     return Call(data, hx, layers, extents, layout, nonlinearity, bidirectional, dtype, choice)
 
 
@@ -285,7 +288,7 @@ def _layers(
     weights: Sequence[Tensor], num_layers: int, bidirectional: bool
 ) -> list[Sequence[Tensor]]:
     groups = num_layers * (2 if bidirectional else 1)
-    if num_layers < 1 or len(weights) not in (2 * groups, 4 * groups):
+    if num_layers < 1 or (len(weights) != 2 * groups and len(weights) != 4 * groups):
         raise ValueError(
             f"Expected {2 * groups} weights, or {4 * groups} with biases, for {num_layers} layers "
             f"in {2 if bidirectional else 1} directions, got {len(weights)}"
@@ -334,13 +337,16 @@ def _check_data(data: Tensor, layers: Sequence[Sequence[Tensor]], dim: int) -> N
         )
 
 
-def _check_batch_sizes(batch_sizes: Tensor, num_rows: int) -> tuple[int, int]:
+def _check_batch_sizes(batch_sizes: Tensor, num_rows: int, hx: Tensor | None) -> tuple[int, int]:
     """T and B of what is packed, once it makes sense."""
     if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
         raise RuntimeError(
             "Expected batch_sizes of a PackedSequence to be 1-D and of dtype torch.int64, got "
             f"{batch_sizes.dim()}-D and {batch_sizes.dtype}"
         )
+    if torch.compiler.is_compiling():
+        # A tracer sees no numbers: the operator checks them, and those of hx, when it runs.
+        return len(batch_sizes), 0 if hx is None else hx.shape[-2]
     layout = SequenceLayout.of_packed(batch_sizes, num_rows)
     return layout.T, layout.B
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tritonrnn import differentiable, layer
+from tritonrnn.dispatch import choose
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.precision import products_as_in_rnn
 
@@ -52,7 +53,7 @@ def elman(
         layout: "time_major", "batch_major", "packed" or "jagged".
         nonlinearity: "tanh" or "relu".
         bidirectional: whether ``weights`` holds two directions.
-        backend: "torch" or "triton".
+        backend: "torch" or "triton"; "auto" chooses between them when it runs.
 
     Returns:
         ``output``, shaped as the input with G * H features, and ``h_n [G, B, H]``.
@@ -92,6 +93,23 @@ def _plainly(input: Tensor) -> Iterator[None]:
             yield
 
 
+def _chosen(
+    backend: str, w_hh: Tensor, where: SequenceLayout, nonlinearity: str, bidirectional: bool
+) -> str:
+    """The back end of a compiled program's call, which was not chosen when it was traced."""
+    if backend != "auto":
+        return backend
+    return choose(
+        w_hh.device,
+        w_hh.dtype,
+        T=where.T,
+        B=where.B,
+        G=2 if bidirectional else 1,
+        H=len(w_hh),
+        nonlinearity=nonlinearity,
+    ).backend
+
+
 def _elman_kernel(
     input: Tensor,
     hx: Tensor | None,
@@ -104,6 +122,9 @@ def _elman_kernel(
 ) -> tuple[Tensor, Tensor]:
     with _plainly(input):
         rows, where = _rows(input, layout, extents)
+        if hx is not None and hx.shape[1] != where.B:
+            raise RuntimeError(f"Expected hidden states of {where.B} sequences, got {hx.shape[1]}")
+        backend = _chosen(backend, weights[1], where, nonlinearity, bidirectional)
         output, h_n = layer.forward(rows, hx, weights, where, nonlinearity, bidirectional, backend)
         return output.view(*input.shape[:-1], output.shape[-1]), h_n
 
@@ -124,6 +145,7 @@ def _elman_backward_kernel(
 ) -> list[Tensor]:
     with _plainly(input):
         rows, where = _rows(input, layout, extents)
+        backend = _chosen(backend, weights[1], where, nonlinearity, bidirectional)
         # The walk is in place: on a copy, which for an odd layout is the only one.
         if grad_output is None:
             dz = output.new_zeros(output.shape)

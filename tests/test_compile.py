@@ -1,0 +1,64 @@
+"""A model around the RNN compiles whole, for every length, and computes what it did before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, plain
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import tritonrnn
+
+pytestmark = [
+    pytest.mark.usefixtures("torch_back_end"),
+    # torch's compiler imports modules of its own that warn.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_compiled():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("layout", "compiler"),
+    [
+        ("time-major", "aot_eager"),
+        ("batch-first", "aot_eager"),
+        ("unsorted", "aot_eager"),
+        ("unsorted", "inductor"),
+    ],
+)
+@pytest.mark.parametrize("hx", [True, False], ids=["hx", "nohx"])
+def test_compiled_model_agrees_whatever_the_length(layout, compiler, hx):
+    module = Case(L=2, D=2).module(tritonrnn.RNN)
+    module.batch_first = layout == "batch-first"
+
+    def model(input, hx):
+        output, h_n = module(input, hx)
+        return plain(output).relu().sum(0), h_n * 2
+
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for T in (5, 7, 9, 12):
+        case = Case(T=T, L=2, D=2, layout=layout, hx=hx, seed=T)
+        data, state = case.tensors()
+        leaves = [data, *module.parameters()] + ([state] if hx else [])
+        results = []
+        for run in (model, compiled):
+            first, second = run(case.input(data), state)
+            gradients = torch.autograd.grad(first.sum() + second.sum(), leaves)
+            results.append([first, second, *gradients])
+        torch.testing.assert_close(results[1], results[0])
+    # Once for the first length, and once more for all others.
+    assert counter.frame_count <= 2
+
+
+def test_compiled_model_checks_what_it_is_given():
+    module = Case().module(tritonrnn.RNN)
+    compiled = torch.compile(module, backend="aot_eager")
+    with pytest.raises(Exception, match="input_size"):
+        compiled(torch.ones(3, 2, 5))
