@@ -96,3 +96,15 @@ def test_wgmma_reads_the_state_behind_a_barrier_and_a_proxy_fence():
     last_write = max(i for i, event in enumerate(events) if event.startswith("st"))
     after = events[last_write + 1 :]
     assert after.index("bar.sync") < after.index("fence.proxy.async") < after.index("wgmma.fence")
+
+
+def test_new_lengths_and_batch_sizes_do_not_recompile():
+    """Whatever T and B are: 1, odd, multiples of 16, which Triton would each specialise on."""
+    compiled = compile_in_a_fresh_process(
+        "from perf.static import *\n"
+        "plan = resident_plan(Problem(T, 16, 2, 64, 'bf16'), DEVICES['sm_90'])\n"
+        "for steps, batch in [(1, 1), (7, 16), (1024, 33), (4096, 64)]:\n"
+        "    compile_plan(Problem(steps, batch, 2, 64, 'bf16'), plan, torch.bfloat16)\n"
+        "print(sum(len(caches[0]) for caches in recurrence_kernel.device_caches.values()))"
+    )
+    assert compiled.split() == ["1"]
