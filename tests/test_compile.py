@@ -62,3 +62,19 @@ def test_compiled_model_checks_what_it_is_given():
     compiled = torch.compile(module, backend="aot_eager")
     with pytest.raises(Exception, match="input_size"):
         compiled(torch.ones(3, 2, 5))
+
+
+def test_compiled_cell_agrees():
+    cell = tritonrnn.RNNCell(3, 5)
+    compiled = torch.compile(cell, fullgraph=True, backend="aot_eager")
+    input, hx = torch.randn(4, 3), torch.randn(4, 5)
+    torch.testing.assert_close(compiled(input, hx), cell(input, hx))
+
+
+def test_backward_of_a_compiled_call_does_not_obey_a_later_context():
+    module = tritonrnn.RNN(3, 5).double()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    output, _ = compiled(torch.randn(4, 2, 3, dtype=torch.float64))
+    with tritonrnn.backend("triton"):
+        output.sum().backward()
+    assert module.weight_hh_l0.grad is not None

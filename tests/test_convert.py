@@ -358,3 +358,14 @@ def test_new_weight_assigned_after_conversion_is_used():
     reference.load_state_dict(converted.state_dict())
     torch.testing.assert_close(converted(x)[0], reference(x)[0])
     assert not dict(converted.named_parameters())["weight_ih_l0"].any()
+
+
+def test_child_of_a_subclass_is_replaced_with_it():
+    class Nest(nn.RNN):
+        pass
+
+    nest = Nest(3, 5)
+    nest.inner = nn.RNN(5, 5)
+    converted = tritonrnn.convert(nest)
+    assert isinstance(converted, Nest)
+    assert isinstance(converted.inner, tritonrnn.RNN)

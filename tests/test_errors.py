@@ -136,3 +136,10 @@ def test_errors_come_before_any_work(call):
 
 def leaves_of(argument):
     return argument if isinstance(argument, (PackedSequence, list)) else [argument]
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_autocast_does_not_cast_integers(nonlinearity):
+    module = tritonrnn.RNN(3, 5, nonlinearity=nonlinearity)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="dtype"):
+        module(torch.ones(4, 2, 3, dtype=torch.int64))

@@ -17,6 +17,9 @@ from cases import (
     plain,
 )
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils.rnn import PackedSequence
+
+import tritonrnn
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
@@ -145,3 +148,38 @@ def test_backward_keeps_input_and_output_of_each_layer_only(layout, nonlinearity
     # Row maps: a few int64 numbers a time step.
     row_maps = 4 * 8 * (longer.T - case.T)
     assert grown <= more_tokens * (case.I + L * D * case.H) * 4 + row_maps
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("D", [1, 2])
+def test_infinite_output_of_one_sequence_stays_out_of_the_next(batch_first, D):
+    """The first sequence's last output overflows: it is nobody's previous state."""
+    data = torch.ones(2, 3, 1)
+    data[0, -1], data[1, 0] = torch.inf, torch.inf
+    data = data if batch_first else data.transpose(0, 1)
+    gradients = []
+    for module_class in (torch.nn.RNN, tritonrnn.RNN):
+        module = module_class(1, 1, 1, "relu", False, batch_first, bidirectional=D == 2)
+        for name, parameter in module.named_parameters():
+            torch.nn.init.constant_(parameter, float("ih" in name))
+        output, _ = module(data)
+        output[output.isfinite()].sum().backward()
+        gradients.append([parameter.grad for parameter in module.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], equal_nan=True)
+
+
+def test_batch_sizes_made_in_inference_mode_train():
+    with torch.inference_mode():
+        batch_sizes = torch.tensor([2, 1])
+    module = tritonrnn.RNN(3, 5)
+    module(PackedSequence(torch.ones(3, 3), batch_sizes))[0].data.sum().backward()
+    assert module.weight_hh_l0.grad is not None
+
+
+def test_batch_sizes_changed_unseen_are_read_again():
+    batch_sizes = torch.tensor([2, 2])
+    module = tritonrnn.RNN(3, 5)
+    packed = PackedSequence(torch.ones(4, 3), batch_sizes)
+    assert module(packed)[1].shape == (1, 2, 5)
+    batch_sizes.numpy()[:] = (3, 1)
+    assert module(packed)[1].shape == (1, 3, 5)

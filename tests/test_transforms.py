@@ -176,3 +176,20 @@ def test_checkpointing_agrees_and_repeats_dropout(layout, use_reentrant):
         (output.square().sum() + h_n.sum()).backward()
         results.append([data.grad, *(parameter.grad for parameter in ours.parameters())])
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
+def test_operator_called_by_itself_gives_no_silent_zero_tangent(grad_mode):
+    """As an exported program calls it."""
+    case = Case(D=2, dtype=torch.float64)
+    module = case.module(tritonrnn.RNN)
+    data, _ = (x.detach() for x in case.tensors())
+    weights = [weight.detach() for weight in module.parameters()]
+    with grad_mode(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(data, torch.ones_like(data))
+        output, _ = torch.ops.tritonrnn.elman(
+            dual, None, weights, None, "time_major", "tanh", True, "torch"
+        )
+        expected, _ = module(dual)
+        tangent, other = (forward_ad.unpack_dual(y).tangent for y in (output, expected))
+    torch.testing.assert_close(tangent, other)

@@ -36,7 +36,8 @@ def convert(model: Model) -> Model:
             replaced[module] = module if target is None else _move(module, target)
         return replaced[module]
 
-    for module in list(model.modules()):
+    # From the inside out: what is replaced hands on the children that it has then.
+    for module in reversed(list(model.modules())):
         for name, child in module._modules.items():
             if child is not None:
                 module._modules[name] = replacement(child)

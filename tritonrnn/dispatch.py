@@ -88,11 +88,34 @@ def choose(
 ) -> Choice:
     """Choose for a call of these sizes, in the context that it is made in.
 
+    While a program is being compiled or exported, the choice is left to the operator.
+
     Raises:
         RuntimeError: the back end asked for can't serve the call.
     """
-    asked = current_backend()
-    recorded = _why_recorded(dtype)
+    recorded = why_recorded(dtype)
+    if not torch.compiler.is_compiling():
+        return choose_now(
+            current_backend(), device, dtype, T=T, B=B, G=G, H=H, nonlinearity=nonlinearity
+        )
+    if recorded:
+        return Choice("torch", "recorded", recorded)
+    return Choice("auto", "walk", "a compiled program chooses each time that it runs.")
+
+
+def choose_now(
+    asked: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    T: int,
+    B: int,
+    G: int,
+    H: int,
+    nonlinearity: str,
+) -> Choice:
+    """:func:`choose` of the back end asked for, whatever the context."""
+    recorded = why_recorded(dtype)
     obstacle = recorded or _obstacle(device, dtype)
     if asked == "triton" and obstacle:
         raise RuntimeError(f"the triton back end can't serve this call: {obstacle}")
@@ -117,14 +140,6 @@ def choose(
     return Choice("torch", "native" if T == 1 or device.type == "cuda" else "walk", reason or "")
 
 
-def defer(dtype: torch.dtype) -> Choice:
-    """Leave the choice to the operator, for a program that is being compiled or exported."""
-    recorded = _why_recorded(dtype)
-    if recorded:
-        return Choice("torch", "recorded", recorded)
-    return Choice("auto", "walk", "a compiled program chooses each time that it runs.")
-
-
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -147,7 +162,7 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _why_recorded(dtype: torch.dtype) -> str | None:
+def why_recorded(dtype: torch.dtype) -> str | None:
     """Why every step has to be an operation that autograd records, or None if not."""
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active, which needs every step recorded."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from tritonrnn import ops
-from tritonrnn.dispatch import Choice, choose, defer
+from tritonrnn.dispatch import Choice, choose
 from tritonrnn.layout import SequenceLayout
 
 
@@ -222,11 +223,8 @@ def check(
             hx = hx.index_select(1, permutation)
     _check_weights(layers, data, bidirectional)
     dtype = _compute_dtype(data)
-    if torch.compiler.is_compiling():
-        choice = defer(dtype)
-    else:
-        G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
-        choice = choose(data.device, dtype, T=T, B=B, G=G, H=H, nonlinearity=nonlinearity)
+    G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
+    choice = choose(data.device, dtype, T=T, B=B, G=G, H=H, nonlinearity=nonlinearity)
     return Call(data, hx, layers, extents, layout, nonlinearity, bidirectional, dtype, choice)
 
 
@@ -264,14 +262,25 @@ def _native(
     has_biases = len(layers[0]) == 4 * G
     # cuDNN can't differentiate what ran in evaluation mode, which differs by the dropout only.
     settings = (has_biases, len(layers), dropout, dropout > 0 or torch.is_grad_enabled())
-    with warnings.catch_warnings():
-        # cuDNN wants the weights in one buffer of its own, or copies them; where they lie is the
-        # owner's to say.
-        warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
+    with _wherever_weights_lie(data):
         if call.extents is not None:
             return run(data, call.extents, hx, weights, *settings, call.bidirectional)
         batch_first = call.layout == "batch_major"
         return run(data, hx, weights, *settings, call.bidirectional, batch_first)
+
+
+@contextmanager
+def _wherever_weights_lie(data: Tensor) -> Iterator[None]:
+    """Silence cuDNN, which copies weights that do not lie in one buffer of its own and warns.
+
+    Where they lie is their owner's to say.
+    """
+    if not data.is_cuda:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
+        yield
 
 
 def _dropout(data: Tensor, p: float, layout: str) -> Tensor:
@@ -323,7 +332,9 @@ def _check_weights(layers: Sequence[Sequence[Tensor]], data: Tensor, bidirection
 
 def _check_data(data: Tensor, layers: Sequence[Sequence[Tensor]], dim: int) -> None:
     w_ih = layers[0][0]
-    if data.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
+    # Autocast, which casts floating point only, makes up for the rest.
+    castable = torch._C._is_any_autocast_enabled() and data.is_floating_point()
+    if data.dtype != w_ih.dtype and not castable:
         raise ValueError(
             f"RNN input dtype ({data.dtype}) does not match weight dtype ({w_ih.dtype}). "
             f"Convert input: input.to({w_ih.dtype}), or convert model: model.to({data.dtype})"

@@ -181,8 +181,11 @@ def _grad_w_hh(
     start = layout.last_rows if backwards else layout.first_rows
     initial = None if h_0 is None else dz[start].t() @ h_0
     if layout.sequence_major:
-        # Neighbouring rows of two sequences are no neighbours in time: a zero drops the pair.
+        # Neighbouring rows of two sequences are no neighbours in time: zeros on both sides drop
+        # the pair, whatever numbers it holds.
         dz[start] = 0
+        output = output.clone()
+        output[layout.first_rows if backwards else layout.last_rows] = 0
     earlier, later = layout.neighbours
     before, after = (later, earlier) if backwards else (earlier, later)
     grad = dz[after].t() @ output[before]

@@ -89,11 +89,10 @@ class SequenceLayout:
 
         So all layers of a call share what is derived from it, and the backward pass as well.
         """
-        version = None if batch_sizes.is_inference() else batch_sizes._version
-        known_version, layout = _packed.get(batch_sizes, (None, None))
-        if layout is None or known_version != version or layout.N != num_rows:
-            layout = cls.packed(batch_sizes.tolist(), num_rows)
-            _packed[batch_sizes] = version, layout
+        sizes = tuple(batch_sizes.tolist())
+        layout = _packed.get(batch_sizes)
+        if layout is None or layout.batch_sizes != sizes or layout.N != num_rows:
+            layout = _packed[batch_sizes] = cls.packed(sizes, num_rows)
         return layout
 
     @classmethod
@@ -142,18 +141,17 @@ class SequenceLayout:
     def row_map(self, device: torch.device) -> Tensor:
         """``time_base[T], batch_base[B], lengths[B]`` as one int64 tensor on a device.
 
-        One pinned, asynchronous copy, made once for all layers and passes on a stream. It is not
-        kept where a CUDA graph is being captured: its memory is that graph's.
+        One pinned, asynchronous copy, made once for all layers and passes on a stream. A CUDA
+        graph that is being captured gets a copy of its own, in its own memory.
         """
         if device.type != "cuda":
             return self._host_map.to(device)
+        if torch.cuda.is_current_stream_capturing():
+            return self._host_map.pin_memory().to(device, non_blocking=True)
         stream = torch.cuda.current_stream(device)
-        known = self._row_maps.get(stream)
-        if known is None:
-            known = self._host_map.pin_memory().to(device, non_blocking=True)
-            if not torch.cuda.is_current_stream_capturing():
-                self._row_maps[stream] = known
-        return known
+        if stream not in self._row_maps:
+            self._row_maps[stream] = self._host_map.pin_memory().to(device, non_blocking=True)
+        return self._row_maps[stream]
 
     @cached_property
     def _host_map(self) -> Tensor:

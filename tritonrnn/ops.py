@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tritonrnn import differentiable, layer
-from tritonrnn.dispatch import choose
+from tritonrnn.dispatch import Backend, choose_now, current_backend, why_recorded
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.precision import products_as_in_rnn
 
@@ -93,13 +93,19 @@ def _plainly(input: Tensor) -> Iterator[None]:
             yield
 
 
-def _chosen(
-    backend: str, w_hh: Tensor, where: SequenceLayout, nonlinearity: str, bidirectional: bool
+def _resolve(
+    backend: str,
+    asked: Backend,
+    w_hh: Tensor,
+    where: SequenceLayout,
+    nonlinearity: str,
+    bidirectional: bool,
 ) -> str:
     """The back end of a compiled program's call, which was not chosen when it was traced."""
     if backend != "auto":
         return backend
-    return choose(
+    return choose_now(
+        asked,
         w_hh.device,
         w_hh.dtype,
         T=where.T,
@@ -124,7 +130,8 @@ def _elman_kernel(
         rows, where = _rows(input, layout, extents)
         if hx is not None and hx.shape[1] != where.B:
             raise RuntimeError(f"Expected hidden states of {where.B} sequences, got {hx.shape[1]}")
-        backend = _chosen(backend, weights[1], where, nonlinearity, bidirectional)
+        asked = current_backend()
+        backend = _resolve(backend, asked, weights[1], where, nonlinearity, bidirectional)
         output, h_n = layer.forward(rows, hx, weights, where, nonlinearity, bidirectional, backend)
         return output.view(*input.shape[:-1], output.shape[-1]), h_n
 
@@ -145,7 +152,8 @@ def _elman_backward_kernel(
 ) -> list[Tensor]:
     with _plainly(input):
         rows, where = _rows(input, layout, extents)
-        backend = _chosen(backend, weights[1], where, nonlinearity, bidirectional)
+        # Not by the context: that was the forward pass's to obey, and may be another by now.
+        backend = _resolve(backend, "auto", weights[1], where, nonlinearity, bidirectional)
         # The walk is in place: on a copy, which for an odd layout is the only one.
         if grad_output is None:
             dz = output.new_zeros(output.shape)
@@ -228,7 +236,8 @@ def elman_recorded(
 ) -> tuple[Tensor, Tensor]:
     """The same as :func:`elman`, every step recorded by autograd instead."""
     rows, where = _rows(input, layout, extents)
-    output, h_n = differentiable.forward(rows, hx, weights, where, nonlinearity, bidirectional)
+    with products_as_in_rnn(input.device, input.dtype):
+        output, h_n = differentiable.forward(rows, hx, weights, where, nonlinearity, bidirectional)
     return output.unflatten(0, input.shape[:-1]), h_n
 
 
@@ -241,15 +250,17 @@ class _Elman(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             output, h_n = torch.ops.tritonrnn.elman(input, hx, weights, extents, *settings)
         ctx.settings = settings
+        # Not saved as the others are, which inference mode's tensors can't be.
+        ctx.extents = extents
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output, input, hx, extents, *weights)
+        ctx.save_for_backward(output, input, hx, *weights)
         return output, h_n
 
     @staticmethod
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        output, input, hx, extents, *weights = ctx.saved_tensors
+        output, input, hx, *weights = ctx.saved_tensors
         needs_input, needs_hx, _, *needs_weights = ctx.needs_input_grad[4:]
         needs = [needs_input, needs_hx, *needs_weights]
         if grad_output is None and grad_h_n is None:
@@ -264,7 +275,9 @@ class _Elman(torch.autograd.Function):
         if batched:
             run = _recorded_backward
         found = iter(
-            run(grad_output, grad_h_n, input, hx, weights, output, extents, *ctx.settings, needs)
+            run(
+                grad_output, grad_h_n, input, hx, weights, output, ctx.extents, *ctx.settings, needs
+            )
         )
         grads = [next(found) if need else None for need in needs]
         return (*[None] * 4, grads[0], grads[1], None, *grads[2:])
@@ -277,6 +290,8 @@ def _elman_autograd(
     extents: Tensor | None,
     *settings: Any,
 ) -> tuple[Tensor, Tensor]:
+    if why_recorded(input.dtype):
+        return elman_recorded(input, hx, weights, extents, *settings)
     if torch.is_grad_enabled():
         return _Elman.apply(*settings, input, hx, extents, *weights)
     with torch._C._AutoDispatchBelowAutograd():

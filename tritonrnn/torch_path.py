@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -15,12 +13,9 @@ from tritonrnn.layout import SequenceLayout
 # A step of fewer numbers is cheapest with the fewest operations, a larger one with those that use
 # its memory best. Forward, one of two directions of B 32, H 128: tanh 27 us as the columns lie,
 # 15 us copied together and back; B 8, H 64: 4 and 7 us. Backward, B 1, H 32: 0.9 us with the
-# derivative made for all steps at once, 2.2 us step by step; B 64, H 512: 7.5 and 4.3 us.
+# derivative made for all steps at once, 2.2 us step by step; B 64, H 512: 7.5 and 4.3 us. (torch
+# 2.13, 2 cores of an AMD EPYC with AVX-512.)
 _SMALL_STEP = 1 << 11
-# Up to this many multiply-adds a step, a second thread costs more than it takes over: product and
-# tanh of B 8, H 64 (2¹⁵) took 4.3 us on one thread and 5.5 on two, of B 16, H 64 6.2 and 6.5, of
-# B 32, H 64 (2¹⁷) 10.0 and 8.5. (All of these: torch 2.13, 2 cores of an AMD EPYC with AVX-512.)
-_ONE_THREAD_STEP = 1 << 16
 
 
 def recurrence(
@@ -51,20 +46,19 @@ def recurrence(
     H = M.shape[1]
     if v_0 is not None:
         _add_initial(a, v_0, layout, reverse)
-    with _one_thread() if layout.B * H * H <= _ONE_THREAD_STEP else nullcontext():
-        for g, backwards in enumerate(reverse):
-            columns = slice(g * H, (g + 1) * H)
-            rows = a[:, columns]
-            steps = layout.steps(rows)
-            in_turn = steps[::-1] if backwards else steps
-            Mt = M[g].t().contiguous()
-            if aux is None:
-                _walk(in_turn, Mt, epilogue)
-            else:
-                close, factors = _derivative(epilogue, aux[:, columns], layout)
-                _walk_gradient(in_turn, Mt, close, factors[::-1] if backwards else factors)
-            if layout.offsets is not None:
-                rows.copy_(layout.join(steps))
+    for g, backwards in enumerate(reverse):
+        columns = slice(g * H, (g + 1) * H)
+        rows = a[:, columns]
+        steps = layout.steps(rows)
+        in_turn = steps[::-1] if backwards else steps
+        Mt = M[g].t().contiguous()
+        if aux is None:
+            _walk(in_turn, Mt, epilogue)
+        else:
+            close, factors = _derivative(epilogue, aux[:, columns], layout)
+            _walk_gradient(in_turn, Mt, close, factors[::-1] if backwards else factors)
+        if layout.offsets is not None:
+            rows.copy_(layout.join(steps))
 
 
 def _add_initial(a: Tensor, v_0: Tensor, layout: SequenceLayout, reverse: Sequence[bool]) -> None:
@@ -143,30 +137,3 @@ def _continued(steps: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tens
         elif now < before:
             sources[i] = sources[i][:now]
     return targets, sources
-
-
-_thread_lock = threading.Lock()
-_thread_users = 0
-_thread_count = 1
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch's kernels on the calling thread.
-
-    How many threads they use is the process's to say, so concurrent users of this are counted: the
-    first one in notes the number, the last one out puts it back.
-    """
-    global _thread_users, _thread_count
-    with _thread_lock:
-        if _thread_users == 0:
-            _thread_count = torch.get_num_threads()
-            torch.set_num_threads(1)
-        _thread_users += 1
-    try:
-        yield
-    finally:
-        with _thread_lock:
-            _thread_users -= 1
-            if _thread_users == 0:
-                torch.set_num_threads(_thread_count)
