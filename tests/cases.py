@@ -42,6 +42,7 @@ class Case:
     layout: str = "time-major"
     dropout: float = 0.0
     seed: int = 0
+    device: str = "cpu"
 
     def __str__(self) -> str:
         parts = [f"T{self.T}", f"B{self.B}", f"I{self.I}", f"H{self.H}", f"L{self.L}", f"D{self.D}"]
@@ -69,7 +70,7 @@ class Case:
         """The module, its weights a function of the seed alone, whatever its class and dtype."""
         torch.manual_seed(self.seed)
         module = module_class(self.I, self.H, **self.options)
-        return module.to(self.dtype)
+        return module.to(self.device, self.dtype)
 
     def lengths(self) -> Tensor:
         """From T down to 1, or as many as B allows; the second and the last are shortest."""
@@ -90,12 +91,12 @@ class Case:
         }
         rows = (int(self.lengths().sum()), self.I)
         data = scale * torch.randn(shapes.get(self.layout, rows), generator=generator)
-        data = data.to(self.dtype).requires_grad_()
+        data = data.to(self.device, self.dtype).requires_grad_()
         if not self.hx:
             return data, None
         shape = (self.L * self.D, self.H) if self.layout == "unbatched" else self.state_shape
         hx = torch.randn(shape, generator=generator)
-        return data, hx.to(self.dtype).requires_grad_()
+        return data, hx.to(self.device, self.dtype).requires_grad_()
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -108,14 +109,17 @@ class Case:
         indices = pack_padded_sequence(
             torch.zeros(self.T, self.B, 1), self.lengths(), enforce_sorted=self.layout == "packed"
         )
-        return PackedSequence(
-            data, indices.batch_sizes, indices.sorted_indices, indices.unsorted_indices
-        )
+        order = [
+            None if rows is None else rows.to(self.device)
+            for rows in (indices.sorted_indices, indices.unsorted_indices)
+        ]
+        return PackedSequence(data, indices.batch_sizes, *order)
 
     def cotangents(self, output: Tensor, h_n: Tensor) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.seed + 2)
         return tuple(
-            torch.randn(y.shape, generator=generator).to(self.dtype) for y in (output, h_n)
+            torch.randn(y.shape, generator=generator).to(self.device, self.dtype)
+            for y in (output, h_n)
         )
 
     def written_out(self, weights: Iterable[Tensor], data: Tensor, hx: Tensor | None):

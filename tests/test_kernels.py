@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -17,8 +18,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
 ]
 
+# Natively where there is a GPU.
+KernelCase = functools.partial(Case, device="cuda" if torch.cuda.is_available() else "cpu")
 ON_TRITON = [
-    Case(T=3, B=2, H=5, dtype=dtype, nonlinearity=nonlinearity, layout=layout, L=L, D=D, hx=hx)
+    KernelCase(
+        T=3, B=2, H=5, dtype=dtype, nonlinearity=nonlinearity, layout=layout, L=L, D=D, hx=hx
+    )
     for layout, (L, D), nonlinearity, dtype, hx in [
         ("time-major", (1, 1), "tanh", torch.float32, True),
         ("batch-first", (2, 1), "tanh", torch.float32, False),
@@ -48,12 +53,12 @@ def test_kernels_are_as_accurate_as_torch(case):
 
 @pytest.mark.usefixtures("triton_back_end")
 def test_kernels_share_no_storage_between_gradients():
-    assert_no_shared_storage(Case(T=2, D=2, layout=ON_TRITON[2].layout))
+    assert_no_shared_storage(KernelCase(T=2, D=2, layout=ON_TRITON[2].layout))
 
 
 @pytest.mark.usefixtures("triton_back_end")
 def test_kernels_give_an_empty_batch_zero_gradients():
-    assert_zero_gradients(Case(B=0, D=2))
+    assert_zero_gradients(KernelCase(B=0, D=2))
 
 
 @pytest.mark.usefixtures("triton_back_end")

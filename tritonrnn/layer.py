@@ -120,7 +120,7 @@ def backward(
     grad_input = dz @ _cat([group.w_ih for group in groups]) if needs[0] else None
     grad_hx = None
     if needs[1]:
-        starts = [layout.first_rows, layout.last_rows][: len(groups)]
+        starts = [layout.first_rows(dz.device), layout.last_rows(dz.device)][: len(groups)]
         grad_hx = torch.stack([dz_groups[g][rows] @ M[g] for g, rows in enumerate(starts)])
     grads = [grad_input, grad_hx]
     each = len(weights) // len(groups)
@@ -140,7 +140,8 @@ def backward(
 
 def final_state(output: Tensor, layout: SequenceLayout, backwards: bool) -> Tensor:
     """The state after each sequence's walk, ``[B, H]``, of one direction's output."""
-    return output[layout.first_rows if backwards else layout.last_rows]
+    rows = layout.first_rows if backwards else layout.last_rows
+    return output[rows(output.device)]
 
 
 def _recurrence(backend: str, device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
@@ -178,15 +179,16 @@ def _grad_w_hh(
     dz: Tensor, output: Tensor, h_0: Tensor | None, layout: SequenceLayout, backwards: bool
 ) -> Tensor:
     """``Σ dz_tᵀ output_{t-1}`` of one direction. Where rows cross sequences, dz is spoilt."""
-    start = layout.last_rows if backwards else layout.first_rows
+    first, last = layout.first_rows(dz.device), layout.last_rows(dz.device)
+    start, end = (last, first) if backwards else (first, last)
     initial = None if h_0 is None else dz[start].t() @ h_0
     if layout.sequence_major:
         # Neighbouring rows of two sequences are no neighbours in time: zeros on both sides drop
         # the pair, whatever numbers it holds.
         dz[start] = 0
         output = output.clone()
-        output[layout.first_rows if backwards else layout.last_rows] = 0
-    earlier, later = layout.neighbours
+        output[end] = 0
+    earlier, later = layout.neighbours(dz.device)
     before, after = (later, earlier) if backwards else (earlier, later)
     grad = dz[after].t() @ output[before]
     return grad if initial is None else grad.add_(initial)

@@ -139,26 +139,30 @@ class SequenceLayout:
         return torch.arange(self.B) * (self.T if self.batch_first else 1)
 
     def row_map(self, device: torch.device) -> Tensor:
-        """``time_base[T], batch_base[B], lengths[B]`` as one int64 tensor on a device.
+        """``time_base[T], batch_base[B], lengths[B]`` as one int64 tensor on a device."""
+        return self._on(device, "row_map", self._host_map)
 
-        One pinned, asynchronous copy, made once for all layers and passes on a stream. A CUDA
-        graph that is being captured gets a copy of its own, in its own memory.
+    def _on(self, device: torch.device, name: str, rows: Tensor) -> Tensor:
+        """Row numbers on a device: one pinned, asynchronous copy for all layers and passes.
+
+        A copy belongs to the stream that it was queued on. A CUDA graph that is being captured
+        gets one of its own, in its own memory.
         """
         if device.type != "cuda":
-            return self._host_map.to(device)
+            return rows.to(device)
         if torch.cuda.is_current_stream_capturing():
-            return self._host_map.pin_memory().to(device, non_blocking=True)
-        stream = torch.cuda.current_stream(device)
-        if stream not in self._row_maps:
-            self._row_maps[stream] = self._host_map.pin_memory().to(device, non_blocking=True)
-        return self._row_maps[stream]
+            return rows.pin_memory().to(device, non_blocking=True)
+        key = name, torch.cuda.current_stream(device)
+        if key not in self._copies:
+            self._copies[key] = rows.pin_memory().to(device, non_blocking=True)
+        return self._copies[key]
 
     @cached_property
     def _host_map(self) -> Tensor:
         return torch.cat([self.time_base, self.batch_base, self.lengths])
 
     @cached_property
-    def _row_maps(self) -> dict[torch.cuda.Stream, Tensor]:
+    def _copies(self) -> dict[tuple[str, torch.cuda.Stream], Tensor]:
         return {}
 
     @property
@@ -171,24 +175,25 @@ class SequenceLayout:
         """Whether consecutive tokens of a sequence are consecutive rows."""
         return self.batch_first or self.offsets is not None
 
-    @cached_property
-    def first_rows(self) -> Rows:
+    def first_rows(self, device: torch.device) -> Rows:
         """The row of every sequence's first token (meaningless where it has none)."""
         if self.offsets is not None:
-            return self.batch_base
+            return self._on(device, "first_rows", self.batch_base)
         return slice(0, self.N, self.T) if self.batch_first else slice(0, self.B)
 
-    @cached_property
-    def last_rows(self) -> Rows:
+    def last_rows(self, device: torch.device) -> Rows:
         """The row of every sequence's last token (meaningless where it has none)."""
         if self.batch_first:
             return slice(self.T - 1, self.N, self.T)
         if self.is_padded:
             return slice(self.N - self.B, self.N)
-        return self.batch_base + self.time_base[self.lengths - 1]
+        return self._on(device, "last_rows", self._last_rows)
 
     @cached_property
-    def neighbours(self) -> tuple[Rows, Rows]:
+    def _last_rows(self) -> Tensor:
+        return self.batch_base + self.time_base[self.lengths - 1]
+
+    def neighbours(self, device: torch.device) -> tuple[Rows, Rows]:
         """Rows ``(earlier, later)``, pair by pair two consecutive tokens of one sequence.
 
         Where :attr:`sequence_major`, the last token of a sequence is paired with the first of the
@@ -198,10 +203,14 @@ class SequenceLayout:
             return slice(0, max(self.N - 1, 0)), slice(1, self.N)
         if self.batch_sizes is None:
             return slice(0, self.N - self.B), slice(self.B, self.N)
+        return self._on(device, "earlier_rows", self._earlier_rows), slice(self.B, self.N)
+
+    @cached_property
+    def _earlier_rows(self) -> Tensor:
         sizes = torch.tensor(self.batch_sizes)
         # Between row (t, b) and row (t - 1, b) lie the batch_sizes[t - 1] rows of step t - 1.
         distance = sizes[:-1].repeat_interleave(sizes[1:])
-        return torch.arange(self.B, self.N) - distance, slice(self.B, self.N)
+        return torch.arange(self.B, self.N) - distance
 
     @cached_property
     def jagged_steps(self) -> list[Tensor]:

@@ -64,7 +64,7 @@ def recurrence(
 def _add_initial(a: Tensor, v_0: Tensor, layout: SequenceLayout, reverse: Sequence[bool]) -> None:
     G, _, H = v_0.shape
     for g in range(G):
-        rows = layout.last_rows if reverse[g] else layout.first_rows
+        rows = (layout.last_rows if reverse[g] else layout.first_rows)(a.device)
         columns = slice(g * H, (g + 1) * H)
         if isinstance(rows, slice):
             a[rows, columns].add_(v_0[g])
