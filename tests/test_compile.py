@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import Case, plain
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import tritonrnn
 
@@ -78,3 +79,22 @@ def test_backward_of_a_compiled_call_does_not_obey_a_later_context():
     with tritonrnn.backend("triton"):
         output.sum().backward()
     assert module.weight_hh_l0.grad is not None
+
+
+# Packing is not compiled, and what the compiler has to say of that is a warning.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("lengths", [[3, 2, 1], [1, 3, 2]], ids=str)
+def test_compiled_model_gives_a_packed_sequence_that_can_be_padded(lengths):
+    module = tritonrnn.RNN(3, 5)
+
+    def model(padded):
+        packed = pack_padded_sequence(padded, lengths, enforce_sorted=False)
+        output, _ = module(packed)
+        return output, pad_packed_sequence(output)[0]
+
+    padded = torch.randn(3, 3, 3)
+    output, again = torch.compile(model, backend="aot_eager")(padded)
+    expected, expected_again = model(padded)
+    torch.testing.assert_close(again, expected_again)
+    assert isinstance(output, PackedSequence)
+    torch.testing.assert_close(output.data, expected.data)

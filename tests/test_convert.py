@@ -369,3 +369,11 @@ def test_child_of_a_subclass_is_replaced_with_it():
     converted = tritonrnn.convert(nest)
     assert isinstance(converted, Nest)
     assert isinstance(converted.inner, tritonrnn.RNN)
+
+
+def test_converted_subclass_can_be_explained():
+    class Named(nn.RNN):
+        pass
+
+    converted = tritonrnn.convert(Named(3, 5))
+    assert tritonrnn.explain(converted, torch.ones(4, 2, 3)).backend == "torch"

@@ -8,6 +8,8 @@ from cases import Case, assert_same_results, gradients_of, pair
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+import tritonrnn
+
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
 
@@ -107,3 +109,10 @@ def test_weight_changed_between_forward_and_backward_raises():
         ours.weight_hh_l0.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+def test_missing_weight_is_named():
+    module = tritonrnn.RNN(3, 5)
+    del module.bias_ih_l0
+    with pytest.raises(AttributeError, match="bias_ih_l0"):
+        module(torch.ones(4, 2, 3))

@@ -1,4 +1,4 @@
-"""The fastest vanilla RNN for PyTorch: ``tritonrnn.RNN`` replaces ``torch.nn.RNN``."""
+"""A fast vanilla RNN for PyTorch: ``tritonrnn.RNN`` replaces ``torch.nn.RNN``."""
 
 from tritonrnn import functional
 from tritonrnn.conversion import convert

@@ -49,19 +49,20 @@ def explain(module: RNN, input: Tensor | PackedSequence, hx: Tensor | None = Non
     """Say which back end and plan would serve ``module(input, hx)`` here and now. Runs nothing.
 
     Args:
-        module: a :class:`tritonrnn.RNN`.
+        module: a :class:`tritonrnn.RNN`, or what :func:`tritonrnn.convert` made of a subclass.
         input, hx: as its forward takes them.
 
     Raises:
         TypeError: ``module`` is no :class:`tritonrnn.RNN`.
         Exception: whatever the call itself would raise before its first operation.
     """
-    if not isinstance(module, RNN):
+    # A converted subclass of torch.nn.RNN runs as ours does, and is no instance of it.
+    if getattr(type(module), "forward", None) is not RNN.forward:
         raise TypeError(f"Expected a tritonrnn.RNN to explain, got {type(module).__qualname__}")
     call = functional.check(
         input,
         hx,
-        module._flat_weights,
+        module._weights(),
         module.nonlinearity,
         module.num_layers,
         module.bidirectional,

@@ -70,7 +70,9 @@ def rnn(
     if isinstance(input, PackedSequence):
         if input.unsorted_indices is not None:
             h_n = h_n.index_select(1, input.unsorted_indices)
-        return input._replace(data=data), h_n
+        # Built anew: a compiler knows the constructor, but not _replace.
+        _, batch_sizes, sorted_indices, unsorted_indices = input
+        return PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices), h_n
     if input.dim() == 2:
         return data.squeeze(1), h_n.squeeze(1)
     return data, h_n

@@ -94,7 +94,7 @@ class RNN(torch.nn.RNNBase):
         return functional.rnn(
             input,
             hx,
-            self._flat_weights,
+            self._weights(),
             nonlinearity=self.nonlinearity,
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
@@ -107,9 +107,13 @@ class RNN(torch.nn.RNNBase):
     # buffer that they all lie in. All of it goes stale when weights are swapped, tied or
     # parametrised, and no kernel here wants it: the weights are looked up at every call instead.
 
+    def _weights(self) -> list[Tensor]:
+        # A method: an AttributeError inside a property would name the property.
+        return [getattr(self, name) for name in self._flat_weights_names]
+
     @property  # type: ignore[override]
     def _flat_weights(self) -> list[Tensor]:  # type: ignore[override]
-        return [getattr(self, name) for name in self._flat_weights_names]
+        return self._weights()
 
     def __setattr__(self, name: str, value: Any) -> None:
         torch.nn.Module.__setattr__(self, name, value)

@@ -6,6 +6,7 @@ compiled or exported program holds one node a layer, whatever its length.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -344,10 +345,24 @@ def _recorded_backward(
         )
 
 
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Hide what the operator calls from ``torch.compile``.
+
+    Where a compiled program falls back to Python, it looks into every function that is called,
+    these included. (torch's own way to hide one imports the compiler at the first call.)
+    """
+    hidden = torch._disable_dynamo(function)
+
+    def run(*args: Any) -> Any:
+        return (hidden if "torch._dynamo" in sys.modules else function)(*args)
+
+    return run
+
+
 for _name, _kernel, _autograd, _fake in (
     ("elman", _elman_kernel, _elman_autograd, _elman_fake),
     ("elman_backward", _elman_backward_kernel, _elman_backward_autograd, _elman_backward_fake),
 ):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    _library.impl(_name, _autograd, "Autograd")
+    _library.impl(_name, _uncompiled(_kernel), "CompositeExplicitAutograd")
+    _library.impl(_name, _uncompiled(_autograd), "Autograd")
     torch.library.register_fake(f"tritonrnn::{_name}", _fake, lib=_library)

@@ -51,7 +51,9 @@ def recurrence(
         rows = a[:, columns]
         steps = layout.steps(rows)
         in_turn = steps[::-1] if backwards else steps
-        Mt = M[g].t().contiguous()
+        # Of one row, BLAS sums the columns of a transposed matrix in one long chain, with several
+        # times the error of dot products; of more rows, it is faster on it.
+        Mt = M[g].t() if layout.B == 1 else M[g].t().contiguous()
         if aux is None:
             _walk(in_turn, Mt, epilogue)
         else:
