@@ -1,1 +1,22 @@
-"""Measurements of tritonrnn against its peers: run ``python -m perf`` from a checkout."""
+"""Measurements of tritonrnn against its peers: run ``python -m perf`` from a checkout.
+
+In a notebook, ``perf.load("perf/results/...")`` reads what was measured.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from perf.tables import load as load
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> object:
+    # At first use, for a worker process does without pandas.
+    if name == "load":
+        from perf import tables
+
+        return tables.load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Rounds = Annotated[int, typer.Option(min=1, help="Samples of each peer.")]
+Seconds = Annotated[float, typer.Option(min=0.0, help="Least time of a sample.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads of torch on the CPU; 0: its choice.")]
+Seed = Annotated[int, typer.Option(help="Of the inputs, the weights and the order.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
+Axis = Annotated[
+    str | None,
+    typer.Option(help="Numbers: 1,16 or 64:1024:x2 or 10:50:+10. In place of the preset's."),
+]
+
+
+def _names(axis: str) -> typer.models.OptionInfo:
+    return typer.Option(f"--{axis}", help="Names after commas, in place of the preset's.")
+
+
+Run = Annotated[Path, typer.Argument(exists=True, help="A folder of a run, or its rows.")]
 OutFolder = Annotated[
     Path | None,
     typer.Option(
@@ -19,6 +35,147 @@ OutFolder = Annotated[
         help="Folder for the rows, as CSV and Parquet; they join those already there.",
     ),
 ]
+
+
+@app.command()
+def run(
+    preset: Annotated[str, typer.Option(help="smoke, cpu, headline, packed or full.")] = "smoke",
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for the rows; what is there is not rerun.")
+    ] = Path("perf/results/latest"),
+    device: Device = "cpu",
+    peer_names: Annotated[
+        str, typer.Option("--peers", help="Names after commas; module:Class for one of your own.")
+    ] = "",
+    T: Axis = None,
+    B: Axis = None,
+    I: Axis = None,  # noqa: E741
+    H: Axis = None,
+    layers: Axis = None,
+    directions: Axis = None,
+    mode: Annotated[str | None, _names("mode")] = None,
+    dtype: Annotated[str | None, _names("dtype")] = None,
+    fp32_mode: Annotated[str | None, _names("fp32-mode")] = None,
+    layout: Annotated[str | None, _names("layout")] = None,
+    lengths: Annotated[str | None, _names("lengths")] = None,
+    nonlinearity: Annotated[str | None, _names("nonlinearity")] = None,
+    rounds: Rounds = 20,
+    seconds: Seconds = 0.05,
+    max_seconds: Annotated[float, typer.Option(help="Most time for a case and mode.")] = 60.0,
+    timeout: Annotated[str, typer.Option(help="A worker silent for longer is ended.")] = "300s",
+    budget: Annotated[str, typer.Option(help="Stop after 90s, 9m or 2h; resume later.")] = "",
+    threads: Threads = 0,
+    seed: Seed = 0,
+) -> None:
+    """Measure many cases, every peer side by side, each case in a process of its own.
+
+    Every result is checked against float64 before it is timed. Whatever fails is a row with its
+    reason. Rows are written as they come: stop it at any moment, and the same command goes on.
+
+    Exits with 1 when a result was wrong, or a peer raised, crashed or hung.
+    """
+    from perf import axes
+    from perf.measure import Settings
+    from perf.run import OtherMachineError, run
+
+    texts = {"T": T, "B": B, "I": I, "H": H, "layers": layers, "directions": directions}
+    texts |= {"modes": mode, "dtypes": dtype, "fp32_modes": fp32_mode, "layouts": layout}
+    texts |= {"lengths": lengths, "nonlinearities": nonlinearity}
+    try:
+        rows = run(
+            axes.units(preset, texts, [name for name in peer_names.split(",") if name], device),
+            out,
+            Settings(rounds, seconds, max_seconds, threads, seed),
+            device=device,
+            timeout_s=axes.seconds(timeout),
+            budget_s=axes.seconds(budget) if budget else float("inf"),
+        )
+    except (ValueError, OtherMachineError) as error:
+        raise typer.BadParameter(str(error)) from error
+    failed = {"wrong", "error", "timeout"} & {row["status"] for row in rows}
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def calibrate(
+    device: Device = "cpu",
+    out: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Takes calibration.json, for runs with the same --out."),
+    ] = None,
+) -> None:
+    """Measure the constants of the model of the limit, and show them beside the published."""
+    import torch
+
+    from perf import calibrate
+
+    typer.echo(calibrate.run(torch.device(device), out).to_markdown(index=False, floatfmt=".4g"))
+
+
+@app.command()
+def report(folder: Run) -> None:
+    """Write report.md and pictures into a folder of results."""
+    from perf import report
+
+    typer.echo(report.write(folder))
+
+
+@app.command()
+def compare(before: Run, after: Run) -> None:
+    """Say cell by cell whether AFTER is faster than BEFORE, and whether one can tell.
+
+    Exits with 1 if a cell is slower or lost, with 2 if the runs can't be compared.
+    """
+    from perf import compare
+
+    try:
+        table = compare.compare(before, after)
+    except compare.NotComparableError as error:
+        typer.echo(f"They can't be compared. {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(table.to_markdown(index=False, floatfmt=".3f"))
+    typer.echo(f"\n{compare.summary(table)}")
+    raise typer.Exit(1 if compare.has_regressed(table) else 0)
+
+
+@app.command()
+def show(
+    case: Annotated[str, typer.Argument(help="A case_id, or a part of it that no other has.")],
+    folder: Run = Path("perf/results/latest"),
+) -> None:
+    """Show everything that is known of a case."""
+    from perf import tables
+
+    rows = tables.load(folder)
+    found = sorted({name for name in rows["case_id"] if case in name})
+    found = [case] if case in found else found
+    if len(found) != 1:
+        raise typer.BadParameter(f"Expected one case, found {len(found)}: {', '.join(found)}")
+    of_case = rows[rows["case_id"] == found[0]].dropna(axis=1, how="all")
+    for mode, cells in of_case.groupby("mode", observed=True):
+        typer.echo(f"\n{found[0]} {mode}\n")
+        table = cells.drop(columns=["case_id", "mode"]).astype({"peer": "string"})
+        typer.echo(table.set_index("peer").T.to_markdown(floatfmt=".4g"))
+
+
+@app.command()
+def env(device: Device = "cpu") -> None:
+    """Show what the results of a run here would depend on."""
+    import json
+
+    import torch
+
+    from perf import environment
+
+    typer.echo(json.dumps(environment.describe(torch.device(device)), indent=2))
+
+
+@app.command()
+def schema() -> None:
+    """Show the columns of a table of results, with their units."""
+    from perf import schema
+
+    typer.echo(schema.document())
 
 
 @app.command()
@@ -62,25 +219,22 @@ def words(
 
 @app.command()
 def cpu(
-    rounds: Annotated[int, typer.Option(min=1, help="Samples of each peer.")] = 20,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Least time of a sample.")] = 0.05,
-    threads: Annotated[int, typer.Option(min=1, help="Threads that torch may use.")] = 2,
+    rounds: Rounds = 20,
+    seconds: Seconds = 0.05,
+    threads: Threads = 2,
     out: OutFolder = None,
-    seed: Annotated[int, typer.Option(help="Of the inputs, the weights and the order.")] = 0,
+    seed: Seed = 0,
 ) -> None:
-    """Time tritonrnn.RNN against torch.nn.RNN on the CPU: training, packed training, inference.
+    """Judge tritonrnn.RNN against torch.nn.RNN on the CPU: training, packed training, inference.
 
-    Every result is checked against a float64 run before it is timed. Then torch.nn.RNN,
-    torch.nn.RNN again (the noise) and tritonrnn.RNN take samples in rounds, in random order, and
-    speedups are taken within a round.
-
+    It is the preset ``cpu`` with torch.nn.RNN, torch.nn.RNN again (the noise) and tritonrnn.RNN.
     Exits with 1 when a result is wrong. A missed target is told, and is no error.
     """
-    from perf.cpu import run
+    from perf import cpu
+    from perf.measure import Settings
 
-    raise typer.Exit(
-        0 if run(rounds=rounds, seconds=seconds, threads=threads, out=out, seed=seed) else 1
-    )
+    settings = Settings(rounds=rounds, sample_s=seconds, threads=threads, seed=seed)
+    raise typer.Exit(0 if cpu.run(settings, out) else 1)
 
 
 @app.command()

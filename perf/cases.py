@@ -3,37 +3,117 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+LAYOUTS = ("padded", "packed", "jagged")
+LENGTHS = ("equal", "linear", "uniform", "words", "lognormal")
+# infer: forward, no gradient to come. fwd: forward, keeping what backward needs. bwd: backward
+# alone. fwdbwd: both, as in training.
+MODES = ("infer", "fwd", "bwd", "fwdbwd")
+
+# Letters of a word, as often as in a running list of English words; scaled to T.
+WORD_LENGTHS = (2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 10, 12, 15)
+LOGNORMAL_SIGMA = 0.75
+
 
 @dataclass(frozen=True)
 class Case:
-    """An RNN and the size of its input: T steps, B sequences, I inputs, H hidden units."""
+    """An RNN and its input: T steps, B sequences, I inputs, H hidden units, and how they lie.
+
+    Attributes:
+        layout: One of ``LAYOUTS``.
+        lengths: One of ``LENGTHS``: how the lengths of a ragged batch spread below T.
+        dtype: One of ``DTYPES``.
+        fp32_mode: "tf32" or "ieee", the products of fp32 for every peer; "none" otherwise.
+        device: "cpu", "cuda", "cuda:1", ...
+    """
 
     T: int
     B: int
     I: int  # noqa: E741
     H: int
-    layers: int
-    directions: int
+    layers: int = 1
+    directions: int = 1
+    nonlinearity: str = "tanh"
+    layout: str = "padded"
+    lengths: str = "equal"
+    dtype: str = "fp32"
+    fp32_mode: str = "ieee"
+    device: str = "cpu"
 
     @property
     def case_id(self) -> str:
-        """The sizes, readable: ``T100-B1-I32-H32-L1-D1``."""
-        return f"T{self.T}-B{self.B}-I{self.I}-H{self.H}-L{self.layers}-D{self.directions}"
+        """Everything but the device, readable: ``T100-B1-I32-H32-L1-D1-tanh-padded-fp32-ieee``."""
+        parts = [
+            f"T{self.T}-B{self.B}-I{self.I}-H{self.H}-L{self.layers}-D{self.directions}",
+            self.nonlinearity,
+            self.layout,
+        ]
+        if self.layout != "padded":
+            parts.append(self.lengths)
+        parts.append(self.dtype)
+        if self.dtype == "fp32":
+            parts.append(self.fp32_mode)
+        return "-".join(parts)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it runs on a GPU."""
+        return torch.device(self.device).type == "cuda"
+
+    def columns(self) -> dict[str, object]:
+        """Return the columns of a row that name this case."""
+        return {"case_id": self.case_id, **asdict(self)}
 
     def make_module(self, rnn_class: Callable[..., nn.RNNBase], seed: int) -> nn.RNNBase:
-        """Return an RNN with torch's own initial weights."""
-        torch.manual_seed(seed)
-        return rnn_class(self.I, self.H, self.layers, bidirectional=self.directions == 2)
+        """Return an RNN on the CPU with torch's own initial weights.
 
-    def packed_lengths(self) -> list[int]:
-        """Return the lengths of a packed batch: linear from T down to T/4, one sequence T."""
-        return torch.linspace(self.T, self.T / 4, self.B).round().int().tolist()
+        They are uniform in ±1/√H, so that the spectral radius of W_hh is about 0.6: states stay in
+        the range of tanh that models live in, however many the steps.
+        """
+        torch.manual_seed(seed)
+        return rnn_class(
+            self.I,
+            self.H,
+            self.layers,
+            nonlinearity=self.nonlinearity,
+            bidirectional=self.directions == 2,
+        )
+
+    def ragged_lengths(self, seed: int) -> list[int]:
+        """Return the lengths of a ragged batch, the longest first, which is T long."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.lengths == "linear":
+            lengths = torch.linspace(self.T, self.T / 4, self.B)
+        elif self.lengths == "uniform":
+            lengths = 1 + (self.T * torch.rand(self.B, generator=generator)).floor()
+        elif self.lengths == "words":
+            shares = torch.tensor(WORD_LENGTHS) / max(WORD_LENGTHS)
+            lengths = (
+                self.T * shares[torch.randint(len(WORD_LENGTHS), (self.B,), generator=generator)]
+            )
+        elif self.lengths == "lognormal":
+            lengths = torch.exp(LOGNORMAL_SIGMA * torch.randn(self.B, generator=generator))
+            lengths *= self.T / lengths.max()
+        else:
+            lengths = torch.full((self.B,), float(self.T))
+        lengths = lengths.round().clamp(1, self.T).int().sort(descending=True).values
+        lengths[0] = self.T
+        return lengths.tolist()
+
+    def tokens(self, seed: int) -> int:
+        """Return how many steps all sequences have together, N."""
+        return self.T * self.B if self.layout == "padded" else sum(self.ragged_lengths(seed))
 
 
 @dataclass(frozen=True)
@@ -53,13 +133,16 @@ class Workload:
     h_n_grad: Tensor
 
     @classmethod
-    def make(cls, case: Case, *, packed: bool, seed: int) -> Workload:
-        """Draw normal random numbers for everything, in float32."""
+    def make(cls, case: Case, *, seed: int) -> Workload:
+        """Draw normal random numbers for everything, in float32 on the CPU.
+
+        Random, for zeros draw less power and run faster.
+        """
         generator = torch.Generator().manual_seed(seed)
         rows: tuple[int, ...] = (case.T, case.B)
         batch_sizes = None
-        if packed:
-            lengths = torch.tensor(case.packed_lengths())
+        if case.layout != "padded":
+            lengths = torch.tensor(case.ragged_lengths(seed))
             batch_sizes = (lengths > torch.arange(case.T).unsqueeze(1)).sum(1)
             rows = (int(lengths.sum()),)
         return cls(
@@ -69,32 +152,17 @@ class Workload:
             torch.randn(case.layers * case.directions, case.B, case.H, generator=generator),
         )
 
-    def to(self, dtype: torch.dtype) -> Workload:
-        """Return the same numbers in ``dtype``."""
+    def to(self, device: str, dtype: torch.dtype) -> Workload:
+        """Return the same numbers elsewhere; ``batch_sizes`` stay on the CPU, as torch has it."""
         return Workload(
-            self.tokens.to(dtype),
+            self.tokens.to(device, dtype),
             self.batch_sizes,
-            self.output_grad.to(dtype),
-            self.h_n_grad.to(dtype),
+            self.output_grad.to(device, dtype),
+            self.h_n_grad.to(device, dtype),
         )
 
-    def infer(self, module: nn.RNNBase) -> tuple[Tensor, Tensor]:
-        """Return the output, or its rows, and ``h_n``, with no gradient to come."""
-        with torch.no_grad():
-            return self._forward(module, self.tokens)
-
-    def train(self, module: nn.RNNBase, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Run forward and backward, as :meth:`infer` but leaving gradients behind.
-
-        Args:
-            module: The RNN; its parameters get gradients.
-            tokens: Of this workload, requiring a gradient as inside a model.
-        """
-        results = self._forward(module, tokens)
-        torch.autograd.backward(results, (self.output_grad, self.h_n_grad))
-        return results
-
-    def _forward(self, module: nn.RNNBase, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, module: nn.RNNBase, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a module's output, or its rows, and ``h_n`` for these tokens."""
         if self.batch_sizes is None:
             return module(tokens)
         output, h_n = module(PackedSequence(tokens, self.batch_sizes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -23,22 +24,42 @@ def describe(device: torch.device) -> dict[str, object]:
     """Return what the results on ``device`` depend on, ready for JSON."""
     facts: dict[str, object] = {
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
         "cpu": _cpu_model(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(device),
     }
-    for package in ("torch", "triton", "tritonrnn"):
+    for package in ("torch", "triton", "tritonrnn", "flashrnn"):
         facts[package] = _version(package)
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["driver"] = _driver()
         facts["cuda"] = torch.version.cuda
         facts["cudnn"] = torch.backends.cudnn.version()
     status = _git("status", "--porcelain")
     facts["commit"] = _git("rev-parse", "HEAD")
     facts["dirty"] = None if status is None else bool(status)
     return facts
+
+
+def machine(facts: Mapping[str, object]) -> dict[str, object]:
+    """Return the facts that two runs must share for their times to be compared."""
+    on_gpu = str(facts["device"]).startswith("cuda")
+    names = ("device", "gpu") if on_gpu else ("device", "cpu", "threads")
+    return {name: facts.get(name) for name in names}
+
+
+def _driver() -> str | None:
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return None
 
 
 def _version(package: str) -> str | None:

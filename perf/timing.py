@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+import timeit
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from random import Random
+from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils import benchmark
 
 WARM_UP_CALLS = 3
+# A case that takes longer than it may still has quantiles of something.
+LEAST_ROUNDS = 3
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def synchronize(device: torch.device) -> None:
@@ -25,48 +34,153 @@ class Job:
 
     Attributes:
         call: The work.
-        reset: Undoes what a call leaves behind (gradients); not timed.
+        leaves: Tensors whose gradients a call leaves behind.
+        context: Switches that calls are made under, entered once a sample.
     """
 
     call: Callable[[], object]
-    reset: Callable[[], object]
+    leaves: Sequence[Tensor] = ()
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def reset(self) -> None:
+        """Drop the gradients, so that the next call adds to none."""
+        for leaf in self.leaves:
+            leaf.grad = None
+
+
+class Clock(Protocol):
+    """Takes one sample of one job."""
+
+    def sample_us(self) -> float:
+        """Return the microseconds of a call."""
+
+
+class WallClock:
+    """What a user waits, on any device: calls one after the other, and one wait at the end.
+
+    Dropping the gradients is timed, as it is part of a step of training.
+
+    Args:
+        job: What to time.
+        seconds: About how long a sample lasts; it has at least one call.
+    """
+
+    def __init__(self, job: Job, seconds: float) -> None:
+        # torch's timer waits for the accelerator, if there is one.
+        self._timer = timeit.Timer(
+            "call(); reset()",
+            timer=benchmark.timer,
+            globals={"call": job.call, "reset": job.reset},
+        )
+        self._context = job.context
+        with self._context():
+            self._timer.timeit(WARM_UP_CALLS)
+            seconds_per_call = self._timer.timeit(WARM_UP_CALLS) / WARM_UP_CALLS
+        self._calls = max(1, math.ceil(seconds / seconds_per_call))
+
+    def sample_us(self) -> float:
+        """Return the microseconds of a call."""
+        with self._context():
+            return 1e6 * self._timer.timeit(self._calls) / self._calls
+
+
+class EventClock:
+    """Time on the GPU between events around each call, its L2 cache flushed before; the median.
+
+    Args:
+        job: What to time.
+        seconds: About how long a sample lasts.
+    """
+
+    def __init__(self, job: Job, seconds: float) -> None:
+        # Only here: without Triton and a GPU there is nothing to time with events.
+        from triton import testing
+
+        self._job, self._rep_ms, self._do_bench = job, 1e3 * seconds, testing.do_bench
+
+    def sample_us(self) -> float:
+        """Return the microseconds of a call."""
+        self._job.reset()
+        with self._job.context():
+            milliseconds = self._do_bench(
+                self._job.call,
+                warmup=0,
+                rep=self._rep_ms,
+                grad_to_none=self._job.leaves,
+                return_mode="median",
+            )
+        return 1e3 * milliseconds
+
+
+class GraphClock(EventClock):
+    """As :class:`EventClock`, of a CUDA graph that replays a call: a peer without its launches.
+
+    Args:
+        make_job: Called on the stream that is recorded, where backward has to run as well.
+        seconds: About how long a sample lasts.
+    """
+
+    def __init__(self, make_job: Callable[[], Job], seconds: float) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            job = make_job()
+        with torch.cuda.stream(stream), job.context():
+            for _ in range(WARM_UP_CALLS):
+                job.call()
+                job.reset()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                job.call()
+        torch.cuda.current_stream().wait_stream(stream)
+        super().__init__(Job(graph.replay), seconds)
+        # What the graph reads and writes must outlive it.
+        self._recorded = job
 
 
 def time_in_rounds(
-    jobs: Mapping[str, Job], *, rounds: int, seconds: float, random: Random
-) -> list[dict[str, float]]:
-    """Time CPU jobs against each other.
+    clocks: Mapping[Key, Clock],
+    *,
+    rounds: int,
+    max_seconds: float,
+    random: Random,
+    before: Callable[[Key], None] = lambda key: None,
+    failed: Callable[[Key, Exception], None],
+) -> list[dict[Key, float]]:
+    """Take samples of jobs against each other.
 
     What slows the machine down for a while slows every peer of a round, so that the ratio of two
     times is to be taken within a round.
 
     Args:
-        jobs: One for each peer.
-        rounds: Samples of each peer.
-        seconds: About how long a sample lasts; it has at least one call.
-        random: Chooses the order of the peers, anew in each round.
+        clocks: What to sample.
+        rounds: Samples of each clock.
+        max_seconds: No round is begun later, once there are a few.
+        random: Chooses the order of the clocks, anew in each round.
+        before: Told what is to be sampled next.
+        failed: Told what raised in its turn; it has no further one.
 
     Returns:
-        For each round, each peer's seconds for a call.
+        For each round, each clock's microseconds for a call.
     """
-    for job in jobs.values():
-        _seconds_per_call(job, WARM_UP_CALLS)
-    calls = {
-        peer: max(1, math.ceil(seconds / _seconds_per_call(job, WARM_UP_CALLS)))
-        for peer, job in jobs.items()
-    }
-    samples = []
-    for _ in range(rounds):
-        order = random.sample(list(jobs), len(jobs))
-        samples.append({peer: _seconds_per_call(jobs[peer], calls[peer]) for peer in order})
-    return samples
+    running = dict(clocks)
+    samples: list[dict[Key, float]] = []
+    deadline = time.monotonic() + max_seconds
+    while len(samples) < rounds and (len(samples) < LEAST_ROUNDS or time.monotonic() < deadline):
+        sample = {}
+        for key in random.sample(list(running), len(running)):
+            before(key)
+            try:
+                sample[key] = running[key].sample_us()
+            except Exception as error:
+                del running[key]
+                failed(key, error)
+        samples.append(sample)
+    return [{key: sample[key] for key in running} for sample in samples]
 
 
-def _seconds_per_call(job: Job, calls: int) -> float:
-    total = 0.0
-    for _ in range(calls):
-        start = time.perf_counter()
-        job.call()
-        total += time.perf_counter() - start
-        job.reset()
-    return total / calls
+def floor_us(seconds: float) -> float:
+    """Return what :class:`EventClock` says of a kernel that does nothing."""
+    from perf.probes import empty_kernel
+
+    return EventClock(Job(lambda: empty_kernel[(1,)]()), seconds).sample_us()

@@ -1,8 +1,7 @@
-"""The measurements themselves: their data, their arithmetic, and tiny runs of each command."""
+"""python -m perf words: its data, its arithmetic and a tiny run; and tables that grow."""
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,12 @@ from torch.nn.utils.rnn import pad_packed_sequence
 from typer.testing import CliRunner
 
 import tritonrnn
-from perf import cpu, loss_curves, tables, word_lists, words
+from perf import loss_curves, tables, word_lists, words
 from perf.__main__ import app
-from perf.cases import Case, Workload
-from perf.timing import Job, time_in_rounds
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
 TOP = 400
-TINY = Case(T=5, B=3, I=4, H=6, layers=1, directions=1)
 
 
 class SlightlyWrong(tritonrnn.RNN):
@@ -167,118 +163,6 @@ def test_words_command_fails_when_the_curves_disagree(monkeypatch):
     result = invoke(*words_arguments())
     assert result.exit_code == 1
     assert "DISAGREE" in result.output
-
-
-# Timing and python -m perf cpu
-
-
-def test_rounds_time_every_peer_and_reset_after_every_call():
-    calls: list[str] = []
-
-    class Recorder:
-        def __init__(self, name: str) -> None:
-            self.job = Job(lambda: calls.append(name), lambda: calls.append(f"reset {name}"))
-
-    jobs = {name: Recorder(name).job for name in ("a", "b", "c")}
-    samples = time_in_rounds(jobs, rounds=5, seconds=0.0, random=cpu.Random(0))
-    assert [set(sample) for sample in samples] == 5 * [{"a", "b", "c"}]
-    assert all(seconds > 0 for sample in samples for seconds in sample.values())
-    assert calls[1::2] == [f"reset {name}" for name in calls[::2]]
-    orders = {
-        tuple(calls[start : start + 6 : 2]) for start in range(len(calls) - 30, len(calls), 6)
-    }
-    assert len(orders) > 1
-
-
-def test_packed_workload_has_lengths_from_t_down_to_a_quarter():
-    case = Case(T=8, B=4, I=2, H=3, layers=1, directions=1)
-    workload = Workload.make(case, packed=True, seed=0)
-    assert case.packed_lengths() == [8, 6, 4, 2]
-    assert workload.batch_sizes is not None
-    assert workload.batch_sizes.tolist() == [4, 4, 3, 3, 2, 2, 1, 1]
-    assert workload.tokens.shape == (20, 2)
-    assert Case(T=8, B=1, I=2, H=3, layers=1, directions=1).packed_lengths() == [8]
-
-
-def made_up_rows(cases: Iterable[tuple[str, str, float, float]]) -> pd.DataFrame:
-    """Rows of ``cpu.measure`` from (case_id, mode, median speedup, p10 of the noise)."""
-    rows = []
-    for case_id, mode, speedup, noise_p10 in cases:
-        for peer, p10, p50 in (
-            (cpu.REFERENCE, 1.0, 1.0),
-            (cpu.AGAIN, noise_p10, 1.0),
-            (cpu.OURS, 0.9 * speedup, speedup),
-        ):
-            rows.append(
-                {
-                    "case_id": case_id,
-                    "mode": mode,
-                    "peer": peer,
-                    "status": "ok" if p50 == p50 else "wrong",
-                    "wall_us_p50": 100 / p50,
-                    "speedup_vs_nn_p10": p10,
-                    "speedup_vs_nn_p50": p50,
-                    "speedup_vs_nn_p90": 1.1 * p50,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def test_summary_means_and_verdict():
-    summary = cpu.summarize(
-        made_up_rows(
-            [
-                ("A", "train", 4.0, 0.9),
-                ("B", "train", 1.0, 0.9),
-                ("A", "infer", 1.3, 0.9),
-                ("B", "infer", 0.8, 0.9),
-                ("C", "infer", 0.95, 0.9),
-            ]
-        )
-    )
-    assert summary["nn_us"].tolist() == 5 * [100.0]
-    assert summary["tritonrnn_us"].tolist() == pytest.approx([25, 100, 100 / 1.3, 125, 100 / 0.95])
-    assert summary["slower"].tolist() == [False, False, False, True, False]
-    means = cpu.geometric_means(summary)
-    assert means == pytest.approx({"train": 2.0, "infer": (1.3 * 0.8 * 0.95) ** (1 / 3)})
-    met, missed, slower = cpu.verdict(summary)
-    assert met.startswith("train: 2.00 times")
-    assert met.endswith("target of 1.8 is met.")
-    assert missed.endswith("target of 1.1 is NOT met.")
-    assert slower.startswith("SLOWER: infer B runs at 0.800")
-
-
-def test_verdict_meets_no_target_with_a_case_that_was_not_timed():
-    summary = cpu.summarize(made_up_rows([("A", "train", 4.0, 0.9), ("B", "train", math.nan, 0.9)]))
-    wrong, missed, _ = cpu.verdict(summary)
-    assert wrong.startswith("WRONG: train B")
-    assert missed.endswith("NOT met.")
-
-
-def cpu_arguments(monkeypatch, *more: str) -> tuple[str, ...]:
-    monkeypatch.setattr(cpu, "CASES", (TINY,))
-    return ("cpu", "--rounds", "2", "--seconds", "0", *more)
-
-
-def test_cpu_command_checks_times_and_writes(monkeypatch, tmp_path):
-    threads = torch.get_num_threads()
-    result = invoke(*cpu_arguments(monkeypatch, "--threads", "2", "--out", str(tmp_path)))
-    assert result.exit_code == 0, result.output
-    assert torch.get_num_threads() == threads
-    rows = pd.read_parquet(tmp_path / "cpu.parquet")
-    assert len(rows) == len(cpu.TARGETS) * len(cpu.PEERS)
-    assert set(rows["status"]) == {"ok"}
-    assert (rows["max_rel_err"] <= rows["tolerance"]).all()
-    assert (rows.loc[rows["peer"] == cpu.REFERENCE, "speedup_vs_nn_p50"] == 1).all()
-    [facts] = json.loads((tmp_path / "env.json").read_text()).values()
-    assert facts["threads"] == 2
-
-
-def test_cpu_command_times_no_wrong_result(monkeypatch):
-    monkeypatch.setitem(cpu.PEERS, cpu.OURS, SlightlyWrong)
-    result = invoke(*cpu_arguments(monkeypatch))
-    assert result.exit_code == 1
-    assert f"WRONG: infer {TINY.case_id}" in result.output
 
 
 def test_appended_rows_keep_the_old_ones(tmp_path: Path):

@@ -1,0 +1,214 @@
+"""``python -m perf calibrate``: the constants of the model of the limit, measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from perf import environment, limits, tables
+from perf.timing import Clock, EventClock, Job, WallClock
+
+COPY_BYTES = 2**30
+MATRIX_SIZE = 8192
+# A CPU would take minutes over what a GPU needs to be busy.
+CPU_COPY_BYTES = 2**26
+CPU_MATRIX_SIZE = 1024
+
+# Long walks less short ones, so that the launch drops out.
+SHORT, LONG = 1_000, 11_000
+NODES = 1_000
+SAMPLE_S = 0.2
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What measures one constant.
+
+    Attributes:
+        constant: As ``limits.json`` names it.
+        measure: Returns it for a device, in the unit of its name.
+        needs_gpu: Why it does not apply on a CPU, or None if it does.
+    """
+
+    constant: str
+    measure: Callable[[torch.device], float]
+    needs_gpu: str | None = None
+
+
+def clock(job: Job, device: torch.device) -> Clock:
+    """Return the clock that suits a device."""
+    return EventClock(job, SAMPLE_S) if device.type == "cuda" else WallClock(job, SAMPLE_S)
+
+
+def hbm_TBps(device: torch.device) -> float:
+    """Return the bandwidth of a copy, read and written bytes together; random data."""
+    nbytes = COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES
+    source = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * nbytes / clock(Job(lambda: target.copy_(source)), device).sample_us() / 1e6
+
+
+def matrix_TFLOPps(dtype: torch.dtype, fp32_mode: str | None = None) -> Callable[..., float]:
+    """Return what measures the rate of large products of random matrices."""
+
+    def measure(device: torch.device) -> float:
+        size = MATRIX_SIZE if device.type == "cuda" else CPU_MATRIX_SIZE
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        switch = torch.backends.cuda.matmul
+        before = switch.fp32_precision
+        try:
+            if fp32_mode and device.type == "cuda":
+                switch.fp32_precision = fp32_mode
+            return 2 * size**3 / clock(Job(lambda: a @ b), device).sample_us() / 1e6
+        finally:
+            switch.fp32_precision = before
+
+    return measure
+
+
+def slope_us(call: Callable[[int], object], short: int = SHORT, long: int = LONG) -> float:
+    """Return the time of one repetition inside a call, by the difference of two calls."""
+    us = [EventClock(Job(lambda n=n: call(n)), SAMPLE_S).sample_us() for n in (short, long)]  # type: ignore[misc]
+    return (us[1] - us[0]) / (long - short)
+
+
+def clock_GHz(device: torch.device) -> float:
+    """Return the clock of the multiprocessors while one of them walks the chain."""
+    return torch.cuda.clock_rate(device) / 1e3
+
+
+def chain_clk(device: torch.device) -> float:
+    """Return the clock cycles of a step of an empty dependent chain in one multiprocessor."""
+    from perf.probes import CHAIN_TILE, chain_kernel
+
+    matrix = (torch.randn(CHAIN_TILE, CHAIN_TILE, device=device) / CHAIN_TILE).bfloat16()
+    state = torch.randn(CHAIN_TILE, CHAIN_TILE, device=device).bfloat16()
+
+    def walk(steps: int) -> None:
+        chain_kernel[(1,)](matrix, state, steps, TILE=CHAIN_TILE, num_warps=1)
+
+    step_us = slope_us(walk)
+    return step_us * 1e3 * clock_GHz(device)
+
+
+def handoff_us(device: torch.device) -> float:
+    """Return the time of a release and its acquire in another multiprocessor, one way."""
+    from perf.probes import ping_pong_kernel
+
+    flag = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def pass_flag(round_trips: int) -> None:
+        flag.zero_()
+        ping_pong_kernel[(2,)](flag, round_trips, num_warps=1)
+
+    return slope_us(pass_flag) / 2
+
+
+def launch_us(device: torch.device) -> float:
+    """Return the time from one launch of an empty kernel to the next, in a stream.
+
+    It is launched by Triton from Python, as tritonrnn's are, which takes longer than the driver.
+    """
+    from perf.probes import empty_kernel
+
+    return WallClock(Job(lambda: empty_kernel[(1,)](num_warps=1)), SAMPLE_S).sample_us()
+
+
+def graph_node_us(device: torch.device) -> float:
+    """Return the time of one of many empty kernels in a row in a CUDA graph."""
+    from perf.probes import empty_kernel
+
+    def replay(nodes: int) -> Callable[[], None]:
+        empty_kernel[(1,)](num_warps=1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(nodes):
+                empty_kernel[(1,)](num_warps=1)
+        return graph.replay
+
+    graphs = {nodes: replay(nodes) for nodes in (NODES, 2 * NODES)}
+    return slope_us(lambda nodes: graphs[nodes](), NODES, 2 * NODES)
+
+
+PROBES = (
+    Probe("hbm_TBps", hbm_TBps),
+    Probe("bf16_TFLOPps", matrix_TFLOPps(torch.bfloat16)),
+    Probe("fp16_TFLOPps", matrix_TFLOPps(torch.float16)),
+    Probe("tf32_TFLOPps", matrix_TFLOPps(torch.float32, "tf32"), "a CPU has no TF32 to round to"),
+    Probe("fp32_TFLOPps", matrix_TFLOPps(torch.float32, "ieee")),
+    Probe("fp64_TFLOPps", matrix_TFLOPps(torch.float64)),
+    Probe("clock_GHz", clock_GHz, "the model counts the cycles of a GPU's multiprocessors"),
+    Probe("chain_clk", chain_clk, "a CPU has no multiprocessors"),
+    Probe("handoff_us", handoff_us, "a CPU has no multiprocessors"),
+    Probe("launch_us", launch_us, "nothing is launched on a CPU"),
+    Probe("graph_node_us", graph_node_us, "a CPU has no CUDA graphs"),
+)
+
+
+def calibrate(device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
+    """Measure every constant that applies.
+
+    Returns:
+        The constants that were measured, and for each other why it was not.
+    """
+    measured: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    for probe in PROBES:
+        if device.type != "cuda" and probe.needs_gpu:
+            missing[probe.constant] = probe.needs_gpu
+            continue
+        try:
+            measured[probe.constant] = probe.measure(device)
+        except Exception as exception:
+            # One probe that fails is no reason to lose the others.
+            missing[probe.constant] = f"{type(exception).__name__}: {exception}".splitlines()[0]
+    return measured, missing
+
+
+def run(device: torch.device, out: Path | None) -> pd.DataFrame:
+    """Measure, write ``calibration.json`` to ``out``, and return the table.
+
+    The file has the published constants beside the measured. A run with the same ``out`` uses
+    the measured ones where the device is the same.
+    """
+    facts = environment.describe(device)
+    name = str(facts["gpu"] if device.type == "cuda" else facts["cpu"])
+    measured, missing = calibrate(device)
+    published = limits.sources().get(name, {})
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        content = {
+            "device": name,
+            "environment": facts,
+            "measured": measured,
+            "missing": missing,
+            "published": published,
+        }
+        (out / tables.CALIBRATION).write_text(json.dumps(content, indent=2) + "\n")
+    return table(measured, missing, published)
+
+
+def table(
+    measured: dict[str, float], missing: dict[str, str], published: dict[str, dict[str, object]]
+) -> pd.DataFrame:
+    """Return one row for each constant: measured, published, and why or where from."""
+    names = list(dict.fromkeys([*measured, *missing, *published]))
+    return pd.DataFrame(
+        {
+            "constant": names,
+            "measured": [measured.get(name) for name in names],
+            "published": [published.get(name, {}).get("value") for name in names],
+            "source of the published": [
+                published.get(name, {}).get("source", "") for name in names
+            ],
+            "not measured because": [
+                missing.get(name, "" if name in measured else "there is no probe for it")
+                for name in names
+            ],
+        }
+    )

@@ -1,0 +1,48 @@
+"""Clock, power and temperature of a GPU while it is measured. They are read, never set."""
+
+from __future__ import annotations
+
+import statistics
+from contextlib import suppress
+
+import torch
+
+
+class Health:
+    """Samples of a GPU's state; of none on a CPU, or where NVML is not to be had."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._samples: list[tuple[float, float, float]] = []
+        self._handle = None
+        if device.type != "cuda" or torch.version.hip is not None:
+            return
+        with suppress(ImportError):
+            import pynvml
+
+            with suppress(pynvml.NVMLError):
+                pynvml.nvmlInit()
+                # By its name: CUDA_VISIBLE_DEVICES renumbers torch's devices, not NVML's.
+                uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+                self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+
+    def sample(self) -> None:
+        """Read once; a reading that fails is left out."""
+        if self._handle is None:
+            return
+        import pynvml
+
+        with suppress(pynvml.NVMLError):
+            self._samples.append(
+                (
+                    pynvml.nvmlDeviceGetClockInfo(self._handle, pynvml.NVML_CLOCK_SM),
+                    pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3,
+                    pynvml.nvmlDeviceGetTemperature(self._handle, pynvml.NVML_TEMPERATURE_GPU),
+                )
+            )
+
+    def columns(self) -> dict[str, float]:
+        """Return the medians of what was read; nothing if nothing was."""
+        if not self._samples:
+            return {}
+        medians = (statistics.median(values) for values in zip(*self._samples))
+        return dict(zip(("sm_MHz", "power_W", "temp_C"), medians))

@@ -1,0 +1,195 @@
+"""The one model of the limit: no run of a case takes less than max(compute, memory, serial).
+
+With N tokens, G directions, e bytes an element, for each layer of I inputs (of all layers but the
+first, I is G·H), forward:
+
+    compute   2·N·G·H·(I + H) FLOP
+    memory    e·(N·(I + G·H) + G·H·(I + H)) bytes
+    serial    a step's chain, T + layers - 1 times: layers can overlap, directions run side by side
+
+Backward takes twice the FLOP, ``e·(N·(2·I + 2·G·H) + 2·G·H·(I + H))`` bytes, and as many steps.
+The chain of a step is that of the cheapest strategy which can hold the weights:
+
+    multiprocessor  each slice of the batch on one multiprocessor, weights and state inside
+    cluster         the weights spread over a cluster, the state exchanged between its members
+    grid            the weights spread over the whole device, the state handed over through L2
+    launches        a node of a CUDA graph a step
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from perf.cases import DTYPES, Case
+
+CONSTANTS = Path(__file__).with_name("limits.json")
+
+# Matrix instructions take sequences by eights.
+SEQUENCES_PER_TILE = 8
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU's constants, with units in their names; see ``limits.json`` for their sources.
+
+    Attributes:
+        name: As torch gives it.
+        constants: By the names that ``limits.json`` has.
+        origin: "published", or "measured" if a calibration replaced some.
+    """
+
+    name: str
+    constants: Mapping[str, float]
+    origin: str = "published"
+
+    def __getitem__(self, constant: str) -> float:
+        return self.constants[constant]
+
+    def measured(self, calibration: Mapping[str, float]) -> Device:
+        """Return this device with the constants that were measured in place of the published."""
+        known = {name: value for name, value in calibration.items() if name in self.constants}
+        return replace(self, constants={**self.constants, **known}, origin="measured")
+
+    def us(self, clocks: float) -> float:
+        """Return how long so many clock cycles last."""
+        return clocks / (1e3 * self["clock_GHz"])
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a case has to do: floating-point operations, and bytes to move at least."""
+
+    flop: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The least time of a case, in its three parts."""
+
+    compute_us: float
+    hbm_us: float
+    serial_us: float
+    strategy: str
+
+    @property
+    def limit_us(self) -> float:
+        """The largest part."""
+        return max(self.compute_us, self.hbm_us, self.serial_us)
+
+    def columns(self) -> dict[str, object]:
+        """Return the columns of a row."""
+        parts = {"compute": self.compute_us, "memory": self.hbm_us, "serial": self.serial_us}
+        return {
+            "compute_us": self.compute_us,
+            "hbm_us": self.hbm_us,
+            "serial_us": self.serial_us,
+            "limit_us": self.limit_us,
+            "limit_kind": max(parts, key=lambda part: parts[part]),
+            "limit_strategy": self.strategy,
+        }
+
+
+def sources() -> dict[str, dict[str, dict[str, object]]]:
+    """Return, for each known device, each constant's value and source."""
+    data = json.loads(CONSTANTS.read_text())
+    return {name: {**data["hopper"], **own} for name, own in data["devices"].items()}
+
+
+def find(name: str | None) -> Device | None:
+    """Return a device's published constants by the name that torch gives it; None if unknown."""
+    constants = sources().get(name or "")
+    if constants is None:
+        return None
+    return Device(str(name), {key: float(str(c["value"])) for key, c in constants.items()})
+
+
+def passes(mode: str) -> tuple[int, int]:
+    """Return how often a mode runs forward and backward."""
+    return {"infer": (1, 0), "fwd": (1, 0), "bwd": (0, 1), "fwdbwd": (1, 1)}[mode]
+
+
+def work(case: Case, mode: str, seed: int) -> Work:
+    """Return what a case has to do; ``seed`` is of a ragged batch's lengths."""
+    forward, backward = passes(mode)
+    N, G, H, e = case.tokens(seed), case.directions, case.H, DTYPES[case.dtype].itemsize
+    flop = nbytes = 0
+    for layer in range(case.layers):
+        input_size = case.I if layer == 0 else G * H
+        weights = G * H * (input_size + H)
+        flop += (forward + 2 * backward) * 2 * N * weights
+        rows = N * (input_size + G * H)
+        nbytes += e * (forward + 2 * backward) * (rows + weights)
+    return Work(flop, nbytes)
+
+
+def precision(case: Case) -> str:
+    """Return the name that the constants have for the products of a case."""
+    return "tf32" if case.dtype == "fp32" and case.fp32_mode == "tf32" else case.dtype
+
+
+def limit(case: Case, mode: str, device: Device, seed: int) -> Limit:
+    """Return the least time of a case on a device."""
+    todo = work(case, mode, seed)
+    chain_us, strategy = min(chains(case, device))
+    steps = sum(passes(mode)) * (case.T + case.layers - 1)
+    return Limit(
+        compute_us=todo.flop / (1e6 * device[f"{precision(case)}_TFLOPps"]),
+        hbm_us=todo.bytes / (1e6 * device["hbm_TBps"]),
+        serial_us=steps * chain_us,
+        strategy=strategy,
+    )
+
+
+def chains(case: Case, device: Device) -> Iterator[tuple[float, str]]:
+    """Yield the microseconds of a step by every strategy that can hold the weights."""
+    e, H = DTYPES[case.dtype].itemsize, case.H
+    # Layers overlap in a wavefront, each on multiprocessors of its own, as directions are.
+    groups = case.directions * case.layers
+    available = int(device["multiprocessors"]) // groups
+    largest = min(available, int(device["cluster_multiprocessors"]))
+    for members in (2**power for power in range(largest.bit_length())):
+        work_clk = _work_clk(case, device, members, available // members)
+        if work_clk is not None:
+            exchange_clk = 0.0 if members == 1 else device["cluster_exchange_clk"]
+            clk = device["chain_clk"] + work_clk + exchange_clk
+            yield device.us(clk), "multiprocessor" if members == 1 else "cluster"
+    for slices in range(1, min(case.B, available) + 1):
+        work_clk = _work_clk(case, device, available // slices, slices)
+        if work_clk is not None:
+            state_clk = e * H * math.ceil(case.B / slices) / device["l2_bytes_per_clk"]
+            clk = device["chain_clk"] + work_clk + state_clk
+            yield device.us(clk) + device["handoff_us"], "grid"
+    matrix_clk = _matrix_clk(case, device, case.B, max(1, available))
+    yield device["graph_node_us"] + device.us(matrix_clk), "launches"
+
+
+def _work_clk(case: Case, device: Device, members: int, slices: int) -> float | None:
+    """Clocks that a step's product takes, or None if its weights do not fit.
+
+    Args:
+        case: What to run.
+        device: Where.
+        members: Multiprocessors that share the weights of one direction.
+        slices: Parts that the batch is cut in, each with such a set of multiprocessors.
+    """
+    e, H = DTYPES[case.dtype].itemsize, case.H
+    rows = math.ceil(H / members)
+    share_bytes = e * rows * H
+    if share_bytes > device["register_weight_bytes"] + device["shared_bytes"]:
+        return None
+    sequences = math.ceil(case.B / slices)
+    # What registers don't hold is read from shared memory at every step, beside the product.
+    from_shared = max(0.0, share_bytes - device["register_weight_bytes"])
+    read_clk = from_shared / device["shared_bytes_per_clk"]
+    return max(_matrix_clk(case, device, sequences, members), read_clk)
+
+
+def _matrix_clk(case: Case, device: Device, sequences: int, members: int) -> float:
+    tiles = math.ceil(sequences / SEQUENCES_PER_TILE) * SEQUENCES_PER_TILE
+    per_clk = members * device[f"{precision(case)}_FLOP_per_clk"]
+    return 2 * tiles * case.H**2 / per_clk

@@ -1,0 +1,352 @@
+"""One case: every peer is checked, weighed and timed against the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from random import Random
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from perf import limits, memory, oracle, peers
+from perf.cases import DTYPES, Case, Workload
+from perf.health import Health
+from perf.peers.peer import Runner
+from perf.timing import Clock, EventClock, GraphClock, Job, WallClock, floor_us, time_in_rounds
+
+Row = dict[str, object]
+Cell = tuple[str, str]
+
+# Rows whose time is nearer to that of an empty kernel tell little of the peer.
+FLOORS = 5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        rounds: Samples of each peer.
+        sample_s: About how long a sample lasts.
+        max_s: About how long the rounds of a case and mode may last.
+        threads: That torch may use on the CPU; 0 for its own choice.
+        seed: Of the inputs, the weights and the order of the peers.
+    """
+
+    rounds: int = 20
+    sample_s: float = 0.05
+    max_s: float = 60.0
+    threads: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A peer that was run once and compared with float64."""
+
+    runner: Runner
+    max_rel_err: float
+    compile_s: float
+
+
+class Measurement:
+    """Measures one case in this process.
+
+    Args:
+        case: What to run.
+        settings: How to measure.
+        device: Constants for the model of the limit, if the device's are known.
+        begin: Told the peer, mode and phase that come next: where to look if nothing comes after.
+        emit: Takes each row as soon as it is known.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        settings: Settings,
+        device: limits.Device | None,
+        *,
+        begin: Callable[[str, str, str], None],
+        emit: Callable[[Row], None],
+    ) -> None:
+        self._case, self._settings = case, settings
+        self._device, self._limits = torch.device(case.device), device
+        self._begin, self._emit = begin, emit
+        self._baseline = peers.baseline(case.device)
+        self._checked: dict[tuple[str, bool], Checked | Row] = {}
+        self._exact: dict[bool, list[Tensor]] = {}
+        set_precision(case)
+
+    def run(self, modes: Mapping[str, Sequence[str]]) -> None:
+        """Measure the peers of each mode, and emit a row for each."""
+        cells = {(peer, mode): peers.find(peer) for mode in modes for peer in modes[mode]}
+        able = []
+        for (name, mode), peer in cells.items():
+            reason = peer.supports(self._case)
+            if reason is None:
+                able.append((name, mode))
+            else:
+                self._fail((name, mode), "unsupported", reason)
+        if not able:
+            return
+        self._begin("", "", "float64")
+        settings = self._settings
+        self._drawn = Workload.make(self._case, seed=settings.seed)
+        self._workload = self._drawn.to(self._case.device, DTYPES[self._case.dtype])
+        for mode in modes:
+            names = [name for name, its_mode in able if its_mode == mode]
+            # Whatever else is measured is measured against the baseline, and judged by its error.
+            self._measure(mode, sorted(names, key=lambda name: name != self._baseline))
+
+    def _measure(self, mode: str, names: Sequence[str]) -> None:
+        trains = mode != "infer"
+        if names and trains not in self._exact:
+            self._begin("", mode, "float64")
+            self._exact[trains] = oracle.exact_results(
+                self._case, self._drawn, self._settings.seed, trains=trains
+            )
+        rows: dict[str, Row] = {}
+        clocks: dict[Cell, Clock] = {}
+        for name in names:
+            with self._failing(name, mode):
+                self._begin(name, mode, "check")
+                row = self._check(name, mode)
+                if row["status"] != "ok":
+                    self._emit(row)
+                    continue
+                self._begin(name, mode, "memory")
+                checked = self._checked[name, trains]
+                assert isinstance(checked, Checked)
+                row |= self._weigh(checked.runner, mode)
+                self._begin(name, mode, "warm up")
+                clocks |= self._clocks(name, checked.runner, mode, row)
+                rows[name] = row
+        self._time(mode, rows, clocks)
+
+    def _check(self, name: str, mode: str) -> Row:
+        """Return a row whose status says whether the peer's results are right."""
+        trains = mode != "infer"
+        if (name, trains) not in self._checked:
+            self._checked[name, trains] = self._run_once(name, trains)
+        checked = self._checked[name, trains]
+        if not isinstance(checked, Checked):
+            return {**checked, "mode": mode}
+        reference = self._checked.get((self._baseline, trains))
+        tolerance = oracle.tolerance(
+            self._case, reference.max_rel_err if isinstance(reference, Checked) else None
+        )
+        row = self._row((name, mode)) | {
+            "status": "ok",
+            "max_rel_err": checked.max_rel_err,
+            "tolerance": tolerance,
+            "compile_s": checked.compile_s,
+            "plan": checked.runner.plan or None,
+        }
+        if not checked.max_rel_err <= tolerance:
+            row["status"] = "wrong"
+            row["error"] = f"off by {checked.max_rel_err:.3g}, allowed {tolerance:.3g}"
+        return row
+
+    def _run_once(self, name: str, trains: bool) -> Checked | Row:
+        module = self._case.make_module(nn.RNN, self._settings.seed)
+        module = module.to(self._case.device, DTYPES[self._case.dtype])
+        started = time.perf_counter()
+        try:
+            runner = peers.find(name).build(self._case, module, self._workload)
+            with runner.context():
+                results = oracle.results_of(runner, self._workload, trains=trains)
+            error = oracle.relative_error(results, self._exact[trains])
+        except Exception as exception:
+            if is_fatal(exception):
+                raise
+            return self._row((name, "")) | failure(exception)
+        return Checked(runner, error, time.perf_counter() - started)
+
+    def _weigh(self, runner: Runner, mode: str) -> Row:
+        runner = replace(runner, forward=runner.unrecorded or runner.forward)
+        job = make_job(runner, self._workload, mode)
+        with job.context():
+            called, _ = memory.footprint(job.call, self._device)
+            job.reset()
+            forward = make_job(runner, self._workload, "infer" if mode == "infer" else "fwd")
+            kept, results = memory.footprint(forward.call, self._device)
+        assert isinstance(results, tuple)
+        saved = max(0, kept.alive_bytes - memory.unique_bytes(results))
+        return {"peak_MiB": called.peak_bytes / memory.MIB, "saved_MiB": saved / memory.MIB}
+
+    def _clocks(self, name: str, runner: Runner, mode: str, row: Row) -> dict[Cell, Clock]:
+        seconds = self._settings.sample_s
+
+        def job() -> Job:
+            return make_job(runner, self._workload, mode)
+
+        clocks: dict[Cell, Clock] = {(name, "wall_us"): WallClock(job(), seconds)}
+        if self._case.on_gpu:
+            clocks[name, "event_us"] = EventClock(job(), seconds)
+            try:
+                clocks[name, "graph_us"] = GraphClock(job, seconds)
+            except Exception as exception:
+                if is_fatal(exception):
+                    raise
+                row["note"] = f"no CUDA graph: {first_line(exception)}"
+        return clocks
+
+    def _time(self, mode: str, rows: Mapping[str, Row], clocks: Mapping[Cell, Clock]) -> None:
+        settings, timed = self._settings, dict(rows)
+        health = Health(self._device)
+
+        def before(cell: Cell) -> None:
+            health.sample()
+            self._begin(cell[0], mode, "timing")
+
+        def failed(cell: Cell, exception: Exception) -> None:
+            if is_fatal(exception):
+                raise exception
+            name, clock = cell
+            if clock == "graph_us":
+                rows[name]["note"] = f"no CUDA graph: {first_line(exception)}"
+            elif timed.pop(name, None) is not None:
+                self._emit(rows[name] | failure(exception))
+
+        # Seeded by what is measured, so that a case resumed is a case repeated.
+        random = Random(f"{settings.seed} {self._case.case_id} {mode}")
+        samples = time_in_rounds(
+            clocks,
+            rounds=settings.rounds,
+            max_seconds=settings.max_s,
+            random=random,
+            before=before,
+            failed=failed,
+        )
+        floor = floor_us(settings.sample_s) if self._case.on_gpu and timed else None
+        for name, row in timed.items():
+            row |= self._times(name, samples) | health.columns()
+            row |= self._model(mode, row)
+            if floor is not None:
+                row["event_floor_us"] = floor
+                if headline_us(row) < FLOORS * floor:
+                    row["note"] = f"{row.get('note', '')} under {FLOORS} empty kernels".strip()
+            self._emit(row)
+
+    def _times(self, name: str, samples: Sequence[Mapping[Cell, float]]) -> Row:
+        row: Row = {"n_samples": len(samples)}
+        for clock in ("event_us", "graph_us", "wall_us"):
+            if all((name, clock) in sample for sample in samples):
+                row |= quantiles(clock, [sample[name, clock] for sample in samples])
+        row["us_per_step"] = headline_us(row) / self._case.T
+        own = (name, "event_us" if self._case.on_gpu else "wall_us")
+        reference = (self._baseline, own[1])
+        if all(reference in sample for sample in samples):
+            ratios = quantiles(
+                "speedup_vs_nn", [sample[reference] / sample[own] for sample in samples]
+            )
+            row["speedup_vs_nn"] = ratios.pop("speedup_vs_nn_p50")
+            row |= ratios
+        return row
+
+    def _model(self, mode: str, row: Row) -> Row:
+        work = limits.work(self._case, mode, self._settings.seed)
+        seconds = 1e-6 * headline_us(row)
+        columns: Row = {
+            "flop": work.flop,
+            "min_bytes": work.bytes,
+            "tflops": work.flop / seconds / 1e12,
+            "gbps": work.bytes / seconds / 1e9,
+        }
+        if self._limits is not None:
+            limit = limits.limit(self._case, mode, self._limits, self._settings.seed)
+            columns |= limit.columns()
+            columns["limit_constants"] = self._limits.origin
+            columns["pct_of_limit"] = 100 * limit.limit_us / headline_us(row)
+        return columns
+
+    def _row(self, cell: Cell) -> Row:
+        name, mode = cell
+        return {**self._case.columns(), "peer": name, "mode": mode}
+
+    def _fail(self, cell: Cell, status: str, reason: str) -> None:
+        self._emit(self._row(cell) | {"status": status, "error": reason})
+
+    @contextmanager
+    def _failing(self, name: str, mode: str) -> Iterator[None]:
+        """Make a row of what is raised inside, unless the process can't go on."""
+        try:
+            yield
+        except Exception as exception:
+            if is_fatal(exception):
+                raise
+            self._emit(self._row((name, mode)) | failure(exception))
+
+
+def make_job(runner: Runner, workload: Workload, mode: str) -> Job:
+    """Return what a mode times of a peer."""
+    tokens = workload.tokens.detach().clone().requires_grad_(mode != "infer")
+    leaves = [tokens, *runner.parameters] if mode != "infer" else []
+    gradients = (workload.output_grad, workload.h_n_grad)
+
+    def infer() -> object:
+        with torch.no_grad():
+            return runner.forward(tokens)
+
+    def train() -> None:
+        torch.autograd.backward(runner.forward(tokens), gradients)
+
+    if mode == "infer":
+        call: Callable[[], object] = infer
+    elif mode == "fwd":
+        call = lambda: runner.forward(tokens)  # noqa: E731
+    elif mode == "fwdbwd":
+        call = train
+    else:
+        with runner.context():
+            results = runner.forward(tokens)
+        call = lambda: torch.autograd.backward(results, gradients, retain_graph=True)  # noqa: E731
+    return Job(call, leaves, runner.context)
+
+
+def headline_us(row: Row) -> float:
+    """Return the time that counts: the GPU's own where there is one, else what a user waits."""
+    value = row.get("event_us_p50", row["wall_us_p50"])
+    assert isinstance(value, float)
+    return value
+
+
+def quantiles(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Return the columns ``name_p10``, ``name_p50`` and ``name_p90``."""
+    return {
+        f"{name}_p{percent}": float(np.quantile(values, percent / 100)) for percent in (10, 50, 90)
+    }
+
+
+def set_precision(case: Case) -> None:
+    """Give all products of fp32, of every peer, the precision of the case."""
+    if case.on_gpu and case.dtype == "fp32":
+        torch.backends.cudnn.rnn.fp32_precision = case.fp32_mode  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.fp32_precision = case.fp32_mode
+
+
+def is_out_of_memory(exception: BaseException) -> bool:
+    """Whether memory ran out: the GPU's, or the CPU's, for which torch has no exception."""
+    return isinstance(exception, (torch.OutOfMemoryError, MemoryError)) or (
+        "can't allocate memory" in str(exception)
+    )
+
+
+def is_fatal(exception: BaseException) -> bool:
+    """Whether the GPU can do nothing more for this process."""
+    return isinstance(exception, torch.AcceleratorError)
+
+
+def failure(exception: BaseException) -> Row:
+    """Return the columns that tell of an exception."""
+    status = "oom" if is_out_of_memory(exception) else "error"
+    return {"status": status, "error": f"{type(exception).__name__}: {first_line(exception)}"}
+
+
+def first_line(exception: BaseException) -> str:
+    """Return the first line of what an exception says."""
+    return next(iter(str(exception).strip().splitlines()), "")[:300]

@@ -1,0 +1,70 @@
+"""Bytes that a call takes: at its peak, and alive after it.
+
+On a GPU the caching allocator counts. On a CPU torch's profiler reports every allocation and every
+release of the CPU allocator, whose running sum is the same count; it includes what operators
+allocate inside, which hooks on saved tensors do not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a call added to the memory in use.
+
+    Attributes:
+        peak_bytes: Most that were in use at once during the call.
+        alive_bytes: Still in use after it, while its result lives.
+    """
+
+    peak_bytes: int
+    alive_bytes: int
+
+
+def footprint(call: Callable[[], object], device: torch.device) -> tuple[Footprint, object]:
+    """Run a call and return what it took, and its result."""
+    return _on_gpu(call, device) if device.type == "cuda" else _on_cpu(call)
+
+
+def _on_gpu(call: Callable[[], object], device: torch.device) -> tuple[Footprint, object]:
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    return Footprint(peak, torch.cuda.memory_allocated(device) - before), result
+
+
+def _on_cpu(call: Callable[[], object]) -> tuple[Footprint, object]:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    session = profiler.profiler
+    assert session is not None
+    # Negative when released. What was there before the profiler started is not reported.
+    changes = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in session.kineto_results.events()
+        if event.name() == "[memory]"
+    )
+    in_use = list(accumulate((nbytes for _, nbytes in changes), initial=0))
+    return Footprint(max(in_use), in_use[-1]), result
+
+
+def unique_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors, counting no storage beyond its size if they share one."""
+    used: dict[int, int] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        total = used.get(storage.data_ptr(), 0) + tensor.nbytes
+        used[storage.data_ptr()] = min(total, storage.nbytes())
+    return sum(used.values())

@@ -1,0 +1,66 @@
+"""Who is measured: every peer by its name, and which ones a run takes if it is not told.
+
+A peer of your own is named ``module:Class``; see :class:`perf.peers.peer.Peer` for what it needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from perf.peers.flash import FlashRNN
+from perf.peers.loops import CompiledLoop, GraphedLoop, Loop
+from perf.peers.ours import OnTorch, Ours, Resident, Stepwise
+from perf.peers.peer import Peer, Runner
+from perf.peers.torch_rnn import NNAgain, NNAten, NNCudnn, NNNative
+
+__all__ = ["BASELINE", "PEERS", "Peer", "Runner", "baseline", "defaults", "find"]
+
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Ours(),
+        OnTorch(),
+        Resident(),
+        Stepwise(),
+        NNCudnn(),
+        NNAten(),
+        NNAgain(),
+        NNNative(),
+        Loop(),
+        CompiledLoop(),
+        GraphedLoop(),
+        FlashRNN(),
+    )
+}
+
+# nn.RNN at its default: what every speedup is against.
+BASELINE = {"cpu": "nn_aten", "cuda": "nn_cudnn"}
+_ON_CPU = ("tritonrnn", "nn_aten", "nn_again", "loop")
+_ON_GPU = tuple(name for name in PEERS if name != "nn_aten")
+
+
+def baseline(device: str) -> str:
+    """Return the name of ``nn.RNN`` at its default on a device."""
+    return BASELINE[device.split(":")[0]]
+
+
+def defaults(device: str) -> tuple[str, ...]:
+    """Return the peers that a run on a device takes if it is not told."""
+    return _ON_CPU if device == "cpu" else _ON_GPU
+
+
+def find(name: str) -> Peer:
+    """Return a peer by its name, or by ``module:Class``.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name in PEERS:
+        return PEERS[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"Expected a peer of {', '.join(PEERS)}, or module:Class, got {name!r}")
+    try:
+        return getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"There is no peer {name!r}: {error}") from error

@@ -1,0 +1,81 @@
+"""FlashRNN (Pöppel, Beck, Hochreiter 2024): fused CUDA kernels, built at the first call."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from perf.cases import Case, Workload
+from perf.peers.peer import Peer, Runner
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# Of CUDA, on every GPU so far.
+THREADS_PER_BLOCK = 1024
+
+
+class FlashRNN(Peer):
+    """``flashrnn`` with its fused kernels; its input projection is timed with it."""
+
+    name = "flashrnn"
+
+    def supports(self, case: Case) -> str | None:
+        """Return None for one layer and direction of tanh over a padded batch on a GPU."""
+        if not case.on_gpu:
+            return "it needs a GPU"
+        if importlib.util.find_spec("flashrnn") is None:
+            return "flashrnn is not installed"
+        if case.layout != "padded" or case.layers > 1 or case.directions > 1:
+            return "it runs one layer, one direction, padded batches"
+        if case.nonlinearity != "tanh":
+            return "it has no relu"
+        if case.dtype not in DTYPES or case.H % 16:
+            return "it runs fp32, bf16 and fp16, and hidden sizes that are multiples of 16"
+        return None
+
+    def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
+        """Take the module's weights; the kernels are built at the first call."""
+        flashrnn: Any = importlib.import_module("flashrnn.flashrnn.flashrnn")
+        # Its own reads device properties that CUDA 13 removed.
+        flashrnn.get_gpu_info = gpu_info
+        config = flashrnn.FlashRNNConfig(
+            backend="cuda_fused",
+            function="elman",
+            hidden_dim=case.H,
+            num_heads=1,
+            batch_size=case.B,
+            dtype=DTYPES[case.dtype],
+            input_shape="TBGHD",
+            output_shape="STBHD",
+        )
+        parameters: list[Tensor] = list(module.parameters())
+        w_ih, w_hh, b_ih, b_hh = parameters
+
+        def forward(tokens: Tensor) -> tuple[Tensor, Tensor]:
+            drive = functional.linear(tokens, w_ih, b_ih)
+            # One gate, one head.
+            output, final = flashrnn.flashrnn(
+                drive.view(case.T, case.B, 1, 1, case.H),
+                w_hh.view(1, 1, case.H, case.H),
+                b_hh.view(1, 1, case.H),
+                config=config,
+            )
+            shape = (-1, case.B, case.H)
+            return output.reshape(shape), final.reshape(shape)
+
+        return Runner(forward, parameters, plan="cuda_fused")
+
+
+def gpu_info(device_id: int) -> dict[str, int]:
+    """Return what FlashRNN asks of a GPU."""
+    properties: Any = torch.cuda.get_device_properties(device_id)
+    return {
+        "maxThreadsPerBlock": THREADS_PER_BLOCK,
+        "regsPerMultiprocessor": properties.regs_per_multiprocessor,
+        "multiProcessorCount": properties.multi_processor_count,
+        "sharedMemPerBlockOptin": properties.shared_memory_per_block_optin,
+    }

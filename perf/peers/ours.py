@@ -1,0 +1,108 @@
+"""tritonrnn: as it chooses for itself, on its torch path, and with each plan forced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import ClassVar
+
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+import tritonrnn
+from perf.cases import Case, Workload
+from perf.peers.peer import Peer, Runner, jagged
+
+
+class Ours(Peer):
+    """``tritonrnn.RNN``, left to choose."""
+
+    name = "tritonrnn"
+
+    def supports(self, case: Case) -> str | None:
+        """Return None wherever ``tritonrnn.RNN`` stands in for ``nn.RNN``."""
+        return jagged(case)
+
+    def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
+        """Convert the module, and ask what is to serve it."""
+        ours = tritonrnn.convert(module)
+        assert isinstance(ours, tritonrnn.RNN)
+        tokens = workload.tokens
+        data = (
+            tokens if workload.batch_sizes is None else PackedSequence(tokens, workload.batch_sizes)
+        )
+        with self.context():
+            choice = tritonrnn.explain(ours, data)
+        return Runner(
+            lambda tokens: workload.run(ours, tokens),
+            list(ours.parameters()),
+            plan=f"{choice.backend}, {choice.plan}",
+            context=self.context,
+        )
+
+    def context(self) -> AbstractContextManager[object]:
+        """Return the switches that calls are made under."""
+        return nullcontext()
+
+
+class OnTorch(Ours):
+    """``tritonrnn.RNN`` on its torch path."""
+
+    name = "tritonrnn-torch"
+
+    def context(self) -> AbstractContextManager[object]:
+        """Return the switch."""
+        return tritonrnn.backend("torch")
+
+
+class Resident(Ours):
+    """``tritonrnn.RNN`` with W_hh in one multiprocessor, whatever it would choose."""
+
+    name = "tritonrnn-resident"
+    plan: ClassVar[str] = "resident"
+
+    def supports(self, case: Case) -> str | None:
+        """Return None on a GPU; whether the plan fits is found when it is launched."""
+        return jagged(case) if case.on_gpu else "the interpreter is not timed"
+
+    def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
+        """Convert the module."""
+        return replace(super().build(case, module, workload), plan=f"triton, {self.plan} (forced)")
+
+    def context(self) -> AbstractContextManager[object]:
+        """Return the switches."""
+        return forced_plan(self.plan)
+
+
+class Stepwise(Resident):
+    """``tritonrnn.RNN`` with a launch a step, whatever it would choose."""
+
+    name = "tritonrnn-stepwise"
+    plan = "stepwise"
+
+
+@contextmanager
+def forced_plan(name: str) -> Iterator[None]:
+    """Launch every recurrence by the plan of this name, also those of a backward pass.
+
+    Raises:
+        RuntimeError: from a launch whose problem the plan does not fit.
+    """
+    from tritonrnn.kernels import launch, plan
+
+    def choose(problem: plan.Problem, device: plan.DeviceLimits) -> plan.LaunchPlan:
+        makers = {"resident": plan.resident_plan, "stepwise": plan.stepwise_plan}
+        made = makers[name](problem, device)
+        if made is None:
+            raise RuntimeError(f"the plan {name} does not fit {problem} on {device.arch}")
+        return made
+
+    before = launch.choose_plan
+    # The process's, not the thread's: a GPU's backward pass runs in a thread of its own.
+    launch.choose_plan = choose  # type: ignore[assignment]
+    try:
+        with tritonrnn.backend("triton"):
+            yield
+    finally:
+        launch.choose_plan = before

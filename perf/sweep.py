@@ -1,0 +1,231 @@
+"""Many cases, one worker process after the other, every outcome a row."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from perf import peers
+from perf.cases import Case
+from perf.limits import Device
+from perf.measure import Row, Settings
+from perf.schema import KEYS
+from perf.tables import RowFile
+from perf.worker import Begun, Crashed, Finished, Measured, Message, Request, serve
+
+LOG_TAIL = 300
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A case, and the peers that run each mode of it."""
+
+    case: Case
+    modes: Mapping[str, Sequence[str]]
+
+    def cells(self) -> Iterator[tuple[str, str]]:
+        """Yield each peer and mode."""
+        for mode, names in self.modes.items():
+            for name in names:
+                yield name, mode
+
+    def without(self, done: Iterable[tuple[str, str]]) -> Unit:
+        """Return what is left when some cells are done."""
+        done = set(done)
+        left = {
+            mode: tuple(name for name in names if (name, mode) not in done)
+            for mode, names in self.modes.items()
+        }
+        return Unit(self.case, {mode: names for mode, names in left.items() if names})
+
+
+class OutOfTimeError(Exception):
+    """The budget of a sweep is spent."""
+
+
+class Sweep:
+    """Measures units and writes their rows.
+
+    Args:
+        file: Takes the rows; cells that it has are not measured again.
+        run_id: Of this run.
+        settings: How to measure.
+        device: Constants for the model of the limit, if the device's are known.
+        timeout_s: A worker that tells nothing for longer is ended.
+        budget_s: No time is spent beyond.
+    """
+
+    def __init__(
+        self,
+        file: RowFile,
+        run_id: str,
+        settings: Settings,
+        device: Device | None,
+        *,
+        timeout_s: float,
+        budget_s: float = float("inf"),
+    ) -> None:
+        self._file, self._run_id = file, run_id
+        self._settings, self._limits = settings, device
+        self._timeout_s, self._deadline = timeout_s, time.monotonic() + budget_s
+        self._done = {tuple(str(row[key]) for key in KEYS) for row in file.rows}
+
+    def left(self, unit: Unit) -> Unit:
+        """Return what of a unit has no row yet."""
+        return unit.without(
+            (name, mode)
+            for name, mode in unit.cells()
+            if (unit.case.case_id, unit.case.device, name, mode) in self._done
+        )
+
+    def run(self, unit: Unit, told: Callable[[str], None] = lambda what: None) -> None:
+        """Measure what is left of a unit, with as many workers as it takes.
+
+        Args:
+            unit: What to measure.
+            told: Hears what is being done.
+
+        Raises:
+            OutOfTimeError: the budget was spent; what was measured is written.
+        """
+        while (left := self.left(unit)).modes:
+            if time.monotonic() > self._deadline:
+                raise OutOfTimeError
+            self._attempt(left, told)
+
+    def _attempt(self, left: Unit, told: Callable[[str], None]) -> None:
+        """Run one worker until it ends; then a cell at least has got its row."""
+        at = Begun("", "", "starting")
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "log"
+            request = Request(
+                left.case, self._with_baseline(left), self._settings, self._limits, log
+            )
+            with worker(request) as (pipe, ended):
+                while True:
+                    message = self._receive(pipe)
+                    if isinstance(message, Begun):
+                        at = message
+                        told(f"{left.case.case_id} {at.mode} {at.peer} {at.phase}")
+                    elif isinstance(message, Measured):
+                        self._write(left, message.row)
+                    elif isinstance(message, Finished):
+                        # What it has not told of, it will not.
+                        columns: Row = {"status": "error", "error": "the worker left it out"}
+                        return self._give_up(left, Begun("", "", ""), columns)
+                    elif isinstance(message, Crashed):
+                        return self._give_up(left, at, message.columns)
+                    elif message is None:
+                        error = f"nothing for {self._timeout_s:g} s while in: {at.phase}"
+                        return self._give_up(left, at, {"status": "timeout", "error": error})
+                    else:
+                        error = f"{describe_exit(ended())} in: {at.phase}. {tail(log)}".strip()
+                        return self._give_up(left, at, {"status": "error", "error": error})
+
+    def _receive(self, pipe: Connection) -> Message | EOFError | None:
+        """Return the next message, None if there is none in time, or why there will be none."""
+        remaining_s = self._deadline - time.monotonic()
+        if not pipe.poll(max(0.0, min(self._timeout_s, remaining_s))):
+            if remaining_s <= self._timeout_s:
+                raise OutOfTimeError
+            return None
+        try:
+            return pipe.recv()
+        except EOFError as error:
+            return error
+
+    def _with_baseline(self, left: Unit) -> dict[str, Sequence[str]]:
+        """Add the baseline where its row is there: the others' speed-ups need it in their rounds.
+
+        Where it failed, it would fail again.
+        """
+        name = peers.baseline(left.case.device)
+        failed = {
+            row["mode"]
+            for row in self._file.rows
+            if (row["case_id"], row["device"], row["peer"])
+            == (left.case.case_id, left.case.device, name)
+            and row["status"] != "ok"
+        }
+        return {
+            mode: names if name in names or mode in failed else (name, *names)
+            for mode, names in left.modes.items()
+        }
+
+    def _give_up(self, left: Unit, at: Begun, columns: Row) -> None:
+        """Write rows for what can't be measured: one peer's cell, or all if it is nobody's."""
+        remaining = self.left(left)
+        cells = [cell for cell in remaining.cells() if cell == (at.peer, at.mode)]
+        if cells:
+            self._write_failure(left.case, cells[0], columns)
+        elif at.peer:
+            # The baseline, whose row is there: it can't be had again, so do without the ratio.
+            for cell in remaining.cells():
+                self._write_failure(left.case, cell, skipped(f"beside {at.peer}", columns))
+        else:
+            for cell in remaining.cells():
+                if not at.mode or cell[1] == at.mode:
+                    self._write_failure(left.case, cell, skipped(at.phase, columns))
+
+    def _write_failure(self, case: Case, cell: tuple[str, str], columns: Row) -> None:
+        self._write(None, {**case.columns(), "peer": cell[0], "mode": cell[1], **columns})
+
+    def _write(self, left: Unit | None, row: Row) -> None:
+        if left is not None and (row["peer"], row["mode"]) not in set(left.cells()):
+            return
+        self._done.add(tuple(str(row[key]) for key in KEYS))
+        self._file.add({"run_id": self._run_id, **row})
+
+
+def skipped(where: str, columns: Row) -> Row:
+    """Return the columns of a cell whose turn never came."""
+    reason = f"{columns['status']} in {where}: {columns['error']}" if where else columns["error"]
+    return {"status": "skipped", "error": reason}
+
+
+@contextmanager
+def worker(request: Request) -> Iterator[tuple[Connection, Callable[[], int | None]]]:
+    """Start a worker, and end it and all that it started in the end.
+
+    Yields:
+        The end of the pipe to read from, and what waits for the process and returns its exit code.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=serve, args=(sending, request))
+    process.start()
+    sending.close()
+
+    def ended() -> int | None:
+        process.join()
+        return process.exitcode
+
+    try:
+        yield receiving, ended
+    finally:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid or 0, signal.SIGKILL)
+        process.kill()
+        process.join()
+        receiving.close()
+
+
+def describe_exit(code: int | None) -> str:
+    """Return how a process ended, in words."""
+    if code is not None and code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exited with {code}"
+
+
+def tail(log: Path) -> str:
+    """Return the last of what was printed, in one line."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return " ".join(text[-LOG_TAIL:].split())

@@ -1,0 +1,219 @@
+"""What a measurement is made of: workloads, rounds, memory, the oracle, forced plans."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+import torch
+from torch import nn
+
+import tritonrnn
+from perf import memory, oracle
+from perf.cases import LENGTHS, Case, Workload
+from perf.measure import make_job
+from perf.peers import PEERS, find
+from perf.peers.ours import forced_plan
+from perf.peers.peer import Runner
+from perf.timing import Job, WallClock, time_in_rounds
+
+TINY = Case(T=8, B=4, I=2, H=3)
+
+
+def build(case: Case, name: str) -> tuple[Runner, Workload]:
+    workload = Workload.make(case, seed=0)
+    return find(name).build(case, case.make_module(nn.RNN, 0), workload), workload
+
+
+def test_case_id_names_everything_but_the_device():
+    case = Case(T=1, B=2, I=3, H=4, layers=5, directions=2, layout="packed", lengths="words")
+    assert case.case_id == "T1-B2-I3-H4-L5-D2-tanh-packed-words-fp32-ieee"
+    assert Case(1, 2, 3, 4, dtype="bf16", fp32_mode="none").case_id == (
+        "T1-B2-I3-H4-L1-D1-tanh-padded-bf16"
+    )
+
+
+def test_packed_workload_has_lengths_from_t_down_to_a_quarter():
+    case = Case(T=8, B=4, I=2, H=3, layout="packed", lengths="linear")
+    workload = Workload.make(case, seed=0)
+    assert case.ragged_lengths(0) == [8, 6, 4, 2]
+    assert workload.batch_sizes is not None
+    assert workload.batch_sizes.tolist() == [4, 4, 3, 3, 2, 2, 1, 1]
+    assert workload.tokens.shape == (20, 2)
+    assert case.tokens(0) == 20
+    assert TINY.tokens(0) == 32
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("T", "B"), [(1, 1), (7, 1), (100, 33)])
+def test_ragged_lengths_descend_from_t_and_repeat(lengths, T, B):
+    case = Case(T=T, B=B, I=1, H=1, layout="packed", lengths=lengths)
+    drawn = case.ragged_lengths(3)
+    assert len(drawn) == B
+    assert drawn == sorted(drawn, reverse=True)
+    assert drawn[0] == T
+    assert drawn[-1] >= 1
+    assert drawn == case.ragged_lengths(3)
+
+
+def test_rounds_time_every_peer_and_drop_gradients_after_every_call():
+    calls: list[str] = []
+    leaf = torch.ones(1, requires_grad=True)
+
+    def call(name: str) -> None:
+        assert leaf.grad is None
+        leaf.sum().backward()
+        calls.append(name)
+
+    jobs = {name: Job(lambda name=name: call(name), [leaf]) for name in "abc"}  # type: ignore[misc]
+    clocks = {name: WallClock(job, 0.0) for name, job in jobs.items()}
+    calls.clear()
+    samples = time_in_rounds(
+        clocks, rounds=5, max_seconds=60, random=Random(0), failed=lambda key, error: None
+    )
+    assert [set(sample) for sample in samples] == 5 * [set("abc")]
+    assert all(us > 0 for sample in samples for us in sample.values())
+    orders = {tuple(calls[start : start + 3]) for start in range(0, 15, 3)}
+    assert {frozenset(order) for order in orders} == {frozenset("abc")}
+    assert len(orders) > 1
+
+
+def test_rounds_stop_early_but_not_at_once():
+    clock = WallClock(Job(lambda: None), 0.0)
+    samples = time_in_rounds(
+        {"a": clock}, rounds=50, max_seconds=0, random=Random(0), failed=lambda key, error: None
+    )
+    assert len(samples) == 3
+
+
+def test_what_raises_in_its_turn_leaves_the_others():
+    class Raising:
+        def sample_us(self) -> float:
+            raise ArithmeticError
+
+    failed = []
+    samples = time_in_rounds(
+        {"a": WallClock(Job(lambda: None), 0.0), "b": Raising()},
+        rounds=2,
+        max_seconds=60,
+        random=Random(0),
+        failed=lambda key, error: failed.append((key, type(error))),
+    )
+    assert [set(sample) for sample in samples] == [{"a"}, {"a"}]
+    assert failed == [("b", ArithmeticError)]
+
+
+def test_footprint_counts_peak_and_what_stays():
+    kept = torch.zeros(1)
+
+    def call() -> torch.Tensor:
+        first = torch.empty(2**20, dtype=torch.uint8)
+        del first
+        _ = [torch.empty(2**20, dtype=torch.uint8) for _ in range(3)]
+        return torch.empty(2**18, dtype=torch.uint8)
+
+    found, result = memory.footprint(call, kept.device)
+    assert isinstance(result, torch.Tensor)
+    assert found.peak_bytes == 3 * 2**20 + 2**18
+    assert found.alive_bytes == 2**18
+
+
+def test_unique_bytes_count_shared_storage_once():
+    storage = torch.empty(100, dtype=torch.uint8)
+    assert memory.unique_bytes([storage]) == 100
+    assert memory.unique_bytes([storage, storage[:50]]) == 100
+    assert memory.unique_bytes([storage[:10], torch.empty(7, dtype=torch.uint8)]) == 17
+
+
+def test_saved_bytes_of_a_loop_are_those_of_its_states():
+    # One product and one tanh a step: each keeps its own result, and the stack of them all is the
+    # output; so what stays is the drive and every state, less what is given back.
+    case = Case(T=64, B=16, I=8, H=32)
+    runner, workload = build(case, "loop")
+    found, results = memory.footprint(make_job(runner, workload, "fwd").call, torch.device("cpu"))
+    assert isinstance(results, tuple)
+    saved = found.alive_bytes - memory.unique_bytes(results)
+    state_bytes = case.T * case.B * case.H * 4
+    assert state_bytes <= saved <= 1.2 * state_bytes
+
+
+@pytest.mark.parametrize("mode", ["infer", "fwd", "bwd", "fwdbwd"])
+@pytest.mark.parametrize("name", ["tritonrnn-torch", "nn_aten", "loop"])
+def test_jobs_of_every_mode_repeat(name, mode):
+    runner, workload = build(TINY, name)
+    job = make_job(runner, workload, mode)
+    with job.context():
+        for _ in range(3):
+            job.call()
+            has_gradients = all(leaf.grad is not None for leaf in job.leaves)
+            assert has_gradients == (mode in ("bwd", "fwdbwd") or not job.leaves)
+            job.reset()
+            assert all(leaf.grad is None for leaf in job.leaves)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("name", ["tritonrnn-torch", "nn_aten", "loop"])
+def test_peers_compute_what_float64_does(name, nonlinearity, layout):
+    case = Case(
+        T=5, B=3, I=2, H=4, layers=2, directions=2,
+        nonlinearity=nonlinearity, layout=layout, lengths="linear",
+    )  # fmt: skip
+    if find(name).supports(case):
+        pytest.skip("declined")
+    runner, workload = build(case, name)
+    for trains in (False, True):
+        exact = oracle.exact_results(case, workload, 0, trains=trains)
+        assert len(exact) == (2 + 1 + 16 if trains else 2)
+        with runner.context():
+            results = oracle.results_of(runner, workload, trains=trains)
+        assert oracle.relative_error(results, exact) <= oracle.tolerance(case, None)
+
+
+def test_oracle_sees_what_is_wrong():
+    case = Case(T=5, B=3, I=2, H=4)
+    exact = [torch.ones(3, dtype=torch.float64)]
+    assert oracle.relative_error([torch.ones(4)], exact) == float("inf")
+    assert oracle.relative_error([torch.full((3,), torch.nan)], exact) == float("inf")
+    assert oracle.relative_error([torch.tensor([1.0, 1.0, 1.5])], exact) == 0.5
+    assert oracle.tolerance(case, 1e-3) == 2e-3
+    assert oracle.tolerance(case, 0.0) == 8 * 2.0**-23
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_peers_decline_what_they_cannot_do(device):
+    padded = Case(T=5, B=3, I=2, H=4, device=device)
+    declined = {name for name, peer in PEERS.items() if peer.supports(padded)}
+    here, there = {"nn_aten"}, {"nn_cudnn", "nn_native", "tritonrnn-resident", "tritonrnn-stepwise"}
+    there |= {"loop_graphed", "flashrnn"}
+    assert declined == (there if device == "cpu" else here | {"flashrnn"})
+    jagged = Case(T=5, B=3, I=2, H=4, device=device, layout="jagged")
+    assert all(peer.supports(jagged) for peer in PEERS.values())
+
+
+def test_long_loops_are_not_compiled():
+    assert PEERS["loop_compiled"].supports(Case(T=64, B=1, I=1, H=1)) is None
+    assert "unrolls" in (PEERS["loop_compiled"].supports(Case(T=65, B=1, I=1, H=1)) or "")
+
+
+@pytest.mark.parametrize("name", ["nobody", "perf.peers.loops:Nobody", "no.such.module:Peer"])
+def test_unknown_peers_are_told(name):
+    with pytest.raises(ValueError, match="peer"):
+        find(name)
+
+
+@pytest.mark.parametrize("name", ["resident", "stepwise"])
+def test_forced_plan_reaches_the_launch_and_is_undone(name, monkeypatch):
+    from tritonrnn.kernels import launch
+
+    launched = []
+    choose, grid = launch.choose_plan, launch.grid
+    monkeypatch.setattr(
+        launch, "grid", lambda problem, plan: launched.append(plan.name) or grid(problem, plan)
+    )
+    rnn = tritonrnn.RNN(2, 16)
+    with forced_plan(name):
+        output, _ = rnn(torch.randn(3, 2, 2))
+        output.sum().backward()
+    assert set(launched) == {name}
+    assert launch.choose_plan is choose
