@@ -15,7 +15,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from perf.peers import PEERS
+from perf.peers import BASELINE, PEERS
 
 DPI = 110
 # More facets than these on a side are too small to read; the outermost and some between are shown.
@@ -95,7 +95,8 @@ def by_case(family: pd.DataFrame, title: str) -> Figure:
     cases = list(family.drop_duplicates("case_id").sort_values(["T", "B", "H", "I"])["case_id"])
     figure, axes = _figure(1, 1, width=8, height=1.5 + 0.36 * len(cases))
     ax = axes[0, 0]
-    names = peers_of(family)
+    # The baseline is the line at 1.
+    names = [name for name in peers_of(family) if name not in BASELINE.values()]
     for place, peer in enumerate(names):
         points = family[family["peer"] == peer].dropna(subset=["speedup_vs_nn"])
         offset = 0.6 * ((place + 0.5) / len(names) - 0.5)
@@ -111,7 +112,7 @@ def by_case(family: pd.DataFrame, title: str) -> Figure:
             alpha=0.6,
         )
         ax.plot(x, y, linestyle="none", label=peer, **peer_style(peer))  # type: ignore[arg-type]
-    ax.axvline(1, color="black", linewidth=0.8)
+    ax.axvline(1, color="black", linewidth=0.8, label="nn.RNN")
     ax.set_xscale("log")
     _plain_log_ticks(ax, "x")
     ax.set_yticks(range(len(cases)), [_sizes(family, case) for case in cases])
@@ -175,9 +176,22 @@ def _facets(
         for column, value in enumerate(across):
             ax = axes[row, column]
             here = positive[(positive["B"] == B) & (positive[columns] == value)]
-            for peer in peers_of(positive):
+            if here.empty:
+                # No case has this B with that H or T.
+                ax.set_axis_off()
+                continue
+            # Those that lie on one another are told apart by their sizes.
+            names = [name for name in peers_of(positive) if name != "nn_again"]
+            for place, peer in enumerate(names):
                 points = here[here["peer"] == peer].groupby(x, observed=True)[y].median()
-                ax.plot(points.index.astype(float), points, label=peer, **peer_style(peer))
+                ax.plot(
+                    points.index.astype(float),
+                    points,
+                    label=peer,
+                    markersize=10 - 6 * place / len(names),
+                    linewidth=3 - 2 * place / len(names),
+                    **peer_style(peer),  # type: ignore[arg-type]
+                )
             if limit is not None and here[limit].notna().any():
                 bound = here.groupby(x, observed=True)[limit].median()
                 ax.plot(bound.index.astype(float), bound, "k--", linewidth=1, label="limit (model)")
@@ -185,6 +199,7 @@ def _facets(
             ax.set_yscale("log")
             _plain_log_ticks(ax, "y")
             ticks = sorted(positive[x].astype(float).unique())
+            ax.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
             ax.xaxis.set_major_locator(FixedLocator(ticks))
             ax.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:.0f}"))
             ax.xaxis.set_minor_locator(NullLocator())
@@ -290,9 +305,12 @@ def _plain_log_ticks(ax: Axes, which: str) -> None:
     """Label a logarithmic axis with numbers as people write them, also within a decade."""
     axis = ax.xaxis if which == "x" else ax.yaxis
     low, high = sorted(ax.get_xlim() if which == "x" else ax.get_ylim())
-    several = high / low > 30
-    axis.set_major_locator(LogLocator(subs=(1.0,) if several else (1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,.6g}"))
+    decades = np.log10(high / low)
+    subs = (1.0, 2.0, 5.0) if decades < 1.7 else (1.0, 3.0) if decades < 3 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(
+        FuncFormatter(lambda number, _: f"{number:,.0f}" if number >= 1 else f"{number:.3g}")
+    )
     axis.set_minor_formatter(NullFormatter())
 
 
