@@ -11,13 +11,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from PIL import Image
 
 from perf.peers import BASELINE, PEERS
 
-DPI = 110
+# Sharp enough to read, small enough to keep under version control.
+DPI, COLOURS = 90, 128
 # More facets than these on a side are too small to read; the outermost and some between are shown.
 MOST_FACETS = 3
 MARKERS = "osD^vPX*<>hd"
@@ -69,9 +72,18 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[Picture]:
             if figure is None:
                 continue
             path = folder / f"{kind}-{stem.replace(':', '')}.png"
-            figure.savefig(path, dpi=DPI)
+            _save(figure, path)
             pictures.append(Picture(path, f"{_CAPTIONS[kind]}: {title}"))
     return pictures
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a picture with a palette of a few colours: a quarter of the bytes."""
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(DPI)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    image.quantize(COLOURS).save(path, optimize=True)
 
 
 def family_title(key: Sequence[object]) -> str:
@@ -116,7 +128,7 @@ def by_case(family: pd.DataFrame, title: str) -> Figure:
     ax.set_xscale("log")
     _plain_log_ticks(ax, "x")
     ax.set_yticks(range(len(cases)), [_sizes(family, case) for case in cases])
-    ax.invert_yaxis()
+    ax.set_ylim(len(cases) - 0.5, -0.5)
     ax.set_xlabel("times as fast as nn.RNN (median and p10 to p90 over rounds; log scale)")
     ax.grid(axis="x", which="both", alpha=0.3)
     return _finish(figure, axes, title)
@@ -148,7 +160,8 @@ def memory_by_steps(family: pd.DataFrame, title: str) -> Figure | None:
     """Draw what backward needs, or in inference the peak, against T."""
     kind = "peak_MiB" if (family["mode"] == "infer").all() else "saved_MiB"
     name = "most memory in use, MiB" if kind == "peak_MiB" else "saved for backward, MiB"
-    return _facets(family, title, x="T", y=kind, x_name="T, steps", y_name=name, limit=None)
+    # Some save nothing, which a logarithmic axis can't show.
+    return _facets(family, title, x="T", y=kind, x_name="T, steps", y_name=name, from_zero=True)
 
 
 def _facets(
@@ -159,11 +172,12 @@ def _facets(
     y: str,
     x_name: str,
     y_name: str,
-    limit: str | None,
+    limit: str | None = None,
     columns: str = "H",
+    from_zero: bool = False,
 ) -> Figure | None:
     """Draw lines in facets, B down and ``columns`` across; None if no facet has a line."""
-    positive = family[family[y] > 0]
+    positive = family[family[y].notna()]
     lines = positive.groupby(["B", columns], observed=True)[x].nunique()
     if lines.empty or lines.max() < 2:
         return None
@@ -196,10 +210,13 @@ def _facets(
                 bound = here.groupby(x, observed=True)[limit].median()
                 ax.plot(bound.index.astype(float), bound, "k--", linewidth=1, label="limit (model)")
             ax.set_xscale("log", base=2)
-            ax.set_yscale("log")
-            _plain_log_ticks(ax, "y")
-            ticks = sorted(positive[x].astype(float).unique())
-            ax.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
+            if from_zero:
+                ax.set_ylim(bottom=0)
+            else:
+                ax.set_yscale("log")
+                _plain_log_ticks(ax, "y")
+            ticks = _usual(positive[x])
+            ax.set_xlim(positive[x].min() / 1.2, positive[x].max() * 1.2)
             ax.xaxis.set_major_locator(FixedLocator(ticks))
             ax.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:.0f}"))
             ax.xaxis.set_minor_locator(NullLocator())
@@ -243,9 +260,14 @@ def _maps(
 ) -> Figure | None:
     """Draw a heat map of a column for each T; None if it would have one row or column."""
     ours = family[(family["peer"] == OURS) & family[column].notna()]
-    if ours["B"].nunique() < 2 or ours["H"].nunique() < 2:
+    if ours.empty:
         return None
-    steps = _some(ours["T"])
+    ours = ours[ours["T"].isin(_some(ours["T"]))]
+    for axis in ("B", "H"):
+        ours = ours[ours[axis].isin(_usual(ours[axis]))]
+    if not (ours.groupby("T")[["B", "H"]].nunique() >= 2).all(axis=1).any():
+        return None
+    steps = sorted(ours["T"].unique())
     sequences, hidden = (sorted(ours[axis].unique()) for axis in ("B", "H"))
     figure, axes = _figure(1, len(steps), width=3.2 * len(steps) + 1.6, height=3.6)
     image = None
@@ -283,9 +305,15 @@ def _legible(colour: tuple[float, ...]) -> str:
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
 
+def _usual(values: pd.Series) -> list[int]:
+    """Return the values of an axis that many rows have; a stray one needs no place of its own."""
+    counts = values.astype(int).value_counts()
+    return sorted(counts.index[counts >= counts.max() / 2])
+
+
 def _some(values: pd.Series) -> list[int]:
-    """Return the values of an axis, or the outermost and some between if they are many."""
-    every = sorted(int(value) for value in values.unique())
+    """Return the usual values of an axis, or the outermost and some between if they are many."""
+    every = _usual(values)
     places = np.linspace(0, len(every) - 1, min(MOST_FACETS, len(every))).round().astype(int)
     return [every[place] for place in places]
 
@@ -306,12 +334,23 @@ def _plain_log_ticks(ax: Axes, which: str) -> None:
     axis = ax.xaxis if which == "x" else ax.yaxis
     low, high = sorted(ax.get_xlim() if which == "x" else ax.get_ylim())
     decades = np.log10(high / low)
-    subs = (1.0, 2.0, 5.0) if decades < 1.7 else (1.0, 3.0) if decades < 3 else (1.0,)
-    axis.set_major_locator(LogLocator(subs=subs))
+    for most, subs in _TICKS:
+        if decades <= most:
+            axis.set_major_locator(LogLocator(subs=subs))
+            break
     axis.set_major_formatter(
-        FuncFormatter(lambda number, _: f"{number:,.0f}" if number >= 1 else f"{number:.3g}")
+        FuncFormatter(lambda number, _: f"{number:,.0f}" if number >= 10 else f"{number:.3g}")
     )
     axis.set_minor_formatter(NullFormatter())
+
+
+# For how many decades which ticks of each are not too many.
+_TICKS: tuple[tuple[float, tuple[float, ...]], ...] = (
+    (0.8, (1, 1.5, 2, 3, 4, 6, 8)),
+    (1.7, (1, 2, 5)),
+    (3.0, (1, 3)),
+    (np.inf, (1,)),
+)
 
 
 def _finish(figure: Figure, axes: np.ndarray, title: str) -> Figure:
@@ -339,7 +378,7 @@ _CAPTIONS = {
     "speedup": "Speed-up over nn.RNN, case by case",
     "time": "Time of a call against T",
     "step": "Time of a step against H",
-    "map": "Speed-up of tritonrnn over B and H",
-    "limit": "Per cent of the limit that tritonrnn reaches, over B and H",
+    "map": "Speed-up of tritonrnn over B and H; blank: not ok",
+    "limit": "Per cent of the limit that tritonrnn reaches, over B and H; blank: not ok",
     "memory": "Memory against T",
 }
