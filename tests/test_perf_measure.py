@@ -13,6 +13,7 @@ from perf import memory, oracle
 from perf.cases import LENGTHS, Case, Workload
 from perf.measure import make_job
 from perf.peers import PEERS, find
+from perf.peers.loops import WrittenOut
 from perf.peers.ours import forced_plan
 from perf.peers.peer import Runner
 from perf.timing import Job, WallClock, time_in_rounds
@@ -194,6 +195,14 @@ def test_peers_decline_what_they_cannot_do(device):
 def test_long_loops_are_not_compiled():
     assert PEERS["loop_compiled"].supports(Case(T=64, B=1, I=1, H=1)) is None
     assert "unrolls" in (PEERS["loop_compiled"].supports(Case(T=65, B=1, I=1, H=1)) or "")
+
+
+def test_loop_compiles_whole():
+    case = Case(T=3, B=2, I=2, H=4, layers=2, directions=2)
+    module, workload = case.make_module(nn.RNN, 0), Workload.make(case, seed=0)
+    loop = torch.compile(WrittenOut(module, case), fullgraph=True, backend="eager")
+    for got, expected in zip(loop(workload.tokens), module(workload.tokens)):
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("name", ["nobody", "perf.peers.loops:Nobody", "no.such.module:Peer"])

@@ -74,27 +74,27 @@ class WrittenOut(nn.Module):
 
     def __init__(self, module: nn.RNNBase, case: Case) -> None:
         super().__init__()
-        self.module = module
+        # Not the module itself: torch.compile takes no nn.RNN, not even to hold weights.
+        self.weights = nn.ParameterList(module.parameters())
         self.phi = torch.tanh if case.nonlinearity == "tanh" else torch.relu
         self.layers, self.directions = case.layers, case.directions
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output ``(T, B, D * H)`` and ``h_n``."""
         finals = []
-        for layer in range(self.layers):
+        weights = list(self.weights)
+        for _ in range(self.layers):
             outputs = []
-            for suffix in ("", "_reverse")[: self.directions]:
-                w_ih, w_hh, b_ih, b_hh = (
-                    getattr(self.module, f"{kind}_l{layer}{suffix}")
-                    for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-                )
+            for backwards in (False, True)[: self.directions]:
+                w_ih, w_hh, b_ih, b_hh = weights[:4]
+                weights = weights[4:]
                 drive = functional.linear(tokens, w_ih, b_ih + b_hh).unbind(0)
                 state = tokens.new_zeros(tokens.shape[1], w_hh.shape[0])
                 states = []
-                for step in reversed(drive) if suffix else drive:
+                for step in reversed(drive) if backwards else drive:
                     state = self.phi(torch.addmm(step, state, w_hh.t()))
                     states.append(state)
                 finals.append(state)
-                outputs.append(torch.stack(states[::-1] if suffix else states))
+                outputs.append(torch.stack(states[::-1] if backwards else states))
             tokens = outputs[0] if self.directions == 1 else torch.cat(outputs, 2)
         return tokens, torch.stack(finals)
