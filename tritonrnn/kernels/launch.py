@@ -21,6 +21,9 @@ from tritonrnn.kernels.plan import (
 from tritonrnn.kernels.recurrence import recurrence_kernel
 from tritonrnn.layout import SequenceLayout
 
+# Polls until a program gives up waiting: some ten seconds on a GPU, where a poll is a round trip to
+# L2 of half a microsecond or more, and as long in the interpreter, at 50 microseconds a poll.
+PATIENCE = 200_000 if triton.knobs.runtime.interpret else 20_000_000
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -60,13 +63,15 @@ def recurrence(
         plan = choice if isinstance(choice, LaunchPlan) else stepwise_plan(problem, device)
     arguments = kernel_arguments(a, v_0, M, aux, layout, problem, reverse, plan)
     with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
-        if plan.name == "resident":
-            recurrence_kernel[grid(problem, plan)](first_step=0, last_step=layout.T, **arguments)
-        else:
+        if plan.name == "stepwise":
             for step in range(layout.T):
                 recurrence_kernel[grid(problem, plan)](
                     first_step=step, last_step=step + 1, **arguments
                 )
+        else:
+            recurrence_kernel[grid(problem, plan)](first_step=0, last_step=layout.T, **arguments)
+        if plan.name == "cooperative":
+            check_gangs(arguments["gang_ptr"], plan)
 
 
 def problem_of(a: Tensor, layout: SequenceLayout, *, G: int, epilogue: str, tf32: bool) -> Problem:
@@ -76,11 +81,38 @@ def problem_of(a: Tensor, layout: SequenceLayout, *, G: int, epilogue: str, tf32
 
 
 def grid(problem: Problem, plan: LaunchPlan) -> tuple[int, int, int]:
-    """Programs by batch block, block of hidden units and group."""
-    return (
-        triton.cdiv(problem.B, plan.block_b),
-        triton.cdiv(problem.H, plan.block_h),
-        problem.G,
+    """Programs by batch block (by gang, where one takes several), block of hidden units, group."""
+    blocks_b, blocks_h = triton.cdiv(problem.B, plan.block_b), triton.cdiv(problem.H, plan.block_h)
+    if plan.name == "cooperative":
+        blocks_b = plan.programs // (blocks_h * problem.G)
+    return blocks_b, blocks_h, problem.G
+
+
+def gang_words(problem: Problem, plan: LaunchPlan, device: torch.device) -> Tensor:
+    """Whether all waited in time, and each gang's counter: new ones for every launch.
+
+    So calls on two streams share none, and a captured graph makes its own anew in every replay.
+    Everything starts at 1, for the sake of one fill, and of a word that is true if not written.
+    """
+    lanes, _, groups = grid(problem, plan)
+    return torch.ones(1 + lanes * groups, 32, dtype=torch.int32, device=device)
+
+
+def check_gangs(words: Tensor, plan: LaunchPlan) -> None:
+    """Have the device raise if a program of a cooperative launch gave up waiting for its gang.
+
+    The assertion runs behind the kernel, on its stream. On a GPU it is the next call that
+    synchronises with the device (``torch.cuda.synchronize``, ``Tensor.item``, ``Tensor.cpu``, ...)
+    that raises a RuntimeError, like for any assertion in a kernel, and with the assertion's text
+    on stderr: no number made of the walk can be read before. On the CPU it is this one.
+
+    Raises:
+        RuntimeError: on the CPU, a program gave up.
+    """
+    torch._assert_async(
+        words[0, 0],
+        "tritonrnn: a program of a recurrence waited in vain for the others of its gang; what was "
+        f"computed is wrong. The launch was {plan}",
     )
 
 
@@ -106,11 +138,16 @@ def kernel_arguments(
     assert all(rows is None or rows.is_contiguous() for rows in (a, v_0, aux))
     # One bit a group, in an argument of 32 bits.
     assert G < 32
-    if plan.name == "resident" and a.dtype == torch.float32:
+    if plan.name != "stepwise" and a.dtype == torch.float32:
         # Shared memory is read in wide pieces along rows only where numbers have 16 bits: a
         # transposed M would be read number by number in every step.
         M = M.contiguous()
     stride_m_group, stride_m_row, stride_m_column = M.stride()
+    cooperative = plan.name == "cooperative"
+    options: dict[str, Any] = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    if cooperative and not triton.knobs.runtime.interpret:
+        # The driver refuses a grid whose programs can't all run at the same time.
+        options["launch_cooperative_grid"] = True
     return {
         "a_ptr": a,
         "v_0_ptr": v_0,
@@ -118,6 +155,7 @@ def kernel_arguments(
         "aux_ptr": aux,
         # The rows of a padded layout are computed from its two strides.
         "row_map_ptr": None if layout.is_padded else layout.row_map(a.device),
+        "gang_ptr": gang_words(problem, plan, a.device) if cooperative else None,
         "T": layout.T,
         "B": B,
         "stride_time": 1 if layout.batch_first else B,
@@ -132,11 +170,11 @@ def kernel_arguments(
         "PLAN": plan.name,
         "PRECISION": plan.precision,
         "INTERPRETED": triton.knobs.runtime.interpret,
+        "PATIENCE": PATIENCE if cooperative else 0,
         "BLOCK_H": plan.block_h,
         "BLOCK_B": plan.block_b,
         "BLOCK_K": plan.block_k,
-        "num_warps": plan.num_warps,
-        "num_stages": plan.num_stages,
+        **options,
     }
 
 

@@ -15,10 +15,29 @@ ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 TRITON_LAUNCH_US = 8.0
 TORCH_STEP_US = 5.0
 
+# The parts of a step on the chain of its latencies (NVIDIA's and others' published figures, not yet
+# measured): clocks of shared memory, matrix instruction, epilogue and barrier; a counter handed
+# from one multiprocessor to the others through L2; bytes a clock that a multiprocessor reads.
+STEP_CLOCKS = 160
+HANDOFF_US = 0.16
+L2_BYTES_PER_CLOCK = 64
+SHARED_BYTES_PER_CLOCK = 128
+CLOCKS_PER_US = 1980
+# What torch's step takes at least where it is large: dense products and memory, of an H200.
+TFLOPS = {"16-bit": 989, "tf32": 495, "fp32": 67}
+MEMORY_BYTES_PER_US = 4.3e6
+
 # Warps a block: more lose their registers to their number.
 MAX_WARPS = 16
 # Sequences a program: more spill on sm_80 or sm_90, as ``perf static`` shows.
 MAX_BLOCK_B = {"16-bit": 32, "tf32": 16, "fp32": 16}
+# Hidden units a group, by arithmetic and sequences a program, up to which the cooperative plan
+# keeps its weights and does not spill on sm_90, as ``perf static`` shows.
+MAX_COOPERATIVE_H = {
+    ("16-bit", 16): 1536,
+    ("16-bit", 32): 512,
+    ("tf32", 16): 512,
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +116,8 @@ class LaunchPlan:
     """How the recurrence kernel is launched.
 
     Args:
-        name: ``resident`` or ``stepwise``; see ``recurrence.py`` for the tile pictures.
+        name: ``resident``, ``cooperative`` or ``stepwise``; see ``recurrence.py`` for the tile
+            pictures.
         block_h: hidden units a program.
         block_b: sequences a program.
         block_k: hidden units of the previous state that one product takes.
@@ -146,6 +166,11 @@ def choose_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Declined
     resident = resident_plan(problem, device)
     if resident is not None:
         return resident
+    cooperative = cooperative_plan(problem, device)
+    if cooperative is not None and not device.is_interpreter:
+        other_us = min(TRITON_LAUNCH_US, torch_step_us(problem))
+        if cooperative_step_us(problem, cooperative) < other_us:
+            return cooperative
     if device.is_interpreter or TRITON_LAUNCH_US <= TORCH_STEP_US:
         return stepwise_plan(problem, device)
     kib = problem.H * problem.H * problem.item_bytes / 1024
@@ -193,6 +218,74 @@ def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
         shared_bytes=shared_bytes,
         device=device,
     )
+
+
+def cooperative_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
+    """The rows of W_hh spread over a gang of programs, or None where that does not fit."""
+    if not (device.has_wgmma or device.is_interpreter):
+        return None
+    # Of 64 rows, which wgmma wants, the fewest bytes are read from shared memory in a step. In the
+    # interpreter, where programs take turns, a gang is one program.
+    block_h = _power_of_two(problem.H, at_least=64) if device.is_interpreter else 64
+    candidates = (_cooperative_plan(problem, device, block_h, block_b) for block_b in (16, 32))
+    plans = [plan for plan in candidates if plan is not None]
+    return min(plans, key=lambda plan: cooperative_step_us(problem, plan), default=None)
+
+
+def _cooperative_plan(
+    problem: Problem, device: DeviceLimits, block_h: int, block_b: int
+) -> LaunchPlan | None:
+    largest = MAX_COOPERATIVE_H.get((_arithmetic(problem), block_b), 0)
+    if problem.H > largest and not device.is_interpreter:
+        return None
+    block_k = 128
+    columns = _cdiv(problem.H, block_k) * block_k
+    shared_bytes = (
+        (block_h * columns + block_k * block_b) * problem.item_bytes
+        # fp32 tiles on their way between the layouts of memory and of the product.
+        + 2 * block_h * block_b * 4
+        + 1024
+    )
+    gang = _cdiv(problem.H, block_h)
+    # All programs at the same time, one a multiprocessor.
+    at_once = device.multiprocessors // (gang * problem.G) if not device.is_interpreter else 1
+    lanes = min(at_once, _cdiv(problem.B, block_b))
+    if lanes == 0 or shared_bytes > device.shared_bytes:
+        return None
+    return LaunchPlan(
+        name="cooperative",
+        block_h=block_h,
+        block_b=block_b,
+        block_k=block_k,
+        num_warps=_num_warps(block_h, device),
+        num_stages=1,
+        precision=_precision(problem),
+        programs=lanes * gang * problem.G,
+        launches=1,
+        shared_bytes=shared_bytes,
+        device=device,
+    )
+
+
+def cooperative_step_us(problem: Problem, plan: LaunchPlan) -> float:
+    """What the limits let a step of a cooperative plan take, all batch blocks of a gang in it."""
+    clocks = (
+        STEP_CLOCKS
+        + problem.item_bytes * problem.H * plan.block_b / L2_BYTES_PER_CLOCK
+        + problem.item_bytes * problem.H * plan.block_h / SHARED_BYTES_PER_CLOCK
+    )
+    lanes = plan.programs // (_cdiv(problem.H, plan.block_h) * problem.G)
+    turns = _cdiv(_cdiv(problem.B, plan.block_b), lanes)
+    return turns * (HANDOFF_US + clocks / CLOCKS_PER_US)
+
+
+def torch_step_us(problem: Problem) -> float:
+    """What the limits let a step of torch's path take: launches, products or memory."""
+    states = problem.G * problem.B * problem.H
+    product = 2 * states * problem.H / (TFLOPS[_arithmetic(problem)] * 1e6)
+    # The drive is read and the state written; what the next step reads is in the cache.
+    memory = 2 * states * problem.item_bytes / MEMORY_BYTES_PER_US
+    return max(TORCH_STEP_US, product, memory)
 
 
 def stepwise_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan:

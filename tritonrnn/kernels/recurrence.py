@@ -15,10 +15,14 @@ because Hopper's matrix instruction needs 64 rows or more there and is content w
 result overwrites ``a`` row by row: nobody else reads a program's slice of a row before the program
 has replaced it.
 
-    resident    BLOCK_H covers H. M stays in shared memory and the state in registers for the
-                whole walk; a program waits for nobody.
-    stepwise    A launch walks one step. M and the previous state, which other programs wrote in
-                the launch before, come from global memory in tiles of BLOCK_K.
+    resident      BLOCK_H covers H. M stays in shared memory and the state in registers for the
+                  whole walk; a program waits for nobody.
+    cooperative   BLOCK_H does not. A program's BLOCK_H rows of M stay in shared memory for the
+                  whole walk, in tiles of BLOCK_K columns; the state goes from step to step through
+                  ``a``, and a program waits until all that share its sequences have stored the
+                  step before (``gang.py``). A gang walks its batch blocks one after the other.
+    stepwise      A launch walks one step. M and the previous state, which other programs wrote in
+                  the launch before, come from global memory in tiles of BLOCK_K.
 
 A step of a sequence that has not yet joined, or has ended, is dead: it loads nothing, stores
 nothing, and its state is a true zero, chosen and never multiplied, so that a NaN stays in its own
@@ -28,99 +32,8 @@ sequence. Row offsets are 64-bit: rows times hidden units passes 2³¹ in real u
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def tanh(x):
-    """Give tanh of an fp32 tile: odd, exact in the limit at 0, 1 far out, NaN for NaN."""
-    # Below 5/8 the exponential form cancels; an odd minimax polynomial (Cephes tanhf) does not.
-    square = x * x
-    near = -5.70498872745e-3 * square + 2.06390887954e-2
-    near = near * square - 5.37397155531e-2
-    near = near * square + 1.33314422036e-1
-    near = near * square - 3.33332819422e-1
-    near = near * square * x + x
-    # exp(2 |x|) may overflow to inf, and 1 - 2 / inf is the right answer.
-    magnitude = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
-    far = tl.where(x < 0, -far, far)
-    return tl.where(magnitude < 0.625, near, far)
-
-
-@triton.jit
-def round_to_tf32(x):
-    """Round an fp32 tile to TF32's 10 fraction bits, ties away from zero, as ``cvt.rna.tf32``.
-
-    ``tl.dot`` truncates what it is given, which doubles the error and biases it.
-    """
-    bits = x.to(tl.int32, bitcast=True)
-    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    # The carry out of a NaN's fraction would turn it into a number.
-    return tl.where(x == x, rounded, x)
-
-
-@triton.jit
-def narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Round an fp32 tile to dtype, to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        # Triton's interpreter truncates instead, which is exact for a number of 8 bits.
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(dtype)
-
-
-@triton.jit
-def operands(x, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Turn stored numbers into what ``tl.dot`` is to see of them: a large and a small part.
-
-    Only products of fp32 accuracy have use for the small part. There the two are TF32 numbers
-    whose sum keeps 22 bits of x.
-    """
-    if INTERPRETED:
-        # Triton's interpreter would multiply the bit patterns of bf16 numbers.
-        x = x.to(tl.float32)
-    large = x
-    small = x
-    if PRECISION != "ieee":
-        large = round_to_tf32(x)
-    if PRECISION == "tf32x3":
-        # Infinity less infinity is not the 0 that is meant.
-        small = tl.where(x == large, 0.0, round_to_tf32(x - large))
-    return large, small
-
-
-@triton.jit
-def multiply_add(m, m_small, s, s_small, z, PRECISION: tl.constexpr):
-    """Give ``m s + z`` of parts that :func:`operands` made, the smallest products first."""
-    if PRECISION == "tf32x3":
-        z = tl.dot(m_small, s, z, input_precision="tf32")
-        z = tl.dot(m, s_small, z, input_precision="tf32")
-    return tl.dot(m, s, z, input_precision="tf32" if PRECISION != "ieee" else "ieee")
-
-
-@triton.jit
-def apply_epilogue(z, aux, EPILOGUE: tl.constexpr):
-    """E(z, aux), in fp32, of what :func:`prepare_aux` made of aux."""
-    if EPILOGUE == "tanh":
-        return tanh(z)
-    elif EPILOGUE == "relu":
-        # Not a maximum, which would lose a NaN.
-        return tl.where(z < 0, 0.0, z)
-    elif EPILOGUE == "tanh_grad":
-        return z * aux
-    else:
-        tl.static_assert(EPILOGUE == "relu_grad")
-        # Chosen, not multiplied: torch gives 0 where the unit is off, whatever z is.
-        return tl.where(aux > 0, z, 0.0)
-
-
-@triton.jit
-def prepare_aux(aux, EPILOGUE: tl.constexpr):
-    """What of the epilogue can be computed before z is known."""
-    aux = aux.to(tl.float32)
-    if EPILOGUE == "tanh_grad":
-        aux = 1.0 - aux * aux
-    return aux
+from tritonrnn.kernels.arithmetic import apply_epilogue, multiply_add, narrow, operands, prepare_aux
+from tritonrnn.kernels.gang import publish, wait
 
 
 @triton.jit
@@ -140,29 +53,46 @@ def row_offset_at(step, stop, longest, is_reverse, row_map_ptr, stride_time, WID
     return row * WIDTH
 
 
-@triton.jit(
-    do_not_specialize=[
-        "T",
-        "B",
-        "stride_time",
-        "stride_batch",
-        "reverse_groups",
-        "first_step",
-        "last_step",
-    ]
-)
-def recurrence_kernel(
+@triton.jit
+def load_weights(
+    m_ptrs,
+    mask_h,
+    stride_m_column,
+    H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Load a program's rows of M for the whole walk: tuples of tiles, and of their small parts."""
+    offs_k = tl.arange(0, BLOCK_K)
+    tiles = ()
+    tiles_small = ()
+    for k in tl.static_range(0, H, BLOCK_K):
+        mask = mask_h & (k + offs_k < H)[None, :]
+        m = tl.load(m_ptrs + k * stride_m_column, mask=mask, other=0.0)
+        m, m_small = operands(m, PRECISION, INTERPRETED)
+        tiles = (*tiles, m)  # type: ignore[assignment]
+        tiles_small = (*tiles_small, m_small)  # type: ignore[assignment]
+    return tiles, tiles_small
+
+
+@triton.jit
+def walk(
+    block,
+    tiles,
+    tiles_small,
+    m_ptrs,
+    counter_ptr,
+    target,
+    patience,
     a_ptr,
     v_0_ptr,
-    m_ptr,
     aux_ptr,
     row_map_ptr,
     T,
     B,
     stride_time,
     stride_batch,
-    stride_m_group,
-    stride_m_row,
     stride_m_column,
     reverse_groups,
     first_step,
@@ -177,23 +107,18 @@ def recurrence_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Walk steps ``[first_step, last_step)`` of every sequence of a batch block.
+    """Walk one batch block; the arguments are the kernel's and what it holds for all blocks.
 
-    a_ptr           [N, G * H], overwritten by s
-    v_0_ptr         [G, B, H] fp32, or None for zero
-    m_ptr           [G, H, H] of any strides, in the dtype of a
-    aux_ptr         [N, G * H], or None where the epilogue takes none
-    row_map_ptr     int64 time_base[T], batch_base[B], lengths[B]; or None where token (t, b) is
-                    in row t * stride_time + b * stride_batch and every length is T
-    reverse_groups  bit g is set where group g walks from the last step to the first
-    INTERPRETED     whether Triton's interpreter runs this, whose bf16 needs a hand
+    Gives what the counter of the gang will be once all of it have walked the block, and the
+    patience left.
     """
     WIDTH: tl.constexpr = G * H
+    GANG: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     dtype: tl.constexpr = a_ptr.dtype.element_ty
 
     group = tl.program_id(2)
     is_reverse = ((reverse_groups >> group) & 1) != 0
-    offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_b = block * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_k = tl.arange(0, BLOCK_K)
     mask_b = offs_b < B
@@ -213,12 +138,6 @@ def recurrence_kernel(
     # Offsets of the program's tile from column 0 of a time step's row, in a, aux and s.
     base = (batch_base * WIDTH + group * H)[None, :]
     tile = base + offs_h[:, None]
-
-    m_ptr += group.to(tl.int64) * stride_m_group
-    m_ptrs = m_ptr + offs_h[:, None].to(tl.int64) * stride_m_row + offs_k[None, :] * stride_m_column
-    if PLAN == "resident":
-        m = tl.load(m_ptrs, mask=mask_h & (offs_k < H)[None, :], other=0.0)
-        m, m_small = operands(m, PRECISION, INTERPRETED)
     s = tl.zeros([BLOCK_H, BLOCK_B], dtype)
 
     # The first two steps' drive is fetched before the walk, every other one two steps ahead of its
@@ -231,7 +150,7 @@ def recurrence_kernel(
     row_2 = row_offset_at(
         first_step + 2, stop, longest, is_reverse, row_map_ptr, stride_time, WIDTH
     )
-    if PLAN != "resident":
+    if PLAN == "stepwise":
         row_before = row_offset_at(
             first_step - 1, stop, longest, is_reverse, row_map_ptr, stride_time, WIDTH
         )
@@ -239,6 +158,7 @@ def recurrence_kernel(
     t = time_at(first_step, longest, is_reverse)
     mask = mask_h & ((t < lengths) & (first_step < stop))[None, :]
     drive = tl.load(a_ptr + row + tile, mask=mask, other=0.0).to(tl.float32)
+    v_0 = 0.0
     if v_0_ptr is not None:
         v_0_tile = (group.to(tl.int64) * B + offs_b)[None, :] * H + offs_h[:, None]
         v_0 = tl.load(v_0_ptr + v_0_tile, mask=mask_h & mask_b[None, :], other=0.0)
@@ -266,16 +186,30 @@ def recurrence_kernel(
 
         t = time_at(step, longest, is_reverse)
         live = (t < lengths)[None, :]
+        walking = live & (t != joins)[None, :]
+        z = drive
         if PLAN == "resident":
             state, state_small = operands(s, PRECISION, INTERPRETED)
-            z = multiply_add(m, m_small, state, state_small, drive, PRECISION)
+            z = multiply_add(tiles[0], tiles_small[0], state, state_small, z, PRECISION)
             # The store of the step before waits in the shadow of the product.
             t_before = time_at(step - 1, longest, is_reverse)
             was_live = ((t_before < lengths) & (step > first_step))[None, :]
             tl.store(a_ptr + row_before + tile, s, mask=mask_h & was_live)
+        elif PLAN == "cooperative":
+            patience = wait(counter_ptr, target, patience, INTERPRETED)
+            target += GANG
+            for k in tl.static_range(0, H, BLOCK_K):
+                state = tl.load(
+                    a_ptr + row_before + base + (k + offs_k)[:, None],
+                    mask=(k + offs_k < H)[:, None] & walking,
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                state, state_small = operands(state, PRECISION, INTERPRETED)
+                z = multiply_add(
+                    tiles[k // BLOCK_K], tiles_small[k // BLOCK_K], state, state_small, z, PRECISION
+                )
         else:
-            z = drive
-            walking = live & (t != joins)[None, :]
             for k in tl.range(0, H, BLOCK_K):
                 mask_k = k + offs_k < H
                 m = tl.load(m_ptrs + k * stride_m_column, mask=mask_h & mask_k[None, :], other=0.0)
@@ -306,6 +240,8 @@ def recurrence_kernel(
         s = narrow(s, dtype, INTERPRETED)
         if PLAN != "resident":
             tl.store(a_ptr + row + tile, s, mask=mask_h & live)
+        if PLAN == "cooperative":
+            publish(counter_ptr)
 
         row_before = row
         row = row_1
@@ -318,3 +254,117 @@ def recurrence_kernel(
         t = time_at(stop - 1, longest, is_reverse)
         was_live = ((t >= 0) & (t < lengths) & (first_step < stop))[None, :]
         tl.store(a_ptr + row_before + tile, s, mask=mask_h & was_live)
+    return target, patience
+
+
+@triton.jit(
+    do_not_specialize=[
+        "T",
+        "B",
+        "stride_time",
+        "stride_batch",
+        "reverse_groups",
+        "first_step",
+        "last_step",
+    ]
+)
+def recurrence_kernel(
+    a_ptr,
+    v_0_ptr,
+    m_ptr,
+    aux_ptr,
+    row_map_ptr,
+    gang_ptr,
+    T,
+    B,
+    stride_time,
+    stride_batch,
+    stride_m_group,
+    stride_m_row,
+    stride_m_column,
+    reverse_groups,
+    first_step,
+    last_step,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    PLAN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    PATIENCE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Walk steps ``[first_step, last_step)`` of every sequence of a program's batch blocks.
+
+    a_ptr           [N, G * H], overwritten by s
+    v_0_ptr         [G, B, H] fp32, or None for zero
+    m_ptr           [G, H, H] of any strides, in the dtype of a
+    aux_ptr         [N, G * H], or None where the epilogue takes none
+    row_map_ptr     int64 time_base[T], batch_base[B], lengths[B]; or None where token (t, b) is
+                    in row t * stride_time + b * stride_batch and every length is T
+    gang_ptr        int32 [1 + gangs, 32] of ones; row 0 turns 0 if a wait was in vain, the others
+                    are the counters of the gangs. None where there are no gangs
+    reverse_groups  bit g is set where group g walks from the last step to the first
+    INTERPRETED     whether Triton's interpreter runs this, whose bf16 needs a hand
+    PATIENCE        polls after which a program gives up waiting for its gang
+    """
+    group = tl.program_id(2)
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_h = (offs_h < H)[:, None]
+    m_ptr += group.to(tl.int64) * stride_m_group
+    m_ptrs = m_ptr + offs_h[:, None].to(tl.int64) * stride_m_row + offs_k[None, :] * stride_m_column
+    tiles = ()
+    tiles_small = ()
+    if PLAN != "stepwise":
+        tiles, tiles_small = load_weights(
+            m_ptrs, mask_h, stride_m_column, H, PRECISION, INTERPRETED, BLOCK_K
+        )
+
+    # Batch blocks that this program walks, one after the other.
+    lane, lanes = tl.program_id(0), tl.num_programs(0)
+    blocks = 1
+    counter_ptr = gang_ptr
+    if PLAN == "cooperative":
+        blocks = tl.cdiv(tl.cdiv(B, BLOCK_B) - lane, lanes)
+        # Counters 128 bytes apart, so that no two gangs meet in one cache line.
+        counter_ptr += 32 * (1 + group * lanes + lane)
+    target = 1
+    patience = PATIENCE
+    for i in tl.range(0, blocks, num_stages=1):
+        target, patience = walk(
+            lane + i * lanes,
+            tiles,
+            tiles_small,
+            m_ptrs,
+            counter_ptr,
+            target,
+            patience,
+            a_ptr,
+            v_0_ptr,
+            aux_ptr,
+            row_map_ptr,
+            T,
+            B,
+            stride_time,
+            stride_batch,
+            stride_m_column,
+            reverse_groups,
+            first_step,
+            last_step,
+            G,
+            H,
+            EPILOGUE,
+            PLAN,
+            PRECISION,
+            INTERPRETED,
+            BLOCK_H,
+            BLOCK_B,
+            BLOCK_K,
+        )
+    if PLAN == "cooperative":
+        # By every thread, for each has polled for itself.
+        in_time_ptrs = gang_ptr + tl.zeros([BLOCK_H, BLOCK_B], tl.int32)
+        tl.store(in_time_ptrs, 0, mask=patience == 0)

@@ -1,0 +1,98 @@
+"""Numbers of the recurrence kernel: roundings, products of parts, epilogues."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """Give tanh of an fp32 tile: odd, exact in the limit at 0, 1 far out, NaN for NaN."""
+    # Below 5/8 the exponential form cancels; an odd minimax polynomial (Cephes tanhf) does not.
+    square = x * x
+    near = -5.70498872745e-3 * square + 2.06390887954e-2
+    near = near * square - 5.37397155531e-2
+    near = near * square + 1.33314422036e-1
+    near = near * square - 3.33332819422e-1
+    near = near * square * x + x
+    # exp(2 |x|) may overflow to inf, and 1 - 2 / inf is the right answer.
+    magnitude = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
+    far = tl.where(x < 0, -far, far)
+    return tl.where(magnitude < 0.625, near, far)
+
+
+@triton.jit
+def round_to_tf32(x):
+    """Round an fp32 tile to TF32's 10 fraction bits, ties away from zero, as ``cvt.rna.tf32``.
+
+    ``tl.dot`` truncates what it is given, which doubles the error and biases it.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    # The carry out of a NaN's fraction would turn it into a number.
+    return tl.where(x == x, rounded, x)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Round an fp32 tile to dtype, to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # Triton's interpreter truncates instead, which is exact for a number of 8 bits.
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def operands(x, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Turn stored numbers into what ``tl.dot`` is to see of them: a large and a small part.
+
+    Only products of fp32 accuracy have use for the small part. There the two are TF32 numbers
+    whose sum keeps 22 bits of x.
+    """
+    if INTERPRETED:
+        # Triton's interpreter would multiply the bit patterns of bf16 numbers.
+        x = x.to(tl.float32)
+    large = x
+    small = x
+    if PRECISION != "ieee":
+        large = round_to_tf32(x)
+    if PRECISION == "tf32x3":
+        # Infinity less infinity is not the 0 that is meant.
+        small = tl.where(x == large, 0.0, round_to_tf32(x - large))
+    return large, small
+
+
+@triton.jit
+def multiply_add(m, m_small, s, s_small, z, PRECISION: tl.constexpr):
+    """Give ``m s + z`` of parts that :func:`operands` made, the smallest products first."""
+    if PRECISION == "tf32x3":
+        z = tl.dot(m_small, s, z, input_precision="tf32")
+        z = tl.dot(m, s_small, z, input_precision="tf32")
+    return tl.dot(m, s, z, input_precision="tf32" if PRECISION != "ieee" else "ieee")
+
+
+@triton.jit
+def apply_epilogue(z, aux, EPILOGUE: tl.constexpr):
+    """E(z, aux), in fp32, of what :func:`prepare_aux` made of aux."""
+    if EPILOGUE == "tanh":
+        return tanh(z)
+    elif EPILOGUE == "relu":
+        # Not a maximum, which would lose a NaN.
+        return tl.where(z < 0, 0.0, z)
+    elif EPILOGUE == "tanh_grad":
+        return z * aux
+    else:
+        tl.static_assert(EPILOGUE == "relu_grad")
+        # Chosen, not multiplied: torch gives 0 where the unit is off, whatever z is.
+        return tl.where(aux > 0, z, 0.0)
+
+
+@triton.jit
+def prepare_aux(aux, EPILOGUE: tl.constexpr):
+    """What of the epilogue can be computed before z is known."""
+    aux = aux.to(tl.float32)
+    if EPILOGUE == "tanh_grad":
+        aux = 1.0 - aux * aux
+    return aux
