@@ -28,6 +28,7 @@ from tritonrnn.kernels.plan import (
     DeviceLimits,
     LaunchPlan,
     Problem,
+    cooperative_plan,
     resident_plan,
     stepwise_plan,
 )
@@ -35,7 +36,7 @@ from tritonrnn.kernels.recurrence import recurrence_kernel
 from tritonrnn.layout import SequenceLayout
 
 EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
-HIDDEN_SIZES = (16, 32, 64, 128, 256)
+HIDDEN_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536)
 # dtype of the tensors, and whether fp32 products may be TF32.
 DTYPES = {
     "bf16": (torch.bfloat16, False),
@@ -106,7 +107,7 @@ def compile_plan(problem: Problem, plan: LaunchPlan, dtype: torch.dtype) -> Comp
     started = time.perf_counter()
     kernel = recurrence_kernel.warmup(
         first_step=0,
-        last_step=problem.T if plan.name == "resident" else 1,
+        last_step=1 if plan.name == "stepwise" else problem.T,
         grid=launch.grid(problem, plan),
         **launch.kernel_arguments(
             a,
@@ -122,10 +123,12 @@ def compile_plan(problem: Problem, plan: LaunchPlan, dtype: torch.dtype) -> Comp
     return Compiled(plan, kernel.metadata.shared, time.perf_counter() - started, kernel.asm)
 
 
-def time_loop(sass: list[str]) -> list[str]:
-    """The instructions of the outermost loop that holds matrix or fused multiply-add work.
+def time_loop(sass: list[str], nested: bool = False) -> list[str]:
+    """The instructions of the time loop.
 
-    A loop is a branch to a lower address; the time loop is the longest of them.
+    A loop is a branch to a lower address. The time loop is the longest of them or, nested in
+    the loop over batch blocks of a cooperative plan, the shortest that has all matrix instructions
+    of the kernel.
     """
     spans = [(0, 0)]
     addresses = [int(line.split("*/")[0], 16) for line in sass]
@@ -133,7 +136,12 @@ def time_loop(sass: list[str]) -> list[str]:
         branch = re.search(r"\bBRA(?:\.\w+)*\s+(?:\S+,\s*)*`?\(?(?:\.L_x_\d+|0x([0-9a-f]+))", line)
         if branch and branch[1] and int(branch[1], 16) < addresses[position]:
             spans.append((addresses.index(int(branch[1], 16)), position + 1))
-    start, end = max(spans, key=lambda span: span[1] - span[0])
+    if nested:
+        products = count(sass, r"H(?:G?)MMA")
+        whole = [span for span in spans if count(sass[slice(*span)], r"H(?:G?)MMA") == products]
+        start, end = min(whole, key=lambda span: span[1] - span[0])
+    else:
+        start, end = max(spans, key=lambda span: span[1] - span[0])
     return sass[start:end]
 
 
@@ -163,7 +171,8 @@ def table(
     device = DEVICES[arch]
     rows = []
     for name, problem in problems(dtypes or list(DTYPES), sizes, epilogues, B):
-        for plan in (resident_plan(problem, device), stepwise_plan(problem, device)):
+        for choose in (resident_plan, cooperative_plan, stepwise_plan):
+            plan = choose(problem, device)
             if plan is not None:
                 rows.append(_row(name, problem, compile_plan(problem, plan, DTYPES[name][0])))
     return pd.DataFrame(rows)
@@ -187,7 +196,7 @@ def _row(name: str, problem: Problem, compiled: Compiled) -> dict[str, Any]:
         "planned_bytes": plan.shared_bytes,
     }
     if not plan.device.is_amd:
-        step = time_loop(compiled.sass)
+        step = time_loop(compiled.sass, nested=plan.name == "cooperative")
         row |= {
             "sass_per_step": len(step),
             "hgmma": count(step, "HGMMA"),

@@ -108,3 +108,65 @@ def test_new_lengths_and_batch_sizes_do_not_recompile():
         "print(sum(len(caches[0]) for caches in recurrence_kernel.device_caches.values()))"
     )
     assert compiled.split() == ["1"]
+
+
+def test_cooperative_static_plans_keep_their_promises():
+    spread = "sizes=({},), epilogues=({!r},), dtypes=[{!r}]"
+    rows = static_rows(
+        "sm_90",
+        spread.format(512, "tanh", "bf16"),
+        spread.format(1024, "tanh_grad", "bf16"),
+        spread.format(512, "tanh_grad", "tf32"),
+    )
+    rows = [row for row in rows if row["plan"] == "cooperative"]
+    assert [row["H"] for row in rows] == [512, 1024, 512]
+    for row in rows:
+        assert row["spill_bytes"] == 0
+        assert row["hgmma"] > 0
+        assert row["shared_bytes"] <= row["planned_bytes"] <= 227 * 1024
+
+
+def test_cooperative_publishes_and_reads_in_order():
+    """In the PTX: stores, barrier, release; then acquire, barrier, read past L1."""
+    ptx = compile_in_a_fresh_process(
+        "from perf.static import *\n"
+        "problem = Problem(T, 16, 1, 512, 'bf16')\n"
+        "plan = cooperative_plan(problem, DEVICES['sm_90'])\n"
+        "print(compile_plan(problem, plan, torch.bfloat16).assembly['ptx'])"
+    )
+    lines = ptx[ptx.index("{\n", ptx.index(".entry")) :].splitlines()
+    store, add = r"st\.global\.v4", r"atom\.\S*release\S*add"
+    poll, read, barrier = r"ld\.acquire\.gpu", r"ld\.global\S*\.cg", r"bar\.sync"
+    assert not first_of(lines, store, [add], before=barrier)
+    assert first_of(lines, store, [add], before=poll)
+    assert not first_of(lines, poll, [read], before=barrier)
+    assert first_of(lines, poll, [read], before=add)
+    # No way leads from the addition to the next read but through a poll.
+    assert not first_of(lines, add, [read], before=poll)
+    # The state comes through L2 alone: every wide load in the time loop is of this kind.
+    assert len(re.findall(read, ptx)) == 8
+
+
+def first_of(lines: list[str], start: str, targets: list[str], before: str) -> bool:
+    """Whether the program's flow leads from a start to a target with no ``before`` between."""
+    labels = {line.split(":")[0].strip(): i for i, line in enumerate(lines) if ":" in line}
+    pending = [i + 1 for i, line in enumerate(lines) if re.search(start, line)]
+    assert pending, start
+    seen = set()
+    while pending:
+        i = pending.pop()
+        if i in seen or i >= len(lines):
+            continue
+        seen.add(i)
+        line = lines[i]
+        if any(re.search(target, line) for target in targets):
+            return True
+        if re.search(before, line):
+            continue
+        branch = re.search(r"(@\S+\s+)?bra(?:\.uni)?\s+(\$\S+?);", line)
+        if branch:
+            pending.append(labels[branch[2]])
+        if re.search(r"^\s*ret;", line) or (branch and not branch[1]):
+            continue
+        pending.append(i + 1)
+    return False

@@ -71,9 +71,44 @@ def load_weights(
         mask = mask_h & (k + offs_k < H)[None, :]
         m = tl.load(m_ptrs + k * stride_m_column, mask=mask, other=0.0)
         m, m_small = operands(m, PRECISION, INTERPRETED)
-        tiles = (*tiles, m)  # type: ignore[assignment]
-        tiles_small = (*tiles_small, m_small)  # type: ignore[assignment]
+        # Triton knows no starred expressions.
+        tiles = tiles + (m,)  # noqa: RUF005
+        tiles_small = tiles_small + (m_small,)  # noqa: RUF005
     return tiles, tiles_small
+
+
+@triton.jit
+def prepare_step(
+    step,
+    a,
+    aux,
+    s,
+    v_0,
+    lengths,
+    joins,
+    longest,
+    is_reverse,
+    aux_ptr,
+    v_0_ptr,
+    row_map_ptr,
+    EPILOGUE: tl.constexpr,
+):
+    """Turn the numbers loaded for a step into what its product starts from and its epilogue takes.
+
+    They are filled up from the state where a sequence is dead, whose number does not count: a value
+    that meets the state is carried in the accumulator's layout, so that the product need not wait
+    for a change of layouts.
+    """
+    t = time_at(step, longest, is_reverse)
+    live = (t < lengths)[None, :]
+    drive = tl.where(live, a, s).to(tl.float32)
+    if v_0_ptr is not None and row_map_ptr is not None:
+        # Where every sequence has all T tokens, none joins later than the first step.
+        drive = tl.where((t == joins)[None, :], drive + v_0, drive)
+    prepared = drive
+    if aux_ptr is not None:
+        prepared = prepare_aux(tl.where(live, aux, s), EPILOGUE)
+    return drive, prepared
 
 
 @triton.jit
@@ -198,17 +233,16 @@ def walk(
         elif PLAN == "cooperative":
             patience = wait(counter_ptr, target, patience, INTERPRETED)
             target += GANG
+            # One address and constant distances from it: an address a tile costs registers.
+            state_ptrs = a_ptr + row_before + base + offs_k[:, None]
             for k in tl.static_range(0, H, BLOCK_K):
-                state = tl.load(
-                    a_ptr + row_before + base + (k + offs_k)[:, None],
-                    mask=(k + offs_k < H)[:, None] & walking,
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
+                mask_state = walking
+                if k + BLOCK_K > H:
+                    mask_state = (k + offs_k < H)[:, None] & walking
+                state = tl.load(state_ptrs + k, mask=mask_state, other=0.0, cache_modifier=".cg")
                 state, state_small = operands(state, PRECISION, INTERPRETED)
-                z = multiply_add(
-                    tiles[k // BLOCK_K], tiles_small[k // BLOCK_K], state, state_small, z, PRECISION
-                )
+                m, m_small = tiles[k // BLOCK_K], tiles_small[k // BLOCK_K]
+                z = multiply_add(m, m_small, state, state_small, z, PRECISION)
         else:
             for k in tl.range(0, H, BLOCK_K):
                 mask_k = k + offs_k < H
@@ -222,19 +256,23 @@ def walk(
                 state, state_small = operands(state, PRECISION, INTERPRETED)
                 z = multiply_add(m, m_small, state, state_small, z, PRECISION)
 
-        # The next step's drive is filled up from the state where a sequence is dead, whose number
-        # does not count: a value that meets the state is carried in the accumulator's layout, so
-        # that the product need not wait for a change of layouts.
-        t_1 = time_at(step + 1, longest, is_reverse)
-        live_1 = (t_1 < lengths)[None, :]
-        drive = tl.where(live_1, a_1, s).to(tl.float32)
-        if v_0_ptr is not None and row_map_ptr is not None:
-            # Where every sequence has all T tokens, none joins later than the first step.
-            drive = tl.where((t_1 == joins)[None, :], drive + v_0, drive)
         aux_now = aux
-        aux = drive
-        if aux_ptr is not None:
-            aux = prepare_aux(tl.where(live_1, aux_1, s), EPILOGUE)
+        if PLAN != "cooperative":
+            drive, aux = prepare_step(
+                step + 1,
+                a_1,
+                aux_1,
+                s,
+                v_0,
+                lengths,
+                joins,
+                longest,
+                is_reverse,
+                aux_ptr,
+                v_0_ptr,
+                row_map_ptr,
+                EPILOGUE,
+            )
 
         s = tl.where(live, apply_epilogue(z, aux_now, EPILOGUE), 0.0)
         s = narrow(s, dtype, INTERPRETED)
@@ -242,6 +280,22 @@ def walk(
             tl.store(a_ptr + row + tile, s, mask=mask_h & live)
         if PLAN == "cooperative":
             publish(counter_ptr)
+            # Here, while the others' slices are on their way.
+            drive, aux = prepare_step(
+                step + 1,
+                a_1,
+                aux_1,
+                s,
+                v_0,
+                lengths,
+                joins,
+                longest,
+                is_reverse,
+                aux_ptr,
+                v_0_ptr,
+                row_map_ptr,
+                EPILOGUE,
+            )
 
         row_before = row
         row = row_1

@@ -1,0 +1,173 @@
+"""The protocol of gangs as a small model, every state of it visited.
+
+What processes on one machine can't show (test_gang.py) are the faults that only a weakly ordered
+memory makes: each block of threads has store buffers, which empty in any order, and an L1 that
+keeps what it once held. The model has both:
+
+    store     into the buffer of the thread that stores; it may reach L2 at any later time
+    barrier   lets the thread that releases answer for the others' stores, too
+    release   the addition waits until what its thread answers for is in L2, with no barrier
+              its own stores only
+    acquire   the poll reads L2
+    read      .cg reads L2; without it, L1 gives the line as it was fetched before, if it was
+
+A block is two threads: the one that adds (0), and another one (1), each with a half of the slice.
+What the other waits for is seen through the barrier after the poll: here only thread 0 polls, so
+that the barrier counts; in the kernel every thread polls, which is more. L1 holds every line from
+the start, which is the worst it can do. A row of the state is written once: a read finds that, or
+the drive that lay there before.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What the kernel does, and what can be left out of it."""
+
+    # Steps of the batch blocks that each gang walks, and programs a gang.
+    gangs: tuple[int, ...] = (STEPS,)
+    programs: int = 2
+    release: bool = True
+    publish_barrier: bool = True
+    wait: bool = True
+    wait_barrier: bool = True
+    bypass_l1: bool = True
+    target_off: int = 0
+
+
+# A thread's place: its step, and what it does next in it.
+WAIT, WAIT_BARRIER, READ, STORE, PUBLISH_BARRIER, ADD, DONE = range(7)
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class State:
+    """Places of threads; rows in buffers and in L2, as (gang, program, thread, step); counters."""
+
+    places: tuple[tuple[int, int], ...]
+    buffered: frozenset
+    memory: frozenset
+    counters: tuple[int, ...]
+
+
+class StaleReadError(Exception):
+    """A read of a row that its writer's store had not reached."""
+
+
+def search(protocol: Protocol) -> int:
+    """Visit every state; give their number.
+
+    Raises:
+        StaleReadError: some schedule reads a row too early.
+        TimeoutError: some schedule ends with a thread that waits for ever.
+    """
+    threads = [
+        (gang, program, thread)
+        for gang in range(len(protocol.gangs))
+        for program in range(protocol.programs)
+        for thread in range(THREADS)
+    ]
+    first = State(
+        tuple((0, WAIT) for _ in threads),
+        frozenset(),
+        frozenset(),
+        (0,) * len(protocol.gangs),
+    )
+    seen = {first}
+    pending = [first]
+    while pending:
+        state = pending.pop()
+        successors = list(_successors(protocol, threads, state))
+        local = [successor for at_once, successor in successors if at_once]
+        successors = local[:1] or [successor for _, successor in successors]
+        if not successors and any(doing != DONE for _, doing in state.places):
+            raise TimeoutError(f"nothing can happen any more: {state}")
+        for successor in successors:
+            if successor not in seen:
+                seen.add(successor)
+                pending.append(successor)
+    return len(seen)
+
+
+def _successors(protocol: Protocol, threads: list, state: State) -> Iterator[tuple[bool, State]]:
+    """What may happen next, and whether it concerns no other block: then it may happen at once.
+
+    A read too: whatever is stale later was stale before.
+    """
+    for row in state.buffered:
+        yield False, replace(state, buffered=state.buffered - {row}, memory=state.memory | {row})
+    for i, (gang, program, thread) in enumerate(threads):
+        step, doing = state.places[i]
+        siblings = [j for j, other in enumerate(threads) if other[:2] == (gang, program)]
+
+        def at(place: tuple[int, int], among: list[int], **changes) -> State:
+            places = list(state.places)
+            for j in among:
+                places[j] = place
+            return replace(state, places=tuple(places), **changes)
+
+        if doing == WAIT:
+            target = step * protocol.programs + protocol.target_off
+            if not protocol.wait or thread or state.counters[gang] >= target:
+                yield bool(thread), at((step, WAIT_BARRIER if protocol.wait_barrier else READ), [i])
+        elif doing in (WAIT_BARRIER, PUBLISH_BARRIER):
+            if thread == 0 and all(state.places[j] == (step, doing) for j in siblings):
+                yield True, at((step, doing + 1), siblings)
+        elif doing == READ:
+            for other in range(protocol.programs if step else 0):
+                for half in range(THREADS):
+                    own = other == program and half == thread
+                    there = protocol.bypass_l1 and (gang, other, half, step - 1) in state.memory
+                    if not own and not there:
+                        raise StaleReadError(f"{threads[i]} reads step {step - 1} of {other}")
+            yield True, at((step, STORE), [i])
+        elif doing == STORE:
+            row = (gang, program, thread, step)
+            after = PUBLISH_BARRIER if protocol.publish_barrier else ADD
+            yield True, at((step, after), [i], buffered=state.buffered | {row})
+        elif doing == ADD:
+            answers_for = siblings if protocol.publish_barrier else [i]
+            rows = {(*threads[j], step) for j in answers_for}
+            if thread == 0 and protocol.release and rows & state.buffered:
+                continue
+            next_place = (step + 1, WAIT) if step + 1 < protocol.gangs[gang] else (step, DONE)
+            counters = list(state.counters)
+            if thread == 0:
+                counters[gang] += 1
+            yield bool(thread), at(next_place, [i], counters=tuple(counters))
+
+
+@pytest.mark.parametrize(
+    ("programs", "gangs"),
+    [(2, (STEPS,)), (3, (STEPS,)), (2, (2, 1))],
+    ids=["2-programs", "3-programs", "2-programs-ragged"],
+)
+def test_cooperative_protocol_holds_in_every_state(programs, gangs):
+    assert search(Protocol(gangs, programs)) > 100
+
+
+FAULTS = {
+    "no-release": {"release": False},
+    "no-barrier-before-release": {"publish_barrier": False},
+    "no-barrier-after-acquire": {"wait_barrier": False},
+    "no-cache-bypass": {"bypass_l1": False},
+    "no-wait": {"wait": False},
+    "target-one-less": {"target_off": -1},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_cooperative_protocol_needs_all_its_parts(fault):
+    with pytest.raises(StaleReadError):
+        search(Protocol(**FAULTS[fault]))
+
+
+def test_cooperative_protocol_waits_for_ever_for_a_count_too_many():
+    with pytest.raises(TimeoutError):
+        search(Protocol(target_off=1))
