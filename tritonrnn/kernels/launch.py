@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tritonrnn.kernels.plan import (
     DEVICES,
+    READ_BYTES,
     DeviceLimits,
     LaunchPlan,
     Problem,
@@ -174,6 +175,7 @@ def kernel_arguments(
         "BLOCK_H": plan.block_h,
         "BLOCK_B": plan.block_b,
         "BLOCK_K": plan.block_k,
+        "BLOCK_READ": max(plan.block_k, READ_BYTES // a.element_size()),
         **options,
     }
 

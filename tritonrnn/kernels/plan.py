@@ -31,6 +31,9 @@ MEMORY_BYTES_PER_US = 4.3e6
 MAX_WARPS = 16
 # Sequences a program: more spill on sm_80 or sm_90, as ``perf static`` shows.
 MAX_BLOCK_B = {"16-bit": 32, "tf32": 16, "fp32": 16}
+# Of a sequence's state, read at once in the cooperative plan: more takes more registers than there
+# are, as ``perf static`` shows.
+READ_BYTES = 1024
 # Hidden units a group, by arithmetic and sequences a program, up to which the cooperative plan
 # keeps its weights and does not spill on sm_90, as ``perf static`` shows.
 MAX_COOPERATIVE_H = {
@@ -241,7 +244,9 @@ def _cooperative_plan(
     block_k = 128
     columns = _cdiv(problem.H, block_k) * block_k
     shared_bytes = (
-        (block_h * columns + block_k * block_b) * problem.item_bytes
+        block_h * columns * problem.item_bytes
+        # The state that is read at once.
+        + block_b * max(READ_BYTES, block_k * problem.item_bytes)
         # fp32 tiles on their way between the layouts of memory and of the product.
         + 2 * block_h * block_b * 4
         + 1024

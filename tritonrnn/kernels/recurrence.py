@@ -141,6 +141,7 @@ def walk(
     BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_READ: tl.constexpr,
 ):
     """Walk one batch block; the arguments are the kernel's and what it holds for all blocks.
 
@@ -149,6 +150,9 @@ def walk(
     """
     WIDTH: tl.constexpr = G * H
     GANG: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    # Steps from the load of the drive to its use. A wait is between them in the cooperative plan,
+    # which has no registers to spare.
+    AHEAD: tl.constexpr = 1 if PLAN == "cooperative" else 2
     dtype: tl.constexpr = a_ptr.dtype.element_ty
 
     group = tl.program_id(2)
@@ -212,12 +216,15 @@ def walk(
     # The pipeliner would move reads of the state above the stores that other programs wait for.
     for step in tl.range(first_step, stop, num_stages=1):
         row_3 = row_offset_at(step + 3, stop, longest, is_reverse, row_map_ptr, stride_time, WIDTH)
-        t_2 = time_at(step + 2, longest, is_reverse)
-        mask_2 = mask_h & ((t_2 < lengths) & (step + 2 < stop))[None, :]
-        a_2 = tl.load(a_ptr + row_2 + tile, mask=mask_2, other=0.0)
+        row_ahead = row_2
+        if AHEAD == 1:
+            row_ahead = row_1
+        t_2 = time_at(step + AHEAD, longest, is_reverse)
+        mask_2 = mask_h & ((t_2 < lengths) & (step + AHEAD < stop))[None, :]
+        a_2 = tl.load(a_ptr + row_ahead + tile, mask=mask_2, other=0.0)
         aux_2 = a_2
         if aux_ptr is not None:
-            aux_2 = tl.load(aux_ptr + row_2 + tile, mask=mask_2, other=0.0)
+            aux_2 = tl.load(aux_ptr + row_ahead + tile, mask=mask_2, other=0.0)
 
         t = time_at(step, longest, is_reverse)
         live = (t < lengths)[None, :]
@@ -235,14 +242,24 @@ def walk(
             target += GANG
             # One address and constant distances from it: an address a tile costs registers.
             state_ptrs = a_ptr + row_before + base + offs_k[:, None]
-            for k in tl.static_range(0, H, BLOCK_K):
-                mask_state = walking
-                if k + BLOCK_K > H:
-                    mask_state = (k + offs_k < H)[:, None] & walking
-                state = tl.load(state_ptrs + k, mask=mask_state, other=0.0, cache_modifier=".cg")
-                state, state_small = operands(state, PRECISION, INTERPRETED)
-                m, m_small = tiles[k // BLOCK_K], tiles_small[k // BLOCK_K]
-                z = multiply_add(m, m_small, state, state_small, z, PRECISION)
+            # As many reads at once as registers allow, for each takes a round trip to L2.
+            for first in tl.static_range(0, H, BLOCK_READ):
+                states = ()
+                for k in tl.static_range(first, first + BLOCK_READ, BLOCK_K):
+                    if k < H:
+                        mask_state = walking
+                        if k + BLOCK_K > H:
+                            mask_state = (k + offs_k < H)[:, None] & walking
+                        state = tl.load(
+                            state_ptrs + k, mask=mask_state, other=0.0, cache_modifier=".cg"
+                        )
+                        states = states + (state,)  # noqa: RUF005
+                for k in tl.static_range(first, first + BLOCK_READ, BLOCK_K):
+                    if k < H:
+                        state = states[(k - first) // BLOCK_K]
+                        state, state_small = operands(state, PRECISION, INTERPRETED)
+                        m, m_small = tiles[k // BLOCK_K], tiles_small[k // BLOCK_K]
+                        z = multiply_add(m, m_small, state, state_small, z, PRECISION)
         else:
             for k in tl.range(0, H, BLOCK_K):
                 mask_k = k + offs_k < H
@@ -283,8 +300,8 @@ def walk(
             # Here, while the others' slices are on their way.
             drive, aux = prepare_step(
                 step + 1,
-                a_1,
-                aux_1,
+                a_2,
+                aux_2,
                 s,
                 v_0,
                 lengths,
@@ -349,6 +366,7 @@ def recurrence_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_READ: tl.constexpr,
 ):
     """Walk steps ``[first_step, last_step)`` of every sequence of a program's batch blocks.
 
@@ -362,6 +380,7 @@ def recurrence_kernel(
                     are the counters of the gangs. None where there are no gangs
     reverse_groups  bit g is set where group g walks from the last step to the first
     INTERPRETED     whether Triton's interpreter runs this, whose bf16 needs a hand
+    BLOCK_READ      hidden units of the state before that a cooperative program reads at once
     PATIENCE        polls after which a program gives up waiting for its gang
     """
     group = tl.program_id(2)
@@ -417,6 +436,7 @@ def recurrence_kernel(
             BLOCK_H,
             BLOCK_B,
             BLOCK_K,
+            BLOCK_READ,
         )
     if PLAN == "cooperative":
         # By every thread, for each has polled for itself.
