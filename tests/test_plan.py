@@ -11,6 +11,7 @@ from tritonrnn.kernels.plan import (
     LaunchPlan,
     Problem,
     choose_plan,
+    cooperative_plan,
     resident_plan,
     stepwise_plan,
 )
@@ -49,6 +50,21 @@ def test_plans_fit_the_device(problem, device):
         if plan.name == "resident":
             assert blocks_h == 1
             assert plan.block_k >= problem.H
+
+
+@given(problems, devices)
+def test_cooperative_plans_are_co_resident(problem, device):
+    plan = cooperative_plan(problem, device)
+    if plan is not None:
+        gang = -(-problem.H // plan.block_h)
+        assert plan.shared_bytes <= device.shared_bytes
+        assert plan.programs % (gang * problem.G) == 0
+        assert device.is_interpreter or 0 < plan.programs <= device.multiprocessors
+
+
+def test_cooperative_gang_takes_several_blocks_in_one_launch():
+    plan = choose_plan(Problem(T=512, B=256, G=2, H=1024, dtype="bf16"), SM_90)
+    assert (plan.name, plan.programs, plan.launches) == ("cooperative", 128, 1)
 
 
 @given(problems, devices)

@@ -37,7 +37,7 @@ READ_BYTES = 1024
 # Hidden units a group, by arithmetic and sequences a program, up to which the cooperative plan
 # keeps its weights and does not spill on sm_90, as ``perf static`` shows.
 MAX_COOPERATIVE_H = {
-    ("16-bit", 16): 1536,
+    ("16-bit", 16): 1024,
     ("16-bit", 32): 512,
     ("tf32", 16): 512,
 }
