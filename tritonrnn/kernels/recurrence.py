@@ -72,8 +72,8 @@ def load_weights(
         m = tl.load(m_ptrs + k * stride_m_column, mask=mask, other=0.0)
         m, m_small = operands(m, PRECISION, INTERPRETED)
         # Triton knows no starred expressions.
-        tiles = tiles + (m,)  # noqa: RUF005
-        tiles_small = tiles_small + (m_small,)  # noqa: RUF005
+        tiles = tiles + (m,)  # type: ignore[assignment]  # noqa: RUF005
+        tiles_small = tiles_small + (m_small,)  # type: ignore[assignment]  # noqa: RUF005
     return tiles, tiles_small
 
 
@@ -253,7 +253,7 @@ def walk(
                         state = tl.load(
                             state_ptrs + k, mask=mask_state, other=0.0, cache_modifier=".cg"
                         )
-                        states = states + (state,)  # noqa: RUF005
+                        states = states + (state,)  # type: ignore[assignment]  # noqa: RUF005
                 for k in tl.static_range(first, first + BLOCK_READ, BLOCK_K):
                     if k < H:
                         state = states[(k - first) // BLOCK_K]
