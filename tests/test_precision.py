@@ -11,10 +11,15 @@ from tritonrnn.precision import products_as_in_rnn, rounds_to_tf32
 CUDA = torch.device("cuda")
 
 
+def set_for_everything(precision: str) -> None:
+    """``torch.backends.fp32_precision``, which torch's module database freezes when imported."""
+    torch._C._set_fp32_precision_setter("generic", "all", precision)
+
+
 @pytest.fixture(autouse=True)
 def _switches_put_back():
     yield
-    torch.backends.fp32_precision = "none"
+    set_for_everything("none")
     torch.backends.cudnn.rnn.fp32_precision = "tf32"
     torch.backends.cuda.matmul.fp32_precision = "none"
 
@@ -32,10 +37,10 @@ def test_products_follow_the_switch_for_rnns(asked):
 
 
 def test_switch_that_is_inherited_still_is_afterwards():
-    torch.backends.fp32_precision = "tf32"
+    set_for_everything("tf32")
     with products_as_in_rnn(CUDA, torch.float32):
         pass
-    torch.backends.fp32_precision = "ieee"
+    set_for_everything("ieee")
     assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 
 

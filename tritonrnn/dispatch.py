@@ -129,7 +129,9 @@ def choose_now(
         limits = launch.device_limits(device)
         chosen = plan.choose_plan(problem, limits)
         if isinstance(chosen, plan.LaunchPlan):
-            return Choice("triton", chosen, "the kernels have a plan for it.")
+            if asked == "triton" or chosen.name not in _NOT_BY_DEFAULT:
+                return Choice("triton", chosen, "the kernels have a plan for it.")
+            chosen = plan.Declined(f"the {chosen.name} plan has yet to be run on a GPU.")
         if asked == "triton":
             return Choice("triton", plan.stepwise_plan(problem, limits), "triton was asked for.")
         obstacle = chosen.reason
@@ -138,6 +140,11 @@ def choose_now(
     reason = "torch was asked for." if asked == "torch" else obstacle
     # torch's own kernels are as good as any where there is no walk, and on CUDA they are cuDNN.
     return Choice("torch", "native" if T == 1 or device.type == "cuda" else "walk", reason or "")
+
+
+# Plans whose programs wait for one another, until their tests have passed on a GPU
+# (tests/test_gang_gpu.py): what goes wrong there ends the process's use of the GPU.
+_NOT_BY_DEFAULT = ("cooperative",)
 
 
 @functools.cache

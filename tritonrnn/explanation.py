@@ -57,7 +57,8 @@ def explain(module: RNN, input: Tensor | PackedSequence, hx: Tensor | None = Non
         Exception: whatever the call itself would raise before its first operation.
     """
     # A converted subclass of torch.nn.RNN runs as ours does, and is no instance of it.
-    if getattr(type(module), "forward", None) is not RNN.forward:
+    runs_as_ours = getattr(type(module), "forward", None) is RNN.forward
+    if not isinstance(module, RNN) and not runs_as_ours:
         raise TypeError(f"Expected a tritonrnn.RNN to explain, got {type(module).__qualname__}")
     call = functional.check(
         input,
