@@ -146,7 +146,8 @@ class Call:
 
     Attributes:
         data: ``[T, B, I]``, ``[B, T, I]`` or ``[N, I]``, as ``layout`` says.
-        hx: ``[L * D, B, H]`` in the order of ``data``'s sequences, or None.
+        hx: ``[L * D, B, H]`` in the caller's order, or None.
+        order: of ``data``'s sequences among the caller's, or None where it is the same.
         weights: each layer's, in the order of ``torch.nn.RNN``.
         extents: a packed input's batch_sizes.
         layout: "time_major", "batch_major" or "packed".
@@ -158,6 +159,7 @@ class Call:
 
     data: Tensor
     hx: Tensor | None
+    order: Tensor | None
     weights: Sequence[Sequence[Tensor]]
     extents: Tensor | None
     layout: str
@@ -194,9 +196,9 @@ def check(
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
     layers = _layers(weights, num_layers, bidirectional)
-    permutation = None
+    order = None
     if isinstance(input, PackedSequence):
-        data, extents, permutation, _ = input
+        data, extents, order, _ = input
         layout = "packed"
         _check_data(data, layers, dim=2)
         T, B = _check_batch_sizes(extents, len(data), hx)
@@ -221,17 +223,19 @@ def check(
     if hx is not None:
         H = layers[0][1].shape[0]
         _check_hx(hx, (num_layers * (2 if bidirectional else 1), B, H), data)
-        if permutation is not None:
-            hx = hx.index_select(1, permutation)
     _check_weights(layers, data, bidirectional)
     dtype = _compute_dtype(data)
     G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
     choice = choose(data.device, dtype, T=T, B=B, G=G, H=H, nonlinearity=nonlinearity)
-    return Call(data, hx, layers, extents, layout, nonlinearity, bidirectional, dtype, choice)
+    return Call(
+        data, hx, order, layers, extents, layout, nonlinearity, bidirectional, dtype, choice
+    )
 
 
 def _run(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
     data, hx, layers = call.data, call.hx, call.weights
+    if hx is not None and call.order is not None:
+        hx = hx.index_select(1, call.order)
     if torch._C._is_any_autocast_enabled():
         data = data.to(call.dtype)
         hx = None if hx is None else hx.to(call.dtype)
