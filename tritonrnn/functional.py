@@ -59,9 +59,10 @@ def rnn(
 
     Raises:
         ValueError: the input is neither 2-D nor 3-D, or of another dtype than the weights;
-            ``nonlinearity`` or ``dropout`` is out of range; a weight has the wrong shape; or
-            ``batch_sizes`` don't describe the packed rows.
-        RuntimeError: the input has no step, or not I features; ``hx`` has the wrong shape or
+            ``nonlinearity`` or ``dropout`` is out of range; or a weight has the wrong shape.
+        IndexError: a ``PackedSequence`` holds no step.
+        RuntimeError: the input has no step, or not I features; ``batch_sizes`` don't describe the
+            packed rows; ``hx`` has the wrong shape or
             dtype; tensors lie on different devices; or the back end that was asked for (see
             :func:`tritonrnn.backend`) can't serve the call.
     """

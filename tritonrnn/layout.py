@@ -65,19 +65,20 @@ class SequenceLayout:
         """The data of a ``PackedSequence``: ``batch_sizes[t]`` rows for step t.
 
         Raises:
-            ValueError: ``batch_sizes`` is empty, grows, holds a number below 1, or does not add
-                up to ``num_rows``. (``torch.nn.RNN`` silently drops rows or steps there.)
+            IndexError: ``batch_sizes`` is empty.
+            RuntimeError: it grows, holds a number below 1, or does not add up to ``num_rows``.
+                (``torch.nn.RNN`` raises the same two, or silently drops rows or steps.)
         """
         sizes = tuple(batch_sizes)
         if not sizes:
-            raise ValueError("Expected batch_sizes of a PackedSequence to be non-empty")
+            raise IndexError("Expected batch_sizes of a PackedSequence to be non-empty")
         if sizes[-1] < 1 or any(later > earlier for earlier, later in pairwise(sizes)):
-            raise ValueError(
+            raise RuntimeError(
                 "Expected batch_sizes of a PackedSequence to be positive and never to grow, "
                 f"got {_abridged(sizes)}"
             )
         if sum(sizes) != num_rows:
-            raise ValueError(
+            raise RuntimeError(
                 f"Expected batch_sizes of a PackedSequence to add up to its {num_rows} rows, "
                 f"got {sum(sizes)}"
             )
