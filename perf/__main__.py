@@ -248,5 +248,20 @@ def static(
     static.static(arch, json)
 
 
+@app.command()
+def features() -> None:
+    """Try what torch.nn.RNN and tritonrnn.RNN can do, here and now: the README's table.
+
+    Each feature is tried on torch.nn.RNN, on the torch path and on the Triton path, which without
+    a GPU runs in Triton's interpreter, and is judged by its numbers, against float64. What failed
+    is told below the table, with its reason.
+    """
+    from perf.features import table
+
+    rows, reasons = table.run()
+    typer.echo(rows.to_markdown(index=False))
+    typer.echo("\nWhat failed:\n" + "\n".join(f"- {reason}" for reason in reasons))
+
+
 if __name__ == "__main__":
     app(prog_name="python -m perf")
