@@ -222,11 +222,13 @@ def _sizes(
     A tracer sees no numbers: where sizes depend on them, what it gets says nothing. The operator
     checks them, and that hx agrees, when it runs.
     """
-    if torch.compiler.is_compiling():
-        if layout in ("packed", "jagged"):
-            return 0, 0, 0 if hx is None else hx.shape[1], False
-        T, B = data.shape[:2] if layout == "time_major" else reversed(data.shape[:2])
+    is_padded = layout in ("time_major", "batch_major")
+    is_compiling = torch.compiler.is_compiling()
+    if is_padded and (is_compiling or (extents is None and reset is None)):
+        T, B = data.shape[:2] if layout == "time_major" else (data.shape[1], data.shape[0])
         return T, B, B, False
+    if is_compiling:
+        return 0, 0, 0 if hx is None else hx.shape[-2], False
     where = layout_of(layout, data.shape[:-1], extents, reset)
     return where.T, where.B, where.whole.B, where.is_ragged
 

@@ -95,7 +95,7 @@ def _plainly(input: Tensor) -> Iterator[None]:
 
 def _resolve(
     backend: str,
-    asked: Backend,
+    asked: Callable[[], Backend],
     w_hh: Tensor,
     where: SequenceLayout,
     nonlinearity: str,
@@ -105,7 +105,7 @@ def _resolve(
     if backend != "auto":
         return backend
     return choose_now(
-        asked,
+        asked(),
         w_hh.device,
         w_hh.dtype,
         T=where.T,
@@ -133,8 +133,7 @@ def _elman_kernel(
         B = where.whole.B
         if hx is not None and hx.shape[1] != B:
             raise RuntimeError(f"Expected hidden states of {B} sequences, got {hx.shape[1]}")
-        asked = current_backend()
-        backend = _resolve(backend, asked, weights[1], where, nonlinearity, bidirectional)
+        backend = _resolve(backend, current_backend, weights[1], where, nonlinearity, bidirectional)
         output, h_n = layer.forward(rows, hx, weights, where, nonlinearity, bidirectional, backend)
         return output.view(*input.shape[:-1], output.shape[-1]), h_n
 
@@ -157,7 +156,7 @@ def _elman_backward_kernel(
     with _plainly(input):
         rows, where = _rows(input, layout, extents, reset)
         # Not by the context: that was the forward pass's to obey, and may be another by now.
-        backend = _resolve(backend, "auto", weights[1], where, nonlinearity, bidirectional)
+        backend = _resolve(backend, lambda: "auto", weights[1], where, nonlinearity, bidirectional)
         # The walk is in place: on a copy, which for an odd layout is the only one.
         if grad_output is None:
             dz = output.new_zeros(output.shape)
