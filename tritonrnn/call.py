@@ -71,8 +71,9 @@ def check(
         raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
     layers = _layers(weights, num_layers, bidirectional)
     order = None
+    is_nested = isinstance(input, Tensor) and input.is_nested
     for name, given in (("lengths", lengths), ("reset", reset)):
-        if given is not None and (isinstance(input, PackedSequence) or input.is_nested):
+        if given is not None and (isinstance(input, PackedSequence) or is_nested):
             raise ValueError(f"{name} is of a padded batch: a packed or nested one has its own")
     extents: Tensor | None
     if isinstance(input, PackedSequence):
@@ -80,7 +81,7 @@ def check(
         layout = "packed"
         _check_data(data, layers, dim=2)
         _check_batch_sizes(extents)
-    elif input.is_nested:
+    elif is_nested:
         layout = "jagged"
         data, extents = jagged_parts(input)
         _check_data(data, layers, dim=2)

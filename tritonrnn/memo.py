@@ -54,17 +54,22 @@ class _Snapshot:
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self.numbers: Tensor | None = None
-        if tensor.device.type == "cpu":
-            self.numbers = tensor.detach().clone()
-        else:
+        self.numbers: list[int] | Tensor | None = None
+        if tensor.device.type != "cpu":
             self.tensor = WeakIdRef(tensor)
             self.version = _version(tensor)
+        elif tensor.dim() == 1:
+            # The numbers of a batch's sequences or steps are few: lists are quicker.
+            self.numbers = tensor.tolist()
+        else:
+            self.numbers = tensor.detach().clone()
 
     def still_holds(self, tensor: Tensor) -> bool:
-        if self.numbers is not None:
-            return self.numbers.dtype == tensor.dtype and torch.equal(self.numbers, tensor)
-        return self.tensor() is tensor and self.version == _version(tensor)
+        if self.numbers is None:
+            return self.tensor() is tensor and self.version == _version(tensor)
+        if isinstance(self.numbers, list):
+            return tensor.dim() == 1 and self.numbers == tensor.tolist()
+        return torch.equal(self.numbers, tensor)
 
 
 def _version(tensor: Tensor) -> Hashable:
