@@ -202,7 +202,7 @@ def check(
         data, extents, order, _ = input
         layout = "packed"
         _check_data(data, layers, dim=2)
-        T, B = _check_batch_sizes(extents, len(data), hx)
+        T, B = _check_batch_sizes(extents, data.shape[0], hx)
     else:
         if input.dim() not in (2, 3):
             raise ValueError(
@@ -364,7 +364,7 @@ def _check_batch_sizes(batch_sizes: Tensor, num_rows: int, hx: Tensor | None) ->
         )
     if torch.compiler.is_compiling():
         # A tracer sees no numbers: the operator checks them, and those of hx, when it runs.
-        return len(batch_sizes), 0 if hx is None else hx.shape[-2]
+        return batch_sizes.shape[0], 0 if hx is None else hx.shape[-2]
     layout = SequenceLayout.of_packed(batch_sizes, num_rows)
     return layout.T, layout.B
 
