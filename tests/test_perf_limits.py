@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,36 +199,34 @@ def test_calibration_measures_what_the_model_uses():
     assert {probe.constant for probe in calibrate.PROBES} <= set(H200.constants)
 
 
-def test_probes_compile_for_a_gpu():
-    import os
-    import subprocess
-    import sys
-    import textwrap
-    from pathlib import Path
-
+@pytest.fixture(scope="module")
+def probe_instructions() -> dict[str, list[str]]:
+    """What the compiler makes of the probes for a GPU that is not there."""
     program = """
+    import json, re
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
     from perf import probes
+    from perf.static import _cuda_tool
 
-    target = GPUTarget("cuda", 90, 32)
-    for kernel, signature, constants, instruction in (
-        (probes.empty_kernel, {}, {}, "ret"),
+    found = {}
+    for name, signature, constants, warps in (
+        ("empty_kernel", {}, {}, 1),
         (
-            probes.chain_kernel,
-            {"matrix_ptr": "*bf16", "state_ptr": "*bf16", "steps": "i32", "TILE": "constexpr"},
-            {"TILE": probes.CHAIN_TILE},
-            "mma.sync",
+            "chain_kernel",
+            {"matrix_ptr": "*bf16", "state_ptr": "*bf16", "ticks_ptr": "*i64", "steps": "i32"}
+            | {"HIDDEN": "constexpr", "SEQUENCES": "constexpr"},
+            {"HIDDEN": probes.CHAIN_HIDDEN, "SEQUENCES": probes.CHAIN_SEQUENCES},
+            probes.CHAIN_WARPS,
         ),
-        (
-            probes.ping_pong_kernel,
-            {"flag_ptr": "*i32", "round_trips": "i32"},
-            {},
-            "atom.global.acq_rel.gpu.cas",
-        ),
+        ("ping_pong_kernel", {"flag_ptr": "*i32", "round_trips": "i32", "patience": "i32"}, {}, 1),
     ):
-        source = ASTSource(kernel, signature, constants)
-        assert instruction in compile(source, target=target, options={"num_warps": 1}).asm["ptx"]
+        source = ASTSource(getattr(probes, name), signature, constants)
+        target = GPUTarget("cuda", 90, 32)
+        compiled = compile(source, target=target, options={"num_warps": warps})
+        listing = _cuda_tool("cuobjdump", "-sass", compiled.asm["cubin"])
+        found[name] = re.findall(r"^ +/[*][0-9a-f]+[*]/ +(.*?) ;", listing, re.MULTILINE)
+    print(json.dumps(found))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
@@ -232,3 +237,44 @@ def test_probes_compile_for_a_gpu():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def places(instructions: list[str], what: str) -> list[int]:
+    return [place for place, one in enumerate(instructions) if re.search(what, one)]
+
+
+def test_chain_probe_walks_what_the_model_calls_the_chain(probe_instructions):
+    sass = probe_instructions["chain_kernel"]
+    begun, ended = places(sass, "SR_CLOCK")
+    store = places(sass, "STSM")[0]
+    [barrier] = [place for place in places(sass, "BAR.SYNC") if place > store][:1]
+    product, epilogue = places(sass, "HGMMA")[0], places(sass, "MUFU.TANH")[-1]
+    [again] = [place for place in places(sass, "BRA") if place > epilogue][:1]
+    # Once round the loop; the counter is read before it and after, wherever else it might be moved.
+    assert begun < store < barrier < product < epilogue < again < ended
+    assert not places(sass[store:again], "LDG|STG")
+
+
+def test_flag_probe_acquires_and_releases_at_the_scope_of_the_gpu(probe_instructions):
+    sass = probe_instructions["ping_pong_kernel"]
+    assert places(sass, "LDG.E.STRONG.GPU")
+    [release] = places(sass, "MEMBAR.ALL.GPU")
+    [add] = places(sass, "REDG?.E.ADD.STRONG.GPU")
+    assert release < add
+
+
+def test_empty_probe_does_nothing(probe_instructions):
+    sass = probe_instructions["empty_kernel"]
+    assert not places(sass[: places(sass, "EXIT")[0]], "ST|LD[GS]|MMA|BAR")
+
+
+def test_measured_chain_leaves_out_what_the_model_counts_beside_it(monkeypatch):
+    # 300 cycles a step at 1.5 GHz, and a launch.
+    walk = lambda device, steps: (5000 + 300 * steps, (5000 + 300 * steps) / 1.5)  # noqa: E731
+    monkeypatch.setattr(calibrate, "walk", walk)
+    device = torch.device("cuda")
+    # 16 sequences by 64 x 64: 2 * 16 * 64 * 64 / 4096.
+    assert calibrate.chain_clk(device) == pytest.approx(300 - 32)
+    assert calibrate.clock_GHz(device) == pytest.approx(1.5)
+    assert H200["bf16_FLOP_per_clk"] == calibrate.BF16_FLOP_PER_CLK
