@@ -18,9 +18,9 @@ from perf.timing import Clock, EventClock, Job, WallClock
 
 COPY_BYTES = 2**30
 MATRIX_SIZE = 8192
-# A CPU would take minutes over what a GPU needs to be busy.
+# A CPU would take minutes over what a GPU needs to be busy, most of all in 16 bits.
 CPU_COPY_BYTES = 2**26
-CPU_MATRIX_SIZE = 1024
+CPU_MATRIX_SIZE = 256
 
 # Long walks less short ones, so that the launch drops out.
 SHORT, LONG = 1_000, 11_000
