@@ -21,6 +21,7 @@ from tritonrnn.kernels.plan import (
     stepwise_plan,
 )
 from tritonrnn.layout import SequenceLayout
+from tritonrnn.ragged import RaggedLayout
 
 Maker = Callable[[Problem, DeviceLimits], LaunchPlan | None]
 
@@ -33,7 +34,7 @@ PLANS: dict[str, Maker] = {
 HIDDEN = {"resident": 100, "cooperative": 200, "stepwise": 100}
 LAYOUTS = {
     "packed": SequenceLayout.packed([11, 9, 9, 5, 2, 1, 1], 38),
-    "jagged": SequenceLayout.jagged([0, 1, 1, 8, 10, 11, 15, 16, 16, 22, 23], 23),
+    "jagged": RaggedLayout.jagged(torch.tensor([0, 1, 1, 8, 10, 11, 15, 16, 16, 22, 23]), 23),
 }
 EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
 DTYPES = (torch.bfloat16, torch.float32)
