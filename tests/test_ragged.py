@@ -430,9 +430,17 @@ def test_jagged_batch_takes_empty_sequences():
     output, h_n = module(x, hx)
     for b in (0, 2, 4):
         assert torch.equal(h_n[:, b], hx[:, b])
-    expected, last = module(x.values()[:3], hx[:, 1])
-    torch.testing.assert_close(output.values()[:3], expected)
-    torch.testing.assert_close(h_n[:, 1], last)
+    first, last_of_first = module(x.values()[:3], hx[:, 1])
+    second, last_of_second = module(x.values()[3:], hx[:, 3])
+    expected = torch.cat([first, second])
+    torch.testing.assert_close(output.values(), expected)
+    torch.testing.assert_close(h_n[:, 1], last_of_first)
+    torch.testing.assert_close(h_n[:, 3], last_of_second)
+    weights = list(module.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(output.values().sin().sum(), weights),
+        torch.autograd.grad(expected.sin().sum(), weights),
+    )
 
 
 def test_jagged_batch_compiles_whole():
