@@ -1,5 +1,6 @@
 """The command line: ``python -m perf``. Each command imports what it needs when it runs."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -16,15 +17,37 @@ Rounds = Annotated[int, typer.Option(min=1, help="Samples of each peer.")]
 Seconds = Annotated[float, typer.Option(min=0.0, help="Least time of a sample.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads of torch on the CPU; 0: its choice.")]
 Seed = Annotated[int, typer.Option(help="Of the inputs, the weights and the order.")]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
+
+
+def _device(name: str) -> str:
+    """Return the name of a device that is there."""
+    if name == "cpu":
+        return name
+    # Only here: the help of a command is to come at once.
+    import torch
+
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise typer.BadParameter(f"Expected cpu, cuda or cuda:1, got {name!r}")
+    if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise typer.BadParameter(f"There is no {name}: torch {torch.__version__} sees {found} GPUs")
+    return name
+
+
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...", callback=_device)]
 Axis = Annotated[
     str | None,
     typer.Option(help="Numbers: 1,16 or 64:1024:x2 or 10:50:+10. In place of the preset's."),
 ]
 
 
-def _names(axis: str) -> typer.models.OptionInfo:
-    return typer.Option(f"--{axis}", help="Names after commas, in place of the preset's.")
+_LENGTHS = "equal, linear, uniform, words, lognormal"
+
+
+def _names(axis: str, names: str) -> typer.models.OptionInfo:
+    return typer.Option(
+        f"--{axis}", help=f"Any of {names}; after commas, in place of the preset's."
+    )
 
 
 Run = Annotated[Path, typer.Argument(exists=True, help="A folder of a run, or its rows.")]
@@ -53,12 +76,12 @@ def run(
     H: Axis = None,
     layers: Axis = None,
     directions: Axis = None,
-    mode: Annotated[str | None, _names("mode")] = None,
-    dtype: Annotated[str | None, _names("dtype")] = None,
-    fp32_mode: Annotated[str | None, _names("fp32-mode")] = None,
-    layout: Annotated[str | None, _names("layout")] = None,
-    lengths: Annotated[str | None, _names("lengths")] = None,
-    nonlinearity: Annotated[str | None, _names("nonlinearity")] = None,
+    mode: Annotated[str | None, _names("mode", "infer, fwd, bwd, fwdbwd")] = None,
+    dtype: Annotated[str | None, _names("dtype", "fp32, bf16, fp16, fp64")] = None,
+    fp32_mode: Annotated[str | None, _names("fp32-mode", "tf32, ieee")] = None,
+    layout: Annotated[str | None, _names("layout", "padded, packed, jagged")] = None,
+    lengths: Annotated[str | None, _names("lengths", _LENGTHS)] = None,
+    nonlinearity: Annotated[str | None, _names("nonlinearity", "tanh, relu")] = None,
     rounds: Rounds = 20,
     seconds: Seconds = 0.05,
     max_seconds: Annotated[float, typer.Option(help="Most time for a case and mode.")] = 60.0,
@@ -206,7 +229,10 @@ def show(
     for mode, cells in of_case.groupby("mode", observed=True):
         typer.echo(f"\n{found[0]} {mode}\n")
         table = cells.drop(columns=["case_id", "mode"]).astype({"peer": "string"})
-        typer.echo(table.set_index("peer").T.to_markdown(floatfmt=".4g"))
+        table = table.set_index("peer").T
+        # Side by side, a row has numbers and texts.
+        short = table.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
+        typer.echo(short.where(table.notna(), "").to_markdown(disable_numparse=True))
 
 
 @app.command()
@@ -233,7 +259,7 @@ def schema() -> None:
 def words(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training words.")] = 3,
     hidden: Annotated[int, typer.Option(min=1, help="Hidden units of each direction.")] = 128,
-    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1, ...")] = "cpu",
+    device: Device = "cpu",
     out: OutFolder = None,
     try_words: Annotated[
         str, typer.Option("--try", help="Words of your own to classify at the end.")

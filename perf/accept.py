@@ -86,6 +86,9 @@ class Acceptance:
         self._out, self._device, self._console = out, device, console
         self._on_gpu = torch.device(device).type == "cuda"
         self._units = samples.acceptance(device)
+        if self._on_gpu:
+            # For whoever builds them, and for the workers that load them.
+            os.environ["TORCH_EXTENSIONS_DIR"] = str(self._out / EXTENSIONS)
 
     def steps(self) -> list[Step]:
         """Return the steps, each with about the seconds of ten minutes that it is worth."""
@@ -105,11 +108,10 @@ class Acceptance:
         if not self._on_gpu:
             return Outcome("unavailable", "nothing is compiled on a CPU")
         extensions = self._out / EXTENSIONS
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
+        # A build that was ended has left its lock behind, for which the next would wait.
         _unlock(extensions)
         todo = precompile.tasks(self._units, every_epilogue=True)
         done = list(precompile.compile_all(todo, seconds))
-        # What was not built in time has left its lock behind, for which the next would wait.
         _unlock(extensions)
         failed = Counter(f"{one.peer}: {one.error}" for one in done if one.error)
         told = [f"{len(done) - failed.total()} of {len(todo)} compiled"]

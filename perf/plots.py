@@ -20,10 +20,11 @@ from PIL import Image
 from perf.peers import BASELINE, PEERS
 
 # Sharp enough to read, small enough to keep under version control.
-DPI, COLOURS = 90, 128
+DPI, COLOURS = 90, 256
 # More facets than these on a side are too small to read; the outermost and some between are shown.
 MOST_FACETS = 3
-MARKERS = "osD^vPX*<>hd"
+# Of the second ten, whose colours are paler than those of the first, none is a blob.
+MARKERS = "osD^vPX*<>x+1234"
 OURS = "tritonrnn"
 
 # What is the same for all points of a figure.
@@ -78,12 +79,15 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[Picture]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write a picture with a palette of a few colours: a quarter of the bytes."""
+    """Write a picture with a palette: a fraction of the bytes.
+
+    An octree keeps the colours that few points have, such as a colour bar's; a median cut does not.
+    """
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(DPI)
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    image.quantize(COLOURS).save(path, optimize=True)
+    image.quantize(COLOURS, method=Image.Quantize.FASTOCTREE).save(path, optimize=True)
 
 
 def family_title(key: Sequence[object]) -> str:

@@ -1,7 +1,8 @@
 """Kernels compiled in parallel, before a run whose workers would compile them one by one.
 
-Every peer runs a few steps of each case in a pool of processes, which leaves its kernels in the
-disk caches of Triton and of torch's extensions; the number of steps is no part of a kernel.
+Every peer that compiles runs a few steps of each case in a pool of processes, which leaves its
+kernels in the disk caches of Triton and of torch's extensions; the number of steps is no part of a
+kernel.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Compiled:
 
 
 def tasks(units: Iterable[Unit], *, every_epilogue: bool = False) -> list[tuple[str, Case]]:
-    """Return each peer with each case that has kernels of its own, in the order to compile them.
+    """Return each peer that compiles with each case that has its own kernels, in a good order.
 
     Args:
         units: What is to be run.
@@ -48,7 +49,7 @@ def tasks(units: Iterable[Unit], *, every_epilogue: bool = False) -> list[tuple[
     """
     found: dict[tuple[str, Case], int] = {}
     for unit in units:
-        for name, _ in unit.cells():
+        for name in {name for name, _ in unit.cells() if peers.find(name).compiles}:
             for nonlinearity in ("tanh", "relu") if every_epilogue else (unit.case.nonlinearity,):
                 case = replace(unit.case, T=STEPS, nonlinearity=nonlinearity)
                 asked = nonlinearity == unit.case.nonlinearity

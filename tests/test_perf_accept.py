@@ -243,6 +243,7 @@ def test_precompiling_has_each_kernel_once_and_what_takes_long_first(monkeypatch
     kinds = [name.startswith("flashrnn") for name, _ in todo]
     assert kinds == sorted(kinds, reverse=True)
     assert sum(kinds) == 2 * len(samples.FLASH)
+    assert {name.partition("-")[0] for name, _ in todo} == {"flashrnn", "tritonrnn"}
     last = [case.nonlinearity for name, case in todo if name == "tritonrnn"]
     assert last == sorted(last, reverse=True)
     assert Counter(last)["tanh"] == Counter(last)["relu"]
@@ -288,6 +289,7 @@ def test_sanitizer_is_run_for_each_tool_and_plan_and_its_findings_fail(tmp_path,
     )
     fake.chmod(0o755)
     monkeypatch.setattr(accept, "SANITIZER_FOLDERS", (str(tmp_path),))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "put back in the end")
     acceptance = accept.Acceptance(tmp_path, "cuda", console=None)  # type: ignore[arg-type]
     outcome = acceptance.sanitizer(1.0)
     assert outcome.status == "unfinished"

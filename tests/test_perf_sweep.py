@@ -241,9 +241,28 @@ def test_bad_arguments_are_told(tmp_path, arguments):
     assert "Expected" in result.output
 
 
+@pytest.mark.parametrize("command", ["run", "calibrate", "accept", "tune", "env", "words"])
+def test_device_that_is_not_there_is_told(tmp_path, command, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    takes_out = command not in ("env", "words")
+    out = ("--out", str(tmp_path)) if takes_out else ()
+    for device in ("cuda:1", "gpu"):
+        result = invoke(command, "--device", device, *out)
+        assert result.exit_code == 2
+        assert device in result.output
+
+
+def test_help_has_the_names_of_every_axis():
+    text = invoke("run", "--help").output
+    for names in axes.NAMED_AXES.values():
+        assert all(name in text for name in names)
+
+
 def test_show_and_env_print_what_they_know(smoke):
     shown = invoke("show", "padded", str(smoke))
     assert shown.exit_code == 0
-    assert "wall_us_p50" in shown.output
+    [line] = [line for line in shown.output.splitlines() if "wall_us_p50" in line][:1]
+    # Short enough to be read.
+    assert all(len(cell.strip()) < 12 for cell in line.split("|"))
     assert invoke("show", "T8", str(smoke)).exit_code == 2
     assert '"torch"' in invoke("env").output

@@ -26,6 +26,7 @@ class FlashRNN(Peer):
     """``flashrnn`` with its fused kernels; its input projection is timed with it."""
 
     name = "flashrnn"
+    compiles = True
     backend: ClassVar[str] = "cuda_fused"
 
     def supports(self, case: Case) -> str | None:

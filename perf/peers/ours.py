@@ -18,6 +18,7 @@ class Ours(Peer):
     """``tritonrnn.RNN``, left to choose."""
 
     name = "tritonrnn"
+    compiles = True
 
     def supports(self, case: Case) -> str | None:
         """Return None: ``tritonrnn.RNN`` takes every layout."""

@@ -36,9 +36,14 @@ class Runner:
 
 
 class Peer(ABC):
-    """A way to run an Elman RNN."""
+    """A way to run an Elman RNN.
+
+    Attributes:
+        compiles: Whether it has kernels that are compiled when first used, and then kept on disk.
+    """
 
     name: ClassVar[str]
+    compiles: ClassVar[bool] = False
 
     @abstractmethod
     def supports(self, case: Case) -> str | None:
