@@ -301,7 +301,7 @@ def static(
 
 @app.command()
 def adding(
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1_500,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1_000,
     T: Annotated[int, typer.Option("--T", min=2, help="Steps of a sequence.")] = 50,
     hidden: Annotated[int, typer.Option(min=1, help="Hidden units.")] = 64,
     threads: Threads = 0,

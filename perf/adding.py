@@ -28,12 +28,14 @@ from perf.contenders import (
     train,
 )
 
-BATCH_SIZE = 32
-# The learning rate of the paper's own recipe, plain gradient descent at 1e-2, takes more steps.
+BATCH_SIZE = 128
+# The paper's own recipe, input weights of 1e-3 and plain gradient descent at 1e-2, had not begun to
+# learn after 2,000 steps.
+INPUT_WEIGHT_STD = 0.05
 LEARNING_RATE = 1e-3
 CLIP_NORM = 1.0
 # Built at once, ahead of being trained on.
-PORTION = 160
+PORTION = 80
 # What the loss is averaged over for the table and the plot.
 WINDOW = 50
 # The variance of the sum of two uniform numbers: the loss of whoever always answers 1.
@@ -58,6 +60,7 @@ class Adder(nn.Module):
         self.rnn = rnn_class(2, hidden_size, nonlinearity="relu")
         self.head = nn.Linear(hidden_size, 1)
         nn.init.eye_(self.rnn.weight_hh_l0)  # type: ignore[arg-type]
+        nn.init.normal_(self.rnn.weight_ih_l0, std=INPUT_WEIGHT_STD)  # type: ignore[arg-type]
         for bias in (self.rnn.bias_ih_l0, self.rnn.bias_hh_l0):
             nn.init.zeros_(bias)  # type: ignore[arg-type]
 
