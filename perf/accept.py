@@ -252,7 +252,7 @@ class Acceptance:
                 if one not in (path, unfinished) and one.name != EXTENSIONS:
                     archive.add(one, arcname=f"{self._out.name}/{one.name}")
         unfinished.replace(path)
-        return Outcome("done", f"{path}, {path.stat().st_size / 1e6:.1f} MB")
+        return Outcome("done", f"{path}, {path.stat().st_size / 1e3:,.0f} kB")
 
 
 def run_for(

@@ -22,11 +22,12 @@ def cudnn_off() -> Iterator[None]:
     """Run torch's own kernels inside.
 
     ``torch.backends.cudnn.flags`` would read and set the precision of fp32 as well, by a name that
-    raises once :func:`set_precision` has used the newer one.
+    raises once :func:`set_precision` has used the newer one; and ``torch.backends.cudnn.enabled``
+    can't be set where torch's own test utilities were imported.
     """
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
+    before = torch._C._get_cudnn_enabled()
+    torch._C._set_cudnn_enabled(False)
     try:
         yield
     finally:
-        torch.backends.cudnn.enabled = before
+        torch._C._set_cudnn_enabled(before)

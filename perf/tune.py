@@ -157,7 +157,6 @@ def run(
     preset: str,
     device: str,
     budget_s: float,
-    settings: Settings = SETTINGS,
     console: Console | None = None,
 ) -> pd.DataFrame:
     """Time what has not been, and write ``regret.csv``, ``regret.parquet`` and ``tune.md``.
@@ -176,7 +175,7 @@ def run(
     run_units(
         wanted,
         out,
-        settings,
+        SETTINGS,
         device=device,
         timeout_s=TIMEOUT_S,
         budget_s=budget_s - (time.monotonic() - started),
