@@ -326,6 +326,37 @@ def static(
 
 
 @app.command()
+def adding(
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1_000,
+    T: Annotated[int, typer.Option("--T", min=2, help="Steps of a sequence.")] = 50,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden units.")] = 64,
+    threads: Threads = 0,
+    device: Device = "cpu",
+    out: OutFolder = None,
+    seed: Seed = 0,
+) -> None:
+    """Learn to add two marked numbers far apart, with torch.nn.RNN and with tritonrnn.
+
+    A relu RNN that starts at the identity (Le, Jaitly & Hinton 2015, arXiv:1504.00941) reads T
+    numbers, two of them marked, and gives their sum. It is trained as in ``words``: on the same
+    batches with torch.nn.RNN, tritonrnn.RNN and a perturbed twin of torch.nn.RNN. With --out, the
+    learning curves are drawn there as well.
+
+    Exits with 1 when the loss curves of torch.nn.RNN and tritonrnn.RNN disagree.
+    """
+    import torch
+
+    from perf.adding import run
+
+    if threads:
+        torch.set_num_threads(threads)
+    agrees = run(
+        steps=steps, T=T, hidden_size=hidden, device=torch.device(device), out=out, seed=seed
+    )
+    raise typer.Exit(0 if agrees else 1)
+
+
+@app.command()
 def features() -> None:
     """Try what torch.nn.RNN and tritonrnn.RNN can do, here and now: the README's table.
 

@@ -73,12 +73,12 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[Picture]:
             if figure is None:
                 continue
             path = folder / f"{kind}-{stem.replace(':', '')}.png"
-            _save(figure, path)
+            save(figure, path)
             pictures.append(Picture(path, f"{_CAPTIONS[kind]}: {title}"))
     return pictures
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Write a picture with a palette: a fraction of the bytes.
 
     An octree keeps the colours that few points have, such as a colour bar's; a median cut does not.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,11 +84,10 @@ class Feature:
             side = Side(side.column, side.rnn_class, side.backend, "cuda")
         try:
             with (
-                warnings.catch_warnings(),
+                _quietly(),
                 tritonrnn.backend(side.backend),  # type: ignore[arg-type]
                 _kernel_launches(side) as launches,
             ):
-                warnings.simplefilter("ignore")
                 word = self.probe(side)
         except WrongError as error:
             return Outcome("silently wrong", str(error))
@@ -101,6 +103,24 @@ class Feature:
 
 def _shortened(text: str, most: int = 160) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """What a compiler or an exporter says of a failure is in its exception as well."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    sink = io.StringIO()
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(sink),
+            contextlib.redirect_stderr(sink),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager

@@ -86,14 +86,24 @@ def results(
     return [plain(output), h_n, *gradients(leaves, plain(output), h_n)]
 
 
-def gradients(leaves: Sequence[Tensor], *values: Tensor) -> tuple[Tensor, ...]:
+def gradients(leaves: Sequence[Tensor], *values: Tensor) -> list[Tensor]:
     """The gradients of random combinations of some values."""
     generator = torch.Generator().manual_seed(2)
     weights = [
         torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
         for value in values
     ]
-    return torch.autograd.grad(values, leaves, weights)
+    # Not by torch.autograd.grad, which reentrant checkpoints refuse.
+    for leaf in leaves:
+        leaf.grad = None
+    torch.autograd.backward(values, weights)
+    found = []
+    for leaf in leaves:
+        if leaf.grad is None:
+            raise WrongError("a gradient is missing")
+        found.append(leaf.grad)
+        leaf.grad = None
+    return found
 
 
 def error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
@@ -120,7 +130,9 @@ def assert_right(
     Raises:
         WrongError: farther off.
     """
-    allowed = ALLOWED_ROUNDINGS * torch.finfo(dtype).eps
+    # In double precision the truth is no more exact than what it judges.
+    roundings = 4 * ALLOWED_ROUNDINGS if dtype == torch.float64 else ALLOWED_ROUNDINGS
+    allowed = roundings * torch.finfo(dtype).eps
     if torchs is not None:
         allowed = max(allowed, ALLOWED_ERRORS * error(torchs, truth))
     found = error(got, truth)

@@ -130,11 +130,25 @@ def _opcheck(side: Side) -> str | None:
         weight.requires_grad_()
     torch.library.opcheck(
         torch.ops.tritonrnn.elman.default,
-        (data, hx, weights, None, "time_major", "tanh", False, "auto"),
+        (data, hx, weights, None, None, "time_major", "tanh", False, "auto"),
     )
     return None
 
 
+class _Scripted(nn.Module):
+    """Scripted alone, torch.nn.RNN has no ``forward`` to be called by."""
+
+    def __init__(self, rnn: nn.Module) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, input: Tensor, hx: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rnn(input, hx)
+
+
 @feature("`torch.jit.script`")
 def _scripted(side: Side) -> None:
-    check(side, Problem(), lambda module, input, hx: torch.jit.script(module)(input, hx))
+    def run(module: Any, input: Any, hx: Any) -> Any:
+        return torch.jit.script(_Scripted(module))(input, hx)
+
+    check(side, Problem(), run)

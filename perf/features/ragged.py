@@ -35,14 +35,16 @@ def _check_ragged(side: Side, lengths: Sequence[int], run: Callable[..., Any]) -
     """``run(module, data, hx)`` gives each sequence's outputs and ``h_n``; gradients as well."""
     problem = Problem()
     module = problem.module(side.rnn_class, side.device)
+
+    def everything(data: Tensor, hx: Tensor, outputs: list[Tensor], h_n: Tensor) -> list[Tensor]:
+        values = [*(output for output in outputs if len(output)), h_n]
+        return [*values, *gradients([data, hx], *values)]
+
     data, hx = problem.tensors(side.device)
-    outputs, h_n = run(module, data, hx)
-    got = [*outputs, h_n, *gradients([data, hx], *outputs, h_n)]
-    wide_data, wide_hx = exactly(problem).tensors()
-    outputs, h_n = _each_sequence(problem, wide_data, wide_hx, lengths)
-    truth = [*outputs, h_n, *gradients([wide_data, wide_hx], *outputs, h_n)]
-    full = [index for index, value in enumerate(truth) if value.numel()]
-    assert_right([got[i] for i in full], [truth[i] for i in full], problem.dtype)
+    got = everything(data, hx, *run(module, data, hx))
+    data, hx = exactly(problem).tensors()
+    truth = everything(data, hx, *_each_sequence(problem, data, hx, lengths))
+    assert_right(got, truth, problem.dtype)
 
 
 @feature("jagged nested tensors")
