@@ -28,11 +28,15 @@ class OperatorCall:
     backend: str = "torch"
 
     def __str__(self) -> str:
-        return f"{self.layout}-{self.case}-{self.backend}"
+        return f"{self.layout}-{self.in_layout}-{self.backend}"
+
+    @property
+    def in_layout(self) -> Case:
+        return replace(self.case, layout=LAYOUTS[self.layout])
 
     def forward(self, requires_grad: bool = False) -> tuple:
         """The arguments of ``elman``."""
-        case = replace(self.case, layout=LAYOUTS[self.layout])
+        case = self.in_layout
         data, hx = case.tensors(1.0)
         module = case.module(tritonrnn.RNN)
         tensors = [data, hx, *module.parameters()]
