@@ -113,6 +113,57 @@ def calibrate(
 
 
 @app.command()
+def accept(
+    out: Annotated[Path, typer.Option(file_okay=False, help="Takes everything, state included.")],
+    budget: Annotated[str, typer.Option(help="For all steps: 90s, 9m or 2h.")] = "540s",
+    device: Device = "cuda",
+    again: Annotated[str, typer.Option(help="Steps to do anew, by name, after commas.")] = "",
+) -> None:
+    """Show in one go all that a session with a GPU should: right, safe, and how fast.
+
+    Compiles in parallel, runs the tests of the GPU, has compute-sanitizer watch each plan, measures
+    the constants of the model and a balanced sample of cells, reports, and packs one archive.
+    Stop it at any moment: the same command goes on. On a CPU what needs a GPU says so.
+
+    Exits with 1 when a step failed.
+    """
+    from perf import axes, steps
+    from perf.accept import accept
+
+    try:
+        records = accept(
+            out, device, axes.seconds(budget), [name.strip() for name in again.split(",") if name]
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(steps.table(records))
+    if any(record.status == "unfinished" for record in records.values()):
+        typer.echo("\nNot everything is done; the same command goes on.")
+    raise typer.Exit(1 if any(record.status == "failed" for record in records.values()) else 0)
+
+
+@app.command()
+def tune(
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the rows and the table.")],
+    preset: Annotated[str, typer.Option(help="Whose padded cases to time.")] = "headline",
+    device: Device = "cuda",
+    budget: Annotated[str, typer.Option(help="Stop after 90s, 9m or 2h; resume later.")] = "540s",
+) -> None:
+    """Time every feasible plan of each shape, and say what the chosen one loses to the best.
+
+    The same command takes up what the budget left. On a CPU the torch path's own plans are timed.
+    """
+    from perf import axes, tune
+
+    try:
+        table = tune.run(out, preset, device, axes.seconds(budget))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(tune.summary(table))
+    typer.echo(f"\n{out / tune.PAGE}")
+
+
+@app.command()
 def report(folder: Run) -> None:
     """Write report.md and pictures into a folder of results."""
     from perf import report
@@ -246,6 +297,21 @@ def static(
     from perf import static
 
     static.static(arch, json)
+
+
+@app.command()
+def features() -> None:
+    """Try what torch.nn.RNN and tritonrnn.RNN can do, here and now: the README's table.
+
+    Each feature is tried on torch.nn.RNN, on the torch path and on the Triton path, which without
+    a GPU runs in Triton's interpreter, and is judged by its numbers, against float64. What failed
+    is told below the table, with its reason.
+    """
+    from perf.features import table
+
+    rows, reasons = table.run()
+    typer.echo(rows.to_markdown(index=False))
+    typer.echo("\nWhat failed:\n" + "\n".join(f"- {reason}" for reason in reasons))
 
 
 if __name__ == "__main__":

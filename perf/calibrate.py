@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +18,20 @@ from perf.timing import Clock, EventClock, Job, WallClock
 
 COPY_BYTES = 2**30
 MATRIX_SIZE = 8192
-# A CPU would take minutes over what a GPU needs to be busy.
+# A CPU would take minutes over what a GPU needs to be busy, most of all in 16 bits.
 CPU_COPY_BYTES = 2**26
-CPU_MATRIX_SIZE = 1024
+CPU_MATRIX_SIZE = 256
 
 # Long walks less short ones, so that the launch drops out.
 SHORT, LONG = 1_000, 11_000
 NODES = 1_000
 SAMPLE_S = 0.2
+LEAST_WALKS = 8
+GAIN = 1.5
+# Polls, of half a microsecond or more, that two programs of a walk may take.
+PATIENCE = 10_000_000
+# Of the wgmma in which the chain is measured: NVIDIA H100 white paper.
+BF16_FLOP_PER_CLK = 4096
 
 
 @dataclass(frozen=True)
@@ -77,35 +86,68 @@ def slope_us(call: Callable[[int], object], short: int = SHORT, long: int = LONG
     return (us[1] - us[0]) / (long - short)
 
 
+def walk(device: torch.device, steps: int) -> tuple[float, float]:
+    """Return the clock cycles and the nanoseconds of a walk of the chain, by the GPU's counters."""
+    from perf import probes
+
+    H, B = probes.CHAIN_HIDDEN, probes.CHAIN_SEQUENCES
+    # Of a gain above 1, or the state would soon be zeros, which draw less power.
+    matrix = (GAIN * torch.randn(H, H, device=device) / math.sqrt(H)).bfloat16()
+    state = torch.randn(H, B, device=device).bfloat16()
+    ticks = torch.zeros(2, dtype=torch.int64, device=device)
+    found: list[list[int]] = []
+    deadline = time.monotonic() + SAMPLE_S
+    # The first launch compiles, and the clock of a GPU at rest takes a while to rise.
+    while len(found) < LEAST_WALKS or time.monotonic() < deadline:
+        probes.chain_kernel[(1,)](
+            matrix,
+            state,
+            ticks,
+            steps,
+            HIDDEN=H,
+            SEQUENCES=B,
+            num_warps=probes.CHAIN_WARPS,
+        )
+        found.append(ticks.tolist())
+    cycles, ns = zip(*found[len(found) // 2 :])
+    return statistics.median(cycles), statistics.median(ns)
+
+
 def clock_GHz(device: torch.device) -> float:
     """Return the clock of the multiprocessors while one of them walks the chain."""
-    return torch.cuda.clock_rate(device) / 1e3
+    cycles, ns = walk(device, LONG)
+    return cycles / ns
 
 
 def chain_clk(device: torch.device) -> float:
-    """Return the clock cycles of a step of an empty dependent chain in one multiprocessor."""
-    from perf.probes import CHAIN_TILE, chain_kernel
+    """Return the clock cycles of a step of a dependent chain in one multiprocessor.
 
-    matrix = (torch.randn(CHAIN_TILE, CHAIN_TILE, device=device) / CHAIN_TILE).bfloat16()
-    state = torch.randn(CHAIN_TILE, CHAIN_TILE, device=device).bfloat16()
+    It is a step of the smallest recurrence there is, less what the model counts for its product.
+    """
+    from perf import probes
 
-    def walk(steps: int) -> None:
-        chain_kernel[(1,)](matrix, state, steps, TILE=CHAIN_TILE, num_warps=1)
-
-    step_us = slope_us(walk)
-    return step_us * 1e3 * clock_GHz(device)
+    step_clk = (walk(device, LONG)[0] - walk(device, SHORT)[0]) / (LONG - SHORT)
+    product = 2 * probes.CHAIN_SEQUENCES * probes.CHAIN_HIDDEN**2
+    return step_clk - product / BF16_FLOP_PER_CLK
 
 
 def handoff_us(device: torch.device) -> float:
-    """Return the time of a release and its acquire in another multiprocessor, one way."""
+    """Return the time of a release and its acquire in another multiprocessor, one way.
+
+    Raises:
+        RuntimeError: the two programs did not run at the same time.
+    """
     from perf.probes import ping_pong_kernel
 
     flag = torch.zeros(1, dtype=torch.int32, device=device)
 
     def pass_flag(round_trips: int) -> None:
         flag.zero_()
-        ping_pong_kernel[(2,)](flag, round_trips, num_warps=1)
+        ping_pong_kernel[(2,)](flag, round_trips, PATIENCE, num_warps=1)
 
+    pass_flag(LONG)
+    if flag.item() != 2 * LONG:
+        raise RuntimeError("a program waited in vain for the other")
     return slope_us(pass_flag) / 2
 
 

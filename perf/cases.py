@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 DTYPES = {
@@ -121,16 +123,18 @@ class Workload:
     """An input, and the gradients that come back to both results.
 
     Attributes:
-        tokens: The input, or the rows of a packed one.
-        batch_sizes: Of a packed input.
+        tokens: The input, or the rows of a packed or jagged one.
         output_grad: Gradient of a loss by the output, or by its rows.
         h_n_grad: Gradient of the loss by ``h_n``.
+        batch_sizes: Of a ragged input; on the CPU, as torch has it.
+        offsets: Of a jagged input: where each sequence begins in its rows, and where the last ends.
     """
 
     tokens: Tensor
-    batch_sizes: Tensor | None
     output_grad: Tensor
     h_n_grad: Tensor
+    batch_sizes: Tensor | None = None
+    offsets: Tensor | None = None
 
     @classmethod
     def make(cls, case: Case, *, seed: int) -> Workload:
@@ -140,30 +144,56 @@ class Workload:
         """
         generator = torch.Generator().manual_seed(seed)
         rows: tuple[int, ...] = (case.T, case.B)
-        batch_sizes = None
+        batch_sizes = offsets = None
         if case.layout != "padded":
             lengths = torch.tensor(case.ragged_lengths(seed))
             batch_sizes = (lengths > torch.arange(case.T).unsqueeze(1)).sum(1)
             rows = (int(lengths.sum()),)
+            if case.layout == "jagged":
+                offsets = functional.pad(lengths.cumsum(0), (1, 0))
         return cls(
             torch.randn(*rows, case.I, generator=generator),
-            batch_sizes,
             torch.randn(*rows, case.directions * case.H, generator=generator),
             torch.randn(case.layers * case.directions, case.B, case.H, generator=generator),
+            batch_sizes,
+            offsets,
         )
 
     def to(self, device: str, dtype: torch.dtype) -> Workload:
-        """Return the same numbers elsewhere; ``batch_sizes`` stay on the CPU, as torch has it."""
+        """Return the same numbers elsewhere."""
         return Workload(
             self.tokens.to(device, dtype),
-            self.batch_sizes,
             self.output_grad.to(device, dtype),
             self.h_n_grad.to(device, dtype),
+            self.batch_sizes,
+            None if self.offsets is None else self.offsets.to(device),
+        )
+
+    def input_of(self, tokens: Tensor) -> Any:
+        """Return these tokens as a module takes them: a tensor, nested if jagged, or packed."""
+        if self.batch_sizes is None:
+            return tokens
+        if self.offsets is None:
+            return PackedSequence(tokens, self.batch_sizes)
+        # Told, or each call would have to ask the device.
+        shortest = int((self.batch_sizes == self.batch_sizes[0]).sum())
+        return torch.nested.nested_tensor_from_jagged(
+            tokens, self.offsets, min_seqlen=shortest, max_seqlen=len(self.batch_sizes)
         )
 
     def run(self, module: nn.RNNBase, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return a module's output, or its rows, and ``h_n`` for these tokens."""
-        if self.batch_sizes is None:
-            return module(tokens)
-        output, h_n = module(PackedSequence(tokens, self.batch_sizes))
-        return output.data, h_n
+        output, h_n = module(self.input_of(tokens))
+        if self.offsets is not None:
+            return output.values(), h_n
+        return output if self.batch_sizes is None else output.data, h_n
+
+    def run_packed(self, module: nn.RNNBase, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`run` does, of a module that takes no nested tensor."""
+        if self.offsets is None or self.batch_sizes is None:
+            return self.run(module, tokens)
+        # Packed, the first steps of all sequences come first; there as here the longest is first.
+        starts = self.offsets[:-1]
+        order = torch.cat([starts[:n] + t for t, n in enumerate(self.batch_sizes.tolist())])
+        output, h_n = module(PackedSequence(tokens[order], self.batch_sizes))
+        return output.data[order.argsort()], h_n

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -12,7 +13,7 @@ class Health:
     """Samples of a GPU's state; of none on a CPU, or where NVML is not to be had."""
 
     def __init__(self, device: torch.device) -> None:
-        self._samples: list[tuple[float, float, float]] = []
+        self._samples: dict[str, list[float]] = {}
         self._handle = None
         if device.type != "cuda" or torch.version.hip is not None:
             return
@@ -26,23 +27,22 @@ class Health:
                 self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
 
     def sample(self) -> None:
-        """Read once; a reading that fails is left out."""
+        """Read once; a reading that fails, as some do in virtual machines, is left out."""
         if self._handle is None:
             return
         import pynvml
 
-        with suppress(pynvml.NVMLError):
-            self._samples.append(
-                (
-                    pynvml.nvmlDeviceGetClockInfo(self._handle, pynvml.NVML_CLOCK_SM),
-                    pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3,
-                    pynvml.nvmlDeviceGetTemperature(self._handle, pynvml.NVML_TEMPERATURE_GPU),
-                )
-            )
+        readings: dict[str, Callable[[], float]] = {
+            "sm_MHz": lambda: pynvml.nvmlDeviceGetClockInfo(self._handle, pynvml.NVML_CLOCK_SM),
+            "power_W": lambda: pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3,
+            "temp_C": lambda: pynvml.nvmlDeviceGetTemperature(
+                self._handle, pynvml.NVML_TEMPERATURE_GPU
+            ),
+        }
+        for name, read in readings.items():
+            with suppress(pynvml.NVMLError):
+                self._samples.setdefault(name, []).append(read())
 
     def columns(self) -> dict[str, float]:
         """Return the medians of what was read; nothing if nothing was."""
-        if not self._samples:
-            return {}
-        medians = (statistics.median(values) for values in zip(*self._samples))
-        return dict(zip(("sm_MHz", "power_W", "temp_C"), medians))
+        return {name: statistics.median(values) for name, values in self._samples.items()}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from perf.cases import DTYPES, Case, Workload
 from perf.peers.peer import Runner
+from perf.switches import cudnn_off
 
 # A result may be off by twice the error of nn.RNN, or by rounding where nn.RNN happens to be exact.
 ALLOWED_ERRORS = 2.0
@@ -43,12 +44,19 @@ def exact_results(case: Case, workload: Workload, seed: int, *, trains: bool) ->
 
     The numbers are those that a peer gets: rounded to the dtype of the case first.
     """
-    dtype = DTYPES[case.dtype]
-    module = case.make_module(nn.RNN, seed).to(dtype).to(case.device, torch.float64)
-    rounded = workload.to(case.device, dtype).to(case.device, torch.float64)
-    runner = Runner(lambda tokens: rounded.run(module, tokens), list(module.parameters()))
-    with torch.backends.cudnn.flags(enabled=False):
-        return results_of(runner, rounded, trains=trains)
+    with cudnn_off():
+        return nn_results(case, workload, seed, torch.float64, trains=trains)
+
+
+def nn_results(
+    case: Case, workload: Workload, seed: int, dtype: torch.dtype, *, trains: bool
+) -> list[Tensor]:
+    """Run ``nn.RNN`` in a dtype of its own on the numbers of a case; see :func:`exact_results`."""
+    module = case.make_module(nn.RNN, seed).to(DTYPES[case.dtype]).to(case.device, dtype)
+    rounded = workload.to(case.device, DTYPES[case.dtype]).to(case.device, dtype)
+    # A jagged batch is packed for it, as nn.RNN takes no nested tensor.
+    runner = Runner(lambda tokens: rounded.run_packed(module, tokens), list(module.parameters()))
+    return results_of(runner, rounded, trains=trains)
 
 
 def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

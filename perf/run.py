@@ -74,16 +74,21 @@ def run(
                 sweep.run(unit, lambda what: progress.update(bar, description=what))
                 progress.advance(bar)
         except OutOfTimeError:
-            waiting = sum(1 for unit in units if sweep.left(unit).modes)
             console.print(
-                f"Stopped after {time.monotonic() - started:.0f} s with {waiting} of {len(units)} "
-                "cases to go; the same command takes them up."
+                f"Stopped after {time.monotonic() - started:.0f} s with "
+                f"{waiting(units, file.rows)} of {len(units)} cases to go; the same command takes "
+                "them up."
             )
         rows = file.rows[before:]
     counts = Counter(str(row["status"]) for row in rows)
     summary = ", ".join(f"{count} {status}" for status, count in counts.items()) or "nothing new"
     console.print(f"{out}: {summary}; {len(file.rows)} rows in all.")
     return rows
+
+
+def waiting(units: Sequence[Unit], rows: Sequence[Row]) -> int:
+    """Return how many units have a cell without a row."""
+    return sum(1 for unit in units if unit.left(rows).modes)
 
 
 def _new_run_id(out: Path) -> str:

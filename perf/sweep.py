@@ -46,6 +46,15 @@ class Unit:
         }
         return Unit(self.case, {mode: names for mode, names in left.items() if names})
 
+    def left(self, rows: Iterable[Row]) -> Unit:
+        """Return what has no row among these."""
+        own = (self.case.case_id, self.case.device)
+        return self.without(
+            (str(row["peer"]), str(row["mode"]))
+            for row in rows
+            if (row["case_id"], row["device"]) == own
+        )
+
 
 class OutOfTimeError(Exception):
     """The budget of a sweep is spent."""

@@ -50,7 +50,7 @@ class RowFile:
         trace: TracebackType | None,
     ) -> None:
         if self.rows:
-            _write(self._folder, "rows", schema.typed(pd.DataFrame(self.rows)))
+            write(self._folder, "rows", schema.typed(pd.DataFrame(self.rows)))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -126,10 +126,11 @@ def append_rows(folder: Path, name: str, rows: pd.DataFrame) -> None:
     parquet = folder / f"{name}.parquet"
     if parquet.exists():
         rows = pd.concat([pd.read_parquet(parquet), rows], ignore_index=True)
-    _write(folder, name, rows)
+    write(folder, name, rows)
 
 
-def _write(folder: Path, name: str, rows: pd.DataFrame) -> None:
+def write(folder: Path, name: str, rows: pd.DataFrame) -> None:
+    """Write ``name.parquet`` and ``name.csv``, in place of those that are there."""
     # Replaced whole, so that a run that dies here leaves the old rows.
     for path, write in (
         (folder / f"{name}.parquet", rows.to_parquet),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import statistics
 import time
 import timeit
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -18,6 +20,8 @@ from torch.utils import benchmark
 WARM_UP_CALLS = 3
 # A case that takes longer than it may still has quantiles of something.
 LEAST_ROUNDS = 3
+# Several times any L2 cache so far.
+CACHE_BYTES = 2**28
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -87,52 +91,70 @@ class WallClock:
 class EventClock:
     """Time on the GPU between events around each call, its L2 cache flushed before; the median.
 
+    ``triton.testing.do_bench`` measures the same, but makes seven calls to find out how many it
+    is to make, in every sample again.
+
     Args:
         job: What to time.
-        seconds: About how long a sample lasts.
+        seconds: About how long a sample lasts, flushes included; it has at least one call.
     """
 
     def __init__(self, job: Job, seconds: float) -> None:
-        # Only here: without Triton and a GPU there is nothing to time with events.
-        from triton import testing
-
-        self._job, self._rep_ms, self._do_bench = job, 1e3 * seconds, testing.do_bench
+        self._job = job
+        self._times_us(WARM_UP_CALLS)
+        started = time.perf_counter()
+        self._times_us(WARM_UP_CALLS)
+        seconds_per_call = (time.perf_counter() - started) / WARM_UP_CALLS
+        self._calls = max(1, math.ceil(seconds / seconds_per_call))
 
     def sample_us(self) -> float:
         """Return the microseconds of a call."""
-        self._job.reset()
+        return statistics.median(self._times_us(self._calls))
+
+    def _times_us(self, calls: int) -> list[float]:
+        cache = cache_filler(torch.cuda.current_device())
+        events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(calls)
+        ]
         with self._job.context():
-            milliseconds = self._do_bench(
-                self._job.call,
-                warmup=0,
-                rep=self._rep_ms,
-                grad_to_none=self._job.leaves,
-                return_mode="median",
-            )
-        return 1e3 * milliseconds
+            self._job.reset()
+            for before, after in events:
+                cache.zero_()
+                before.record()
+                self._job.call()
+                after.record()
+                self._job.reset()
+        torch.cuda.synchronize()
+        return [1e3 * before.elapsed_time(after) for before, after in events]
+
+
+@functools.cache
+def cache_filler(device: int) -> Tensor:
+    """Return more bytes than the L2 cache of a GPU holds, to be written before each call."""
+    return torch.empty(CACHE_BYTES, dtype=torch.uint8, device=f"cuda:{device}")
 
 
 class GraphClock(EventClock):
     """As :class:`EventClock`, of a CUDA graph that replays a call: a peer without its launches.
 
+    It is recorded on the current stream, which may not be the default one: autograd adds up
+    gradients on the stream that first saw a parameter, and can do so in a recording only there.
+
     Args:
-        make_job: Called on the stream that is recorded, where backward has to run as well.
+        job: What to record.
         seconds: About how long a sample lasts.
     """
 
-    def __init__(self, make_job: Callable[[], Job], seconds: float) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            job = make_job()
-        with torch.cuda.stream(stream), job.context():
+    def __init__(self, job: Job, seconds: float) -> None:
+        with job.context():
             for _ in range(WARM_UP_CALLS):
                 job.call()
                 job.reset()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 job.call()
-        torch.cuda.current_stream().wait_stream(stream)
+            job.reset()
         super().__init__(Job(graph.replay), seconds)
         # What the graph reads and writes must outlive it.
         self._recorded = job

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import copy
-import statistics
-import time
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 
 import pandas as pd
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import tritonrnn
 from perf import environment, loss_curves, tables
-from perf.timing import synchronize
+from perf.contenders import (
+    TURN_STEPS,
+    Contender,
+    MakeRNN,
+    Recipe,
+    curves_table,
+    make_contenders,
+    speedup,
+    train,
+)
 from perf.word_lists import (
     LANGUAGES,
     Alphabet,
@@ -35,17 +39,6 @@ EMBEDDING_SIZE = 32
 BATCH_SIZE = 256
 LEARNING_RATE = 2e-3
 HELD_OUT = 0.1
-
-# Steps that one model takes before the next has its turn: short beside the drift of a machine's
-# speed, long enough that waiting for a GPU after them costs nothing.
-TURN_STEPS = 16
-WARM_UP_STEPS = 2
-
-REFERENCE = "torch.nn.RNN"
-OURS = "tritonrnn.RNN"
-TWIN = "torch.nn.RNN, 1 ulp off"
-
-MakeRNN = Callable[..., nn.RNNBase]
 
 
 class WordClassifier(nn.Module):
@@ -73,120 +66,12 @@ class WordClassifier(nn.Module):
         return self.head(torch.cat(tuple(h_n), dim=1))
 
 
-@dataclass
-class Contender:
-    """A model in training.
-
-    Attributes:
-        losses: Training loss of each step.
-        turn_seconds: Time that each turn's training steps took.
-    """
-
-    name: str
-    model: WordClassifier
-    losses: list[float] = field(default_factory=list)
-    turn_seconds: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE)
-
-    def warm_up(self, batches: Sequence[Batch], device: torch.device) -> None:
-        """Take a few steps with a copy, so that no start-up cost is timed."""
-        Contender(self.name, copy.deepcopy(self.model)).take_turn(batches, device)
-
-    def take_turn(self, batches: Sequence[Batch], device: torch.device) -> None:
-        """Train on the batches, one step each, and record losses and time."""
-        losses = []
-        synchronize(device)
-        start = time.perf_counter()
-        for batch in batches:
-            self.optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(self.model(batch.letters), batch.labels)
-            loss.backward()
-            self.optimizer.step()
-            losses.append(loss.detach())
-        synchronize(device)
-        self.turn_seconds.append(time.perf_counter() - start)
-        self.losses += torch.stack(losses).tolist()
+def loss_of(model: WordClassifier, batch: Batch) -> Tensor:
+    """Return the cross-entropy of a batch."""
+    return nn.functional.cross_entropy(model(batch.letters), batch.labels)
 
 
-def rounding_unit(device: torch.device) -> float:
-    """Return the relative spacing of the numbers that ``nn.RNN`` multiplies in float32."""
-    if device.type == "cuda" and torch.backends.cudnn.rnn.fp32_precision == "tf32":  # type: ignore[attr-defined]
-        return 2.0**-10
-    return 2.0**-23
-
-
-@torch.no_grad()
-def perturb(model: nn.Module, unit: float) -> None:
-    """Move every parameter away from zero by one unit in its last place.
-
-    Args:
-        model: Changed in place.
-        unit: Spacing of the numbers from 1 to 2.
-    """
-    for parameter in model.parameters():
-        exponent = torch.frexp(parameter).exponent - 1
-        parameter.add_(torch.ldexp(torch.full_like(parameter, unit), exponent) * parameter.sign())
-
-
-def make_contenders(
-    letters: int, hidden_size: int, seed: int, device: torch.device
-) -> list[Contender]:
-    """Build the reference, ours and the reference's perturbed twin from one seed."""
-    contenders = []
-    for name, rnn_class in ((REFERENCE, nn.RNN), (OURS, tritonrnn.RNN), (TWIN, nn.RNN)):
-        torch.manual_seed(seed)
-        model = WordClassifier(rnn_class, letters, hidden_size)
-        if name == TWIN:
-            perturb(model, rounding_unit(device))
-        contenders.append(Contender(name, model.to(device)))
-    return contenders
-
-
-def train(
-    contenders: Sequence[Contender],
-    words: EncodedWords,
-    *,
-    epochs: int,
-    seed: int,
-    device: torch.device,
-    console: Console,
-) -> None:
-    """Train every contender on the same batches, taking turns in random order."""
-    generator = torch.Generator().manual_seed(seed)
-    random = Random(seed)
-    steps = epochs * -(-len(words) // BATCH_SIZE)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        console=console,
-    ) as progress:
-        bars = {
-            contender.name: progress.add_task(contender.name, total=steps, loss=float("nan"))
-            for contender in contenders
-        }
-        for epoch in range(epochs):
-            # Built ahead of the turns, for all contenders: batches are no part of what is timed.
-            batches = [batch.to(device) for batch in words.shuffled(BATCH_SIZE, generator)]
-            if epoch == 0:
-                for contender in contenders:
-                    contender.warm_up(batches[:WARM_UP_STEPS], device)
-            for share in _in_turns(batches):
-                for contender in random.sample(contenders, len(contenders)):
-                    contender.take_turn(share, device)
-                    progress.update(
-                        bars[contender.name], advance=len(share), loss=contender.losses[-1]
-                    )
-
-
-def _in_turns(batches: Sequence[Batch]) -> Iterator[Sequence[Batch]]:
-    for start in range(0, len(batches), TURN_STEPS):
-        yield batches[start : start + TURN_STEPS]
+RECIPE = Recipe(loss_of, functools.partial(torch.optim.Adam, lr=LEARNING_RATE))
 
 
 @torch.no_grad()
@@ -205,7 +90,7 @@ def majority_accuracy(training: LabelledWords, held_out: LabelledWords) -> float
     return held_out.labels.count(label) / len(held_out)
 
 
-def backend_of(contender: Contender, letters: PackedSequence) -> str:
+def backend_of(contender: Contender[WordClassifier], letters: PackedSequence) -> str:
     """Return what computes a contender's recurrence on this batch."""
     embedded = contender.model.embed(letters)
     rnn = contender.model.rnn
@@ -244,7 +129,7 @@ def classify(
 
 
 def results_table(
-    contenders: Sequence[Contender],
+    contenders: Sequence[Contender[WordClassifier]],
     training: LabelledWords,
     held_out: LabelledWords,
     alphabet: Alphabet,
@@ -254,8 +139,8 @@ def results_table(
 ) -> pd.DataFrame:
     """Return one row for each contender, the reference first.
 
-    ``loss`` is its mean over the last epoch. ``speedup_vs_nn`` is the median over the turns, so
-    that it stands when something else takes the machine for a while; ``seconds`` does not.
+    ``loss`` is its mean over the last epoch. ``speedup_vs_nn`` stands when something else takes the
+    machine for a while; ``seconds`` does not.
     """
     encoded = EncodedWords(held_out.words, held_out.labels, alphabet)
     letters = next(encoded.batches(BATCH_SIZE)).to(device).letters
@@ -263,10 +148,6 @@ def results_table(
     rows = []
     for contender in contenders:
         seconds = sum(contender.turn_seconds)
-        speedups = [
-            reference / own
-            for reference, own in zip(contenders[0].turn_seconds, contender.turn_seconds)
-        ]
         last_epoch = contender.losses[-(len(contender.losses) // epochs) :]
         rows.append(
             {
@@ -277,7 +158,7 @@ def results_table(
                 "words_per_s": epochs * len(training) / seconds,
                 "seconds": seconds,
                 "backend": backend_of(contender, letters),
-                "speedup_vs_nn": statistics.median(speedups),
+                "speedup_vs_nn": speedup(contenders[0], contender),
             }
         )
     return pd.DataFrame(rows)
@@ -314,11 +195,21 @@ def run(
         f"{len(training) + len(held_out):,} words of {len(LANGUAGES)} languages, "
         f"{len(held_out):,} of them held out; {device}, {torch.get_num_threads()} threads"
     )
-    contenders = make_contenders(len(alphabet), hidden_size, seed, device)
+    contenders = make_contenders(
+        lambda rnn_class: WordClassifier(rnn_class, len(alphabet), hidden_size),
+        RECIPE,
+        seed,
+        device,
+    )
+    encoded = EncodedWords(training.words, training.labels, alphabet)
+    generator = torch.Generator().manual_seed(seed)
     train(
         contenders,
-        EncodedWords(training.words, training.labels, alphabet),
-        epochs=epochs,
+        (
+            [batch.to(device) for batch in encoded.shuffled(BATCH_SIZE, generator)]
+            for _ in range(epochs)
+        ),
+        steps=epochs * -(-len(encoded) // BATCH_SIZE),
         seed=seed,
         device=device,
         console=console,
@@ -347,14 +238,3 @@ def run(
         tables.append_rows(out, "words_curves", curves_table(contenders).assign(run_id=run_id))
         tables.add_environment(out, run_id, environment.describe(device))
     return comparison.agrees
-
-
-def curves_table(contenders: Sequence[Contender]) -> pd.DataFrame:
-    """Return the loss of every contender at every step, one row each."""
-    return pd.concat(
-        [
-            pd.DataFrame({"model": c.name, "step": range(len(c.losses)), "loss": c.losses})
-            for c in contenders
-        ],
-        ignore_index=True,
-    )

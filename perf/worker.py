@@ -80,6 +80,8 @@ def serve(pipe: Connection, request: Request) -> None:
     try:
         if request.case.on_gpu:
             torch.cuda.set_device(torch.device(request.case.device))
+            # CUDA graphs can't be recorded on the default stream, nor where work waits for it.
+            torch.cuda.set_stream(torch.cuda.Stream())
         Measurement(
             request.case,
             request.settings,

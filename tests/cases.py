@@ -246,6 +246,25 @@ def assert_accurate_over(cases: list[Case], scale: float = 4.0) -> None:
         )
 
 
+def assert_autocast_as_accurate(case: Case, dtype: torch.dtype, input_dtype: torch.dtype) -> None:
+    """Called under autocast to ``dtype``: the dtypes of torch.nn.RNN, and its accuracy."""
+    theirs, ours = pair(case)
+    data, hx = case.tensors()
+    data = data.detach().to(input_dtype).requires_grad_()
+    truth = exact(case, theirs, data, hx)
+    with torch.autocast(case.device, dtype):
+        (expected, expected_h_n), (output, h_n) = (
+            module(case.input(data), hx) for module in (theirs, ours)
+        )
+    # The backward of autocast runs outside of it.
+    expected, got = (
+        gradients_of(case, module, data, hx, plain(y), last)
+        for module, y, last in ((theirs, expected, expected_h_n), (ours, output, h_n))
+    )
+    for name in expected:
+        assert_as_accurate([got[name]], [expected[name]], [truth[name]], name)
+
+
 def gradients_of(case, module, data, hx, output, h_n):
     leaves = {"input": data, "hx": hx, **dict(module.named_parameters())}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}

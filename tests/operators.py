@@ -26,13 +26,20 @@ class OperatorCall:
     layout: str
     case: Case
     backend: str = "torch"
+    lengths: bool = False
+    reset: bool = False
 
     def __str__(self) -> str:
-        return f"{self.layout}-{self.in_layout}-{self.backend}"
+        ragged = "-lengths" * self.lengths + "-reset" * self.reset
+        return f"{self.layout}-{self.in_layout}{ragged}-{self.backend}"
 
     @property
     def in_layout(self) -> Case:
         return replace(self.case, layout=LAYOUTS[self.layout])
+
+    def turned(self, tensor: Tensor) -> Tensor:
+        """From time first to the layout of the input."""
+        return tensor.t() if self.layout == "batch_major" else tensor
 
     def forward(self, requires_grad: bool = False) -> tuple:
         """The arguments of ``elman``."""
@@ -48,18 +55,26 @@ class OperatorCall:
             lengths = torch.linspace(case.T, 1, case.B).long().roll(2).tolist()
             extents = torch.tensor(list(accumulate(lengths, initial=0)))
             data = data.detach().flatten(0, 1)[: sum(lengths)].requires_grad_(requires_grad)
+        reset = None
+        t, b = torch.arange(case.T)[:, None], torch.arange(case.B)
+        if self.lengths:
+            extents = b % (case.T + 1)
+            padding = self.turned(t >= extents)[..., None]
+            data = data.detach().masked_fill(padding, torch.nan).requires_grad_(requires_grad)
+        if self.reset:
+            reset = self.turned((t + b) % 3 == 0)
         settings = (self.layout, case.nonlinearity, case.D == 2, self.backend)
-        return (data, hx, weights, extents, *settings)
+        return (data, hx, weights, extents, reset, *settings)
 
     def backward(self, with_grads: tuple[bool, bool] = (True, True)) -> tuple:
         """The arguments of ``elman_backward``, with every gradient wanted that there is."""
-        data, hx, weights, extents, *settings = self.forward()
+        data, hx, weights, *settings = self.forward()
         with torch.no_grad():
-            results = torch.ops.tritonrnn.elman(data, hx, weights, extents, *settings)
+            results = torch.ops.tritonrnn.elman(data, hx, weights, *settings)
         output, _ = results
         grads: list[Tensor | None] = [
             grad if given else None
             for grad, given in zip(self.case.cotangents(*results), with_grads)
         ]
         needs = [True, hx is not None, *[True] * len(weights)]
-        return (*grads, data, hx, weights, output, extents, *settings, needs)
+        return (*grads, data, hx, weights, output, *settings, needs)

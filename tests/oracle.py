@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tritonrnn.layout import SequenceLayout
+from tritonrnn.ragged import RaggedLayout
 
 EPILOGUES: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
     "tanh": lambda z, y: torch.tanh(z),
@@ -23,8 +24,12 @@ EPILOGUES: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
 
 def sequences(layout: SequenceLayout) -> list[list[int]]:
     """The rows of each sequence, from its first token to its last."""
-    if layout.offsets is not None:
-        return [list(range(*bounds)) for bounds in zip(layout.offsets, layout.offsets[1:])]
+    if isinstance(layout, RaggedLayout):
+        bounds = zip(layout.batch_base.tolist(), layout.lengths.tolist())
+        return [
+            list(range(first, first + count * layout.stride, layout.stride))
+            for first, count in bounds
+        ]
     rows: list[list[int]] = [[] for _ in range(layout.B)]
     if layout.batch_sizes is not None:
         order = [b for size in layout.batch_sizes for b in range(size)]

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import LAYOUTS, Case, assert_same_results, exact, gradients_of, pair, plain, run
-from reference import assert_as_accurate
+from cases import (
+    LAYOUTS,
+    Case,
+    assert_autocast_as_accurate,
+    assert_same_results,
+    pair,
+    plain,
+    run,
+)
+
+import tritonrnn
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
@@ -44,21 +53,28 @@ def test_dropout_does_nothing_in_eval_mode(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_autocast_follows_torchs_rules(layout, hx, input_dtype):
     case = Case(T=12, H=33, layout=layout, L=2, D=2, hx=hx)
-    theirs, ours = pair(case)
-    data, state = case.tensors()
-    data = data.detach().to(input_dtype).requires_grad_()
-    truth = exact(case, theirs, data, state)
-    with torch.autocast("cpu", torch.bfloat16):
-        (expected, expected_h_n), (output, h_n) = (
-            module(case.input(data), state) for module in (theirs, ours)
-        )
-    # The backward of autocast runs outside of it.
-    expected, got = (
-        gradients_of(case, module, data, state, plain(y), last)
-        for module, y, last in ((theirs, expected, expected_h_n), (ours, output, h_n))
-    )
-    for name in expected:
-        assert_as_accurate([got[name]], [expected[name]], [truth[name]], name)
+    assert_autocast_as_accurate(case, torch.bfloat16, input_dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_autocast_to_float16_follows_torchs_rules(layout):
+    case = Case(T=12, H=33, layout=layout, L=2, D=2)
+    assert_autocast_as_accurate(case, torch.float16, torch.float32)
+
+
+ON_CUDA = [
+    Case(T=12, H=H, layout=layout, L=2, D=2, device="cuda") for layout in LAYOUTS for H in (33, 512)
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ON_CUDA, ids=str)
+def test_autocast_on_cuda_follows_torchs_rules(case, dtype):
+    """Whoever serves the call: with 33 units the kernels, with 512 perhaps torch."""
+    with tritonrnn.backend("auto"):
+        assert_autocast_as_accurate(case, dtype, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -114,6 +114,12 @@ def lowered_calls() -> list[OperatorCall]:
         OperatorCall(layout, Case(T=4, D=D, nonlinearity=nonlinearity, hx=hx, dtype=torch.float64))
         for layout in ("time_major", "batch_major", "packed")
         for D, nonlinearity, hx in [(1, "tanh", False), (2, "relu", True), (2, "tanh", True)]
+    ] + [
+        OperatorCall(
+            layout, Case(T=4, D=2, hx=hx, dtype=torch.float64), lengths=lengths, reset=reset
+        )
+        for layout in ("time_major", "batch_major")
+        for lengths, reset, hx in [(True, False, True), (False, True, True), (True, True, False)]
     ]
 
 
@@ -129,7 +135,7 @@ def test_decompositions_agree_with_the_operators(call, with_grads, table):
             torch.testing.assert_close(list(table[operator](*arguments)), [*operator(*arguments)])
 
 
-@pytest.mark.parametrize("call", lowered_calls()[4::4], ids=str)
+@pytest.mark.parametrize("call", lowered_calls()[4::5], ids=str)
 def test_backward_of_dynamic_length_is_lowered(call):
     """Where a whole training step is lowered, both operators are in it."""
     operator, arguments = torch.ops.tritonrnn.elman_backward, call.backward()

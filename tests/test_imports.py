@@ -21,12 +21,15 @@ LEVELS = [
     {"conversion", "explanation", "export", "onnx"},
     {"modules"},
     {"functional"},
+    {"call"},
     {"ops"},
     {"dispatch"},
     {"differentiable"},
     {"layer"},
     {"torch_path"},
-    {"layout", "precision"},
+    {"ragged"},
+    {"layout"},
+    {"memo", "nested", "precision"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 SOURCES = {

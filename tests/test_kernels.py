@@ -7,7 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import Case, assert_accurate_over, assert_no_shared_storage, assert_zero_gradients, pair
+from cases import (
+    Case,
+    assert_accurate_over,
+    assert_autocast_as_accurate,
+    assert_no_shared_storage,
+    assert_zero_gradients,
+    pair,
+)
 from torch.autograd import forward_ad
 
 import tritonrnn
@@ -59,6 +66,14 @@ def test_kernels_share_no_storage_between_gradients():
 @pytest.mark.usefixtures("triton_back_end")
 def test_kernels_give_an_empty_batch_zero_gradients():
     assert_zero_gradients(KernelCase(B=0, D=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("triton_back_end")
+def test_kernels_under_autocast_follow_torchs_rules(dtype):
+    assert_autocast_as_accurate(
+        KernelCase(T=3, B=3, H=5, layout="unsorted", L=2), dtype, torch.float32
+    )
 
 
 @pytest.mark.usefixtures("triton_back_end")

@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 from tritonrnn.layout import SequenceLayout
+from tritonrnn.ragged import RaggedLayout
 
 PADDED = [(1, 1), (7, 5), (5, 7), (1, 9), (9, 1), (3, 0)]
 LENGTHS = [(1,), (5, 3, 4, 2), (4, 4, 4), (1, 1, 1), (9, 1), (1, 9, 1, 2), tuple(range(1, 24))]
@@ -79,7 +80,7 @@ def test_packed_rows_are_those_of_a_packed_padded_batch():
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_jagged_rows_are_those_of_a_jagged_tensor(lengths):
     nested = torch.nested.nested_tensor(tokens(lengths), layout=torch.jagged)
-    layout = SequenceLayout.jagged(nested.offsets().tolist(), len(nested.values()))
+    layout = RaggedLayout.jagged(nested.offsets(), len(nested.values()))
     assert (max(lengths), len(lengths)) == (layout.T, layout.B)
     assert not layout.is_padded
     assert layout.lengths.tolist() == list(lengths)
@@ -89,7 +90,7 @@ def test_jagged_rows_are_those_of_a_jagged_tensor(lengths):
 @pytest.mark.parametrize("lengths", [(), (0,), (2, 0, 3), (0, 0)], ids=str)
 def test_jagged_takes_empty_sequences(lengths):
     offsets = [sum(lengths[:b]) for b in range(len(lengths) + 1)]
-    layout = SequenceLayout.jagged(offsets, sum(lengths))
+    layout = RaggedLayout.jagged(torch.tensor(offsets), sum(lengths))
     assert layout.lengths.tolist() == list(lengths)
     assert max(lengths, default=0) == layout.T
     assert [len(rows) for rows in rows_of(layout)] == list(lengths)
@@ -127,7 +128,7 @@ def test_impossible_batch_sizes_raise(batch_sizes, num_rows, says):
 )
 def test_impossible_offsets_raise(offsets, num_rows, says):
     with pytest.raises(ValueError, match=re.escape(says)):
-        SequenceLayout.jagged(offsets, num_rows)
+        RaggedLayout.jagged(torch.tensor(offsets, dtype=torch.int64), num_rows)
 
 
 def test_equal_layouts_compare_equal():

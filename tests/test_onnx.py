@@ -93,13 +93,46 @@ def test_a_layout_that_onnx_does_not_know_is_a_clear_error():
     class Jagged(nn.Module):
         def forward(self, rows, offsets):
             return torch.ops.tritonrnn.elman(
-                rows, None, weights, offsets, "jagged", "tanh", False, "auto"
+                rows, None, weights, offsets, None, "jagged", "tanh", False, "auto"
             )
 
     with pytest.raises(torch.onnx.errors.OnnxExporterError, match="whose layout is 'jagged'"):
         torch.onnx.export(
             Jagged().eval(),
             (torch.ones(3, case.I), torch.tensor([0, 1, 3])),
+            dynamo=True,
+            verbose=False,
+            custom_translation_table=translation.translation_table(),
+        )
+
+
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time-major", "batch-first"])
+def test_lengths_are_the_sequence_lens_of_the_operator(batch_first):
+    model = tritonrnn.RNN(3, 5, 2, batch_first=batch_first, bidirectional=True).eval()
+    T, B = torch.export.Dim("T"), torch.export.Dim("B")
+    where = {0: B, 1: T} if batch_first else {0: T, 1: B}
+    program = torch.onnx.export(
+        model,
+        (torch.randn(4, 4, 3),),
+        kwargs={"lengths": torch.tensor([4, 1, 3, 2])},
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes={"input": where, "lengths": {0: B}},
+        custom_translation_table=translation.translation_table(),
+    )
+    x, lengths = torch.randn(5, 6, 3), [4, 1, 3, 2, 2, 4][: 5 if batch_first else 6]
+    expected = model(x, lengths=torch.tensor(lengths))
+    for got, want in zip(program(x, lengths=torch.tensor(lengths)), expected):
+        torch.testing.assert_close(got, want)
+
+
+def test_reset_is_a_clear_error():
+    model = tritonrnn.RNN(3, 5).eval()
+    with pytest.raises(torch.onnx.errors.OnnxExporterError, match="reset"):
+        torch.onnx.export(
+            model,
+            (torch.randn(4, 2, 3),),
+            kwargs={"reset": torch.zeros(4, 2, dtype=torch.bool)},
             dynamo=True,
             verbose=False,
             custom_translation_table=translation.translation_table(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import Case
@@ -18,6 +20,11 @@ CALLS = [
         (2, "relu", True, "torch"),
         (2, "tanh", True, "triton"),
     ]
+]
+CALLS += [
+    replace(CALLS[1], lengths=True),
+    replace(CALLS[5], lengths=True, reset=True),
+    replace(CALLS[4], reset=True),
 ]
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from random import Random
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import tritonrnn
-from perf import memory, oracle
+from perf import memory, oracle, timing
 from perf.cases import LENGTHS, Case, Workload
-from perf.measure import make_job
+from perf.measure import Measurement, Row, Settings, failure, gpu_is_lost, make_job
 from perf.peers import PEERS, find
 from perf.peers.loops import WrittenOut
 from perf.peers.ours import forced_plan
 from perf.peers.peer import Runner
-from perf.timing import Job, WallClock, time_in_rounds
+from perf.switches import set_precision
+from perf.timing import EventClock, Job, WallClock, time_in_rounds
 
 TINY = Case(T=8, B=4, I=2, H=3)
 
@@ -55,6 +60,68 @@ def test_ragged_lengths_descend_from_t_and_repeat(lengths, T, B):
     assert drawn[0] == T
     assert drawn[-1] >= 1
     assert drawn == case.ragged_lengths(3)
+
+
+def test_jagged_workload_has_one_sequence_after_the_other():
+    case = Case(T=8, B=4, I=2, H=3, layout="jagged", lengths="linear")
+    workload = Workload.make(case, seed=0)
+    nested = workload.input_of(workload.tokens)
+    assert [len(sequence) for sequence in nested.unbind()] == [8, 6, 4, 2]
+    assert torch.equal(nested.unbind()[1], workload.tokens[8:14])
+
+
+def take_nested(monkeypatch) -> None:
+    """Have ``tritonrnn.RNN`` take nested tensors, if only by packing them."""
+    forward = tritonrnn.RNN.forward
+
+    def packing(rnn, data):
+        assert data.is_nested
+        assert data.layout is torch.jagged
+        packed = pack_sequence(data.unbind())
+        output, h_n = forward(rnn, packed)
+        output, lengths = pad_packed_sequence(output)
+        rows = torch.cat([output[:length, place] for place, length in enumerate(lengths)])
+        return torch.nested.nested_tensor_from_jagged(rows, data.offsets()), h_n
+
+    monkeypatch.setattr(tritonrnn.RNN, "forward", packing)
+    told = SimpleNamespace(backend="torch", plan="walk")
+    monkeypatch.setattr(tritonrnn, "explain", lambda rnn, data: told)
+
+
+def measure_case(case: Case, *names: str) -> dict[tuple[str, str], Row]:
+    rows: list[Row] = []
+    settings = Settings(rounds=2, sample_s=0, max_s=0)
+    begin = lambda *where: None  # noqa: E731
+    modes = dict.fromkeys(("infer", "fwdbwd"), names)
+    Measurement(case, settings, None, begin=begin, emit=rows.append).run(modes)
+    return {(str(row["peer"]), str(row["mode"])): row for row in rows}
+
+
+def test_jagged_batch_is_checked_and_timed_where_it_is_taken(monkeypatch):
+    case = Case(T=5, B=3, I=2, H=4, directions=2, layout="jagged", lengths="linear")
+    take_nested(monkeypatch)
+    rows = measure_case(case, "nn_aten", "tritonrnn-torch")
+    for mode in ("infer", "fwdbwd"):
+        assert rows["nn_aten", mode]["status"] == "unsupported"
+        assert rows["nn_aten", mode]["error"] == "it takes no nested tensors"
+        assert rows["tritonrnn-torch", mode]["status"] == "ok", rows["tritonrnn-torch", mode]
+        # There is nothing to be faster than.
+        assert "speedup_vs_nn" not in rows["tritonrnn-torch", mode]
+    # Its tolerance is of nn.RNN on the same batch, packed.
+    assert rows["tritonrnn-torch", "infer"]["tolerance"] >= 8 * 2.0**-23
+
+
+def test_jagged_batch_that_is_wrong_is_found(monkeypatch):
+    case = Case(T=5, B=3, I=2, H=4, layout="jagged", lengths="linear")
+    take_nested(monkeypatch)
+    right = tritonrnn.RNN.forward
+
+    def swapped(rnn, data):
+        output, h_n = right(rnn, data)
+        return output, h_n.flip(1)
+
+    monkeypatch.setattr(tritonrnn.RNN, "forward", swapped)
+    assert measure_case(case, "tritonrnn-torch")["tritonrnn-torch", "infer"]["status"] == "wrong"
 
 
 def test_rounds_time_every_peer_and_drop_gradients_after_every_call():
@@ -181,15 +248,95 @@ def test_oracle_sees_what_is_wrong():
     assert oracle.tolerance(case, 0.0) == 8 * 2.0**-23
 
 
+def test_not_implemented_is_unsupported_and_not_an_error():
+    assert failure(NotImplementedError("one day"))["status"] == "unsupported"
+    assert failure(torch.OutOfMemoryError("too big"))["status"] == "oom"
+    assert failure(RuntimeError("bad"))["status"] == "error"
+
+
+def test_gpu_is_lost_only_if_it_says_so(monkeypatch):
+    assert not gpu_is_lost()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not gpu_is_lost()
+
+    def fault() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fault)
+    assert gpu_is_lost()
+
+
+@pytest.fixture
+def precision() -> Iterator[None]:
+    switches = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    yield
+    for switch, value in zip(switches, before):
+        switch.fp32_precision = value
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize("fp32_mode", ["ieee", "tf32"])
+def test_oracle_runs_at_whatever_precision_was_set(fp32_mode):
+    # What is set for a case on a GPU; torch.backends.cudnn.flags() raises then.
+    set_precision(Case(T=1, B=1, I=1, H=1, fp32_mode=fp32_mode, device="cuda"))
+    assert torch.backends.cudnn.rnn.fp32_precision == fp32_mode
+    workload = Workload.make(TINY, seed=0)
+    assert oracle.exact_results(TINY, workload, 0, trains=True)[0].dtype == torch.float64
+    assert torch.backends.cudnn.rnn.fp32_precision == fp32_mode
+
+
+class FakeEvent:
+    """A CUDA event where there is no GPU, whose clock is a list of what happened."""
+
+    happened: ClassVar[list[str]] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.place = len(self.happened)
+        self.happened.append("event")
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        assert self.happened[self.place : other.place + 1] == ["event", "call", "event"]
+        return 0.004
+
+
+def test_event_clock_times_each_call_alone_with_a_cold_cache(monkeypatch):
+    happened = FakeEvent.happened
+    happened.clear()
+    filler = SimpleNamespace(zero_=lambda: happened.append("flush"))
+    monkeypatch.setattr(timing, "cache_filler", lambda device: filler)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("wait"))
+    leaf = torch.ones(1, requires_grad=True)
+
+    def call() -> None:
+        assert leaf.grad is None
+        leaf.sum().backward()
+        happened.append("call")
+
+    clock = EventClock(Job(call, [leaf]), seconds=0)
+    happened.clear()
+    assert clock.sample_us() == pytest.approx(4.0)
+    assert happened == ["flush", "event", "call", "event", "wait"]
+    assert leaf.grad is None
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_peers_decline_what_they_cannot_do(device):
     padded = Case(T=5, B=3, I=2, H=4, device=device)
     declined = {name for name, peer in PEERS.items() if peer.supports(padded)}
+    flash = {"flashrnn", "flashrnn-alternating"}
     here, there = {"nn_aten"}, {"nn_cudnn", "nn_native", "tritonrnn-resident", "tritonrnn-stepwise"}
-    there |= {"loop_graphed", "flashrnn"}
-    assert declined == (there if device == "cpu" else here | {"flashrnn"})
+    there |= {"loop_graphed"}
+    assert declined == (there if device == "cpu" else here) | flash
     jagged = Case(T=5, B=3, I=2, H=4, device=device, layout="jagged")
-    assert all(peer.supports(jagged) for peer in PEERS.values())
+    takers = {name for name, peer in PEERS.items() if not peer.supports(jagged)}
+    assert takers == {name for name in PEERS if name.startswith("tritonrnn")} - declined
 
 
 def test_long_loops_are_not_compiled():

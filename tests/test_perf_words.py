@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_packed_sequence
 from typer.testing import CliRunner
 
 import tritonrnn
-from perf import loss_curves, tables, word_lists, words
+from perf import contenders, loss_curves, tables, word_lists
 from perf.__main__ import app
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
@@ -97,7 +97,7 @@ def test_normalize_spells_as_the_lists_do():
 def test_perturb_moves_by_one_unit_in_the_last_place():
     model = nn.Linear(30, 20)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    words.perturb(model, words.rounding_unit(torch.device("cpu")))
+    contenders.perturb(model, contenders.rounding_unit(torch.device("cpu")))
     for old, new in zip(before, model.parameters()):
         assert torch.equal(torch.nextafter(old, 2 * old), new)
 
@@ -149,7 +149,11 @@ def test_words_command_trains_compares_and_writes(tmp_path):
         assert "The loss curves agree" in result.output
         assert "papillon" in result.output
     rows = pd.read_parquet(tmp_path / "words.parquet")
-    assert list(rows["model"]) == 2 * [words.REFERENCE, words.OURS, words.TWIN]
+    assert list(rows["model"]) == 2 * [
+        contenders.REFERENCE,
+        contenders.OURS,
+        contenders.TWIN,
+    ]
     assert list(rows["backend"][:3]) == ["ATen", "torch", "ATen"]
     assert rows["held_out_accuracy"].between(0, 1).all()
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "words.csv"), rows, check_dtype=False)

@@ -15,6 +15,7 @@ from tritonrnn.kernels.arithmetic import round_to_tf32, tanh
 from tritonrnn.kernels.plan import LaunchPlan, cooperative_plan, resident_plan, stepwise_plan
 from tritonrnn.kernels.recurrence import recurrence_kernel
 from tritonrnn.layout import SequenceLayout
+from tritonrnn.ragged import RaggedLayout
 
 # In the interpreter NumPy warns where IEEE arithmetic is meant to give infinity or NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
@@ -25,7 +26,7 @@ LAYOUTS = {
     "time-major": SequenceLayout.time_major(7, 11),
     "batch-major": SequenceLayout.batch_major(11, 7),
     "packed": SequenceLayout.packed([11, 9, 9, 5, 2, 1, 1], 38),
-    "jagged": SequenceLayout.jagged([0, 1, 1, 8, 10, 11, 15, 16, 16, 22, 23], 23),
+    "jagged": RaggedLayout.jagged(torch.tensor([0, 1, 1, 8, 10, 11, 15, 16, 16, 22, 23]), 23),
 }
 BOTH_WAYS = (False, True)
 
@@ -184,7 +185,7 @@ def test_recurrence_walks_each_group_its_own_way(plan):
 
 @pytest.mark.parametrize("B", [0, 2])
 def test_recurrence_of_no_tokens_does_nothing(B):
-    case = make_case(SequenceLayout.jagged([0] * (B + 1), 0), 4, "tanh")
+    case = make_case(RaggedLayout.jagged(torch.zeros(B + 1, dtype=torch.int64), 0), 4, "tanh")
     assert case.run().shape == (0, 8)
 
 

@@ -188,7 +188,7 @@ def test_operator_called_by_itself_gives_no_silent_zero_tangent(grad_mode):
     with grad_mode(), forward_ad.dual_level():
         dual = forward_ad.make_dual(data, torch.ones_like(data))
         output, _ = torch.ops.tritonrnn.elman(
-            dual, None, weights, None, "time_major", "tanh", True, "torch"
+            dual, None, weights, None, None, "time_major", "tanh", True, "torch"
         )
         expected, _ = module(dual)
         tangent, other = (forward_ad.unpack_dual(y).tangent for y in (output, expected))

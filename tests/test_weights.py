@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from cases import Case, assert_same_results, gradients_of, pair
+from cases import Case, assert_same_results, gradients_of, pair, run
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -99,6 +101,21 @@ def test_weights_stepped_by_an_optimizer_are_the_ones_used():
         curves.append(losses)
     assert curves[1] == pytest.approx(curves[0], rel=1e-9)
     assert curves[0][-1] < curves[0][0]
+
+
+def test_weights_swapped_by_torch_are_the_ones_used_and_trained():
+    """torch.nn.RNN, which keeps weak references to its weights, refuses."""
+    case = Case(L=2, D=2, dtype=torch.float64)
+    data, hx = case.tensors()
+    other, ours = replace(case, seed=3).module(), case.module(tritonrnn.RNN)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+    ours(data, hx)
+    for mine, new in zip(ours.parameters(), other.parameters()):
+        torch.utils.swap_tensors(mine, nn.Parameter(new.detach().clone()))
+    assert_same_results(run(case, ours, data, hx), run(case, other, data, hx))
+    ours(data, hx)[0].sum().backward()
+    optimizer.step()
+    assert not any(map(torch.equal, ours.parameters(), other.parameters()))
 
 
 def test_weight_changed_between_forward_and_backward_raises():

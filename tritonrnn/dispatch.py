@@ -85,10 +85,14 @@ def choose(
     G: int,
     H: int,
     nonlinearity: str,
+    ragged: bool = False,
 ) -> Choice:
     """Choose for a call of these sizes, in the context that it is made in.
 
     While a program is being compiled or exported, the choice is left to the operator.
+
+    Args:
+        ragged: whether the layout is one of ``ragged.py``, which torch's own kernels don't take.
 
     Raises:
         RuntimeError: the back end asked for can't serve the call.
@@ -96,7 +100,15 @@ def choose(
     recorded = why_recorded(dtype)
     if not torch.compiler.is_compiling():
         return choose_now(
-            current_backend(), device, dtype, T=T, B=B, G=G, H=H, nonlinearity=nonlinearity
+            current_backend(),
+            device,
+            dtype,
+            T=T,
+            B=B,
+            G=G,
+            H=H,
+            nonlinearity=nonlinearity,
+            ragged=ragged,
         )
     if recorded:
         return Choice("torch", "recorded", recorded)
@@ -113,10 +125,11 @@ def choose_now(
     G: int,
     H: int,
     nonlinearity: str,
+    ragged: bool = False,
 ) -> Choice:
     """:func:`choose` of the back end asked for, whatever the context."""
     recorded = why_recorded(dtype)
-    obstacle = recorded or _obstacle(device, dtype)
+    obstacle: str | None = recorded or _obstacle(device, dtype)
     if asked == "triton" and obstacle:
         raise RuntimeError(f"the triton back end can't serve this call: {obstacle}")
     if asked != "torch" and not obstacle:
@@ -131,15 +144,18 @@ def choose_now(
         if isinstance(chosen, plan.LaunchPlan):
             if asked == "triton" or chosen.name not in _NOT_BY_DEFAULT:
                 return Choice("triton", chosen, "the kernels have a plan for it.")
-            chosen = plan.Declined(f"the {chosen.name} plan has yet to be run on a GPU.")
-        if asked == "triton":
-            return Choice("triton", plan.stepwise_plan(problem, limits), "triton was asked for.")
-        obstacle = chosen.reason
+            obstacle = f"the {chosen.name} plan has yet to be run on a GPU."
+        elif asked == "triton" or ragged:
+            why = "triton was asked for." if asked == "triton" else "cuDNN takes no such batch."
+            return Choice("triton", plan.stepwise_plan(problem, limits), why)
+        else:
+            obstacle = chosen.reason
     if recorded:
         return Choice("torch", "recorded", recorded)
     reason = "torch was asked for." if asked == "torch" else obstacle
     # torch's own kernels are as good as any where there is no walk, and on CUDA they are cuDNN.
-    return Choice("torch", "native" if T == 1 or device.type == "cuda" else "walk", reason or "")
+    native = (T == 1 or device.type == "cuda") and not ragged
+    return Choice("torch", "native" if native else "walk", reason or "")
 
 
 # Plans whose programs wait for one another, until their tests have passed on a GPU

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from tritonrnn import functional
+from tritonrnn.call import check
 from tritonrnn.modules import RNN
 
 
@@ -20,9 +20,10 @@ class Explanation:
         backend: "triton" or "torch".
         plan: how that back end runs it.
         reason: why this back end and plan, in one sentence.
-        layout: "time_major", "batch_major" or "packed".
-        shape: the sizes of the call: steps T (of the longest sequence), sequences B, tokens N,
-            input size I, hidden units H, layers L, directions D.
+        layout: "time_major", "batch_major", "packed" or "jagged".
+        shape: the sizes of the call: steps T (of the longest sequence), sequences B, rows N,
+            input size I, hidden units H, layers L, directions D. Stretches between two resets
+            count as sequences.
         dtype: what it is computed in.
         device: where.
     """
@@ -45,12 +46,19 @@ class Explanation:
         )
 
 
-def explain(module: RNN, input: Tensor | PackedSequence, hx: Tensor | None = None) -> Explanation:
-    """Say which back end and plan would serve ``module(input, hx)`` here and now. Runs nothing.
+def explain(
+    module: RNN,
+    input: Tensor | PackedSequence,
+    hx: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> Explanation:
+    """Say which back end and plan would serve a call of the module here and now. Runs nothing.
 
     Args:
         module: a :class:`tritonrnn.RNN`, or what :func:`tritonrnn.convert` made of a subclass.
-        input, hx: as its forward takes them.
+        input, hx, lengths, reset: as its forward takes them.
 
     Raises:
         TypeError: ``module`` is no :class:`tritonrnn.RNN`.
@@ -60,7 +68,7 @@ def explain(module: RNN, input: Tensor | PackedSequence, hx: Tensor | None = Non
     runs_as_ours = getattr(type(module), "forward", None) is RNN.forward
     if not isinstance(module, RNN) and not runs_as_ours:
         raise TypeError(f"Expected a tritonrnn.RNN to explain, got {type(module).__qualname__}")
-    call = functional.check(
+    call = check(
         input,
         hx,
         module._weights(),
@@ -69,6 +77,8 @@ def explain(module: RNN, input: Tensor | PackedSequence, hx: Tensor | None = Non
         module.bidirectional,
         module.batch_first,
         module.dropout,
+        lengths,
+        reset,
     )
     shape = {**call.sizes, "L": module.num_layers, "D": 2 if module.bidirectional else 1}
     return Explanation(

@@ -42,6 +42,7 @@ def _elman(
     hx: Tensor | None,
     weights: Sequence[Tensor],
     extents: Tensor | None,
+    reset: Tensor | None,
     layout: str,
     nonlinearity: str,
     bidirectional: bool,
@@ -49,7 +50,8 @@ def _elman(
 ) -> tuple[Tensor, Tensor]:
     """:func:`tritonrnn.ops.elman`, in operations that change nothing in place."""
     activation = torch.tanh if nonlinearity == "tanh" else torch.relu
-    grid = _grid(input, extents, layout, None if hx is None else hx.shape[1])
+    grid = _grid(input, extents, reset, layout, None if hx is None else hx.shape[1])
+    input = grid.without_padding(input)
     outputs, finals = [], []
     for g, group in enumerate(split_weights(weights, bidirectional)):
         drive = torch.nn.functional.linear(input, group.w_ih, group.b_ih)
@@ -76,6 +78,7 @@ def _elman_backward(
     weights: Sequence[Tensor],
     output: Tensor,
     extents: Tensor | None,
+    reset: Tensor | None,
     layout: str,
     nonlinearity: str,
     bidirectional: bool,
@@ -85,11 +88,11 @@ def _elman_backward(
     """:func:`tritonrnn.layer.backward`, in operations that change nothing in place."""
     aten = torch.ops.aten
     B = next((x.shape[1] for x in (hx, grad_h_n) if x is not None), None)
-    grid = _grid(input, extents, layout, B)
+    grid = _grid(input, extents, reset, layout, B)
     groups = split_weights(weights, bidirectional)
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    rows = input.flatten(0, -2)
+    rows = grid.without_padding(input).flatten(0, -2)
     grad_input = torch.zeros_like(input)
     grads_hx, grads = [], []
     parts = zip(groups, output.chunk(len(groups), -1), grad_output.chunk(len(groups), -1))
@@ -125,14 +128,19 @@ class _Grid:
     """Sequences side by side, step by step, ``[T, B, features]``.
 
     Attributes:
-        spread: puts the input's rows there.
+        spread: puts the input's rows there, zeros for those that are padding.
         collect: its inverse.
         live: ``[T, B, 1]``, whether there is a token; None where there always is.
+        cut: ``[T, B, 1]``, whether no state crosses between a step and the one before, at step 0
+            False; None where all do.
+        padded: whether some of the input's rows are no token.
     """
 
     spread: Callable[[Tensor], Tensor]
     collect: Callable[[Tensor], Tensor]
     live: Tensor | None = None
+    cut: Tensor | None = None
+    padded: bool = False
 
     def walk(
         self,
@@ -148,14 +156,18 @@ class _Grid:
             The last state, ``[B, H]``, and all results, ``[T, B, H]``. Where there is no token the
             state stays as it was, and the result means nothing.
         """
-        if self.live is not None:
-            sources = [*sources, self.live]
+        masks = [mask for mask in (self.live, self.cut_from(backwards)) if mask is not None]
+        sources = [*sources, *masks]
 
         def advance(state: Tensor, w_hh: Tensor, sources: list[Tensor]) -> tuple[Tensor, Tensor]:
+            before = state
+            if self.cut is not None:
+                *sources, cut = sources
+                before = torch.where(cut, 0, state)
             if self.live is None:
-                return step(state, w_hh, *sources)
+                return step(before, w_hh, *sources)
             *sources, live = sources
-            after, result = step(state, w_hh, *sources)
+            after, result = step(before, w_hh, *sources)
             return torch.where(live, after, state), result
 
         T = sources[0].shape[0]
@@ -173,12 +185,25 @@ class _Grid:
             # What a walk backwards finds where a sequence has yet to begin.
             states = torch.where(self.live, states, h_0)
         if backwards:
-            return torch.cat([states[1:], h_0[None]])
-        return torch.cat([h_0[None], states[:-1]])
+            before = torch.cat([states[1:], h_0[None]])
+        else:
+            before = torch.cat([h_0[None], states[:-1]])
+        cut = self.cut_from(backwards)
+        return before if cut is None else torch.where(cut, 0, before)
+
+    def cut_from(self, backwards: bool) -> Tensor | None:
+        """Whether no state reaches a step from the one that a walk takes before it."""
+        if self.cut is None or not backwards:
+            return self.cut
+        return torch.cat([self.cut[1:], self.cut[:1]])
 
     def blank(self, values: Tensor) -> Tensor:
         """Zeros where there is no token."""
         return values if self.live is None else torch.where(self.live, values, 0)
+
+    def without_padding(self, rows: Tensor) -> Tensor:
+        """The input's rows with zeros where there is no token: what lies there may be NaN."""
+        return self.collect(self.spread(rows)) if self.padded else rows
 
 
 def _scan(
@@ -208,11 +233,11 @@ def _scan(
     return state, results.flip(0) if backwards else results
 
 
-def _grid(input: Tensor, extents: Tensor | None, layout: str, B: Any) -> _Grid:
-    if layout == "time_major":
-        return _Grid(lambda rows: rows, lambda steps: steps)
-    if layout == "batch_major":
-        return _Grid(lambda rows: rows.transpose(0, 1), lambda steps: steps.transpose(0, 1))
+def _grid(
+    input: Tensor, extents: Tensor | None, reset: Tensor | None, layout: str, B: Any
+) -> _Grid:
+    if layout in ("time_major", "batch_major"):
+        return _padded_grid(input, extents, reset, batch_first=layout == "batch_major")
     if layout != "packed" or extents is None:
         raise NotImplementedError(f"no decomposition knows the layout {layout!r}")
     batch_sizes = extents.to(input.device)
@@ -228,3 +253,28 @@ def _grid(input: Tensor, extents: Tensor | None, layout: str, B: Any) -> _Grid:
     t_of = torch.searchsorted(ends, row, right=True)
     b_of = row - starts[t_of]
     return _Grid(lambda rows: rows[row_of], lambda steps: steps[t_of, b_of], live[..., None])
+
+
+def _padded_grid(
+    input: Tensor, lengths: Tensor | None, reset: Tensor | None, batch_first: bool
+) -> _Grid:
+    def turned(tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, 1) if batch_first else tensor
+
+    live = cut = None
+    if lengths is not None:
+        t = torch.arange(turned(input).shape[0], device=input.device)
+        live = (t[:, None] < lengths.to(input.device))[..., None]
+    if reset is not None:
+        cut = turned(reset).to(input.device)[..., None]
+        # At step 0 it is hx that is dropped, before the operator; where there is no token, nothing.
+        cut = torch.cat([torch.zeros_like(cut[:1]), cut[1:] if live is None else (cut & live)[1:]])
+    if live is None:
+        return _Grid(turned, turned, cut=cut)
+    return _Grid(
+        lambda rows: torch.where(live, turned(rows), 0),
+        lambda steps: turned(torch.where(live, steps, 0)),
+        live,
+        cut,
+        padded=True,
+    )

@@ -1,19 +1,19 @@
-"""The stateless form: check the input, run the layers, drop out between them."""
+"""The stateless form: run the layers, drop out between them."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from tritonrnn import ops
-from tritonrnn.dispatch import Choice, choose
-from tritonrnn.layout import SequenceLayout
+from tritonrnn.call import Call, check, compute_dtype
+from tritonrnn.dispatch import choose
+from tritonrnn.nested import like_jagged
 
 
 def rnn(
@@ -27,6 +27,8 @@ def rnn(
     batch_first: bool = False,
     dropout: float = 0.0,
     training: bool = True,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Run a multi-layer Elman RNN over whole sequences, ``torch.nn.RNN`` without its module.
 
@@ -37,7 +39,8 @@ def rnn(
 
     Args:
         input: ``(T, B, I)``, ``(B, T, I)`` if ``batch_first``, ``(T, I)`` for one unbatched
-            sequence, or a ``PackedSequence``. Of the weights' dtype, except under autocast.
+            sequence, a ``PackedSequence``, or a nested tensor of layout ``torch.jagged``, B
+            sequences of ``(length, I)``. Of the weights' dtype, except under autocast.
         hx: the initial states, ``(L * D, B, H)``, or ``(L * D, H)`` if unbatched; for a
             ``PackedSequence`` in the order that its sequences had before they were sorted. None
             means zero.
@@ -51,22 +54,48 @@ def rnn(
             ``h_n``, and not in an unbatched or packed input.
         dropout: the probability with which an output of a layer, but the last, is zeroed.
         training: whether ``dropout`` is applied.
+        lengths: of a padded batch, how many tokens each sequence has, ``(B,)``, integers from 0
+            to T, in any order and on any device. What lies behind them is not read, not even
+            NaN, and the output is 0 there; ``h_n`` is the state after each sequence's own last
+            token, or ``hx`` where it has none. None means T for all. On a GPU, lengths that lie
+            there are not waited for: the next call that waits for the device raises if one is
+            out of range.
+        reset: of a padded batch, where a sequence starts anew, bool, ``(T, B)``, or ``(B, T)`` if
+            ``batch_first``, or ``(T,)`` if unbatched. No state crosses from the step before into
+            a step that is marked: its walk starts from 0 there, and at step 0 drops ``hx``. A
+            second direction, which comes from the other side, starts from 0 at the step before.
+            Read on the host, so that on a GPU the call waits for it.
 
     Returns:
         ``output``, the last layer's state at every step, shaped as the input with D * H features
-        (a ``PackedSequence`` if the input is one), and ``h_n``, every layer's and direction's
-        state after its walk, shaped as ``hx``.
+        (a ``PackedSequence`` or nested if the input is), and ``h_n``, every layer's and
+        direction's state after its walk, shaped as ``hx``.
 
     Raises:
         ValueError: the input is neither 2-D nor 3-D, or of another dtype than the weights;
-            ``nonlinearity`` or ``dropout`` is out of range; or a weight has the wrong shape.
+            ``nonlinearity`` or ``dropout`` is out of range; a weight, ``lengths`` or ``reset``
+            has the wrong shape, or ``lengths`` numbers outside 0 to T; either is given with an
+            input that is not padded; or a nested input is not jagged in its second dimension, or
+            has holes.
+        TypeError: ``lengths`` or ``reset`` is no tensor of integers, or of bool.
         IndexError: a ``PackedSequence`` holds no step.
         RuntimeError: the input has no step, or not I features; ``batch_sizes`` don't describe the
             packed rows; ``hx`` has the wrong shape or
             dtype; tensors lie on different devices; or the back end that was asked for (see
             :func:`tritonrnn.backend`) can't serve the call.
     """
-    call = check(input, hx, weights, nonlinearity, num_layers, bidirectional, batch_first, dropout)
+    call = check(
+        input,
+        hx,
+        weights,
+        nonlinearity,
+        num_layers,
+        bidirectional,
+        batch_first,
+        dropout,
+        lengths,
+        reset,
+    )
     data, h_n = _run(call, dropout if training else 0.0)
     if isinstance(input, PackedSequence):
         if input.unsorted_indices is not None:
@@ -74,6 +103,8 @@ def rnn(
         # Built anew: a compiler knows the constructor, but not _replace.
         _, batch_sizes, sorted_indices, unsorted_indices = input
         return PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices), h_n
+    if input.is_nested:
+        return like_jagged(input, data), h_n
     if input.dim() == 2:
         return data.squeeze(1), h_n.squeeze(1)
     return data, h_n
@@ -127,7 +158,7 @@ def _step(
     b_hh: Tensor | None,
     nonlinearity: str,
 ) -> Tensor:
-    dtype = _compute_dtype(input)
+    dtype = compute_dtype(input)
     B, H = len(input), len(w_hh)
     choice = choose(input.device, dtype, T=1, B=B, G=1, H=H, nonlinearity=nonlinearity)
     if choice.backend == "torch":
@@ -141,102 +172,12 @@ def _step(
     return output.squeeze(0)
 
 
-@dataclass(frozen=True)
-class Call:
-    """One checked call of :func:`rnn`, and what serves it.
-
-    Attributes:
-        data: ``[T, B, I]``, ``[B, T, I]`` or ``[N, I]``, as ``layout`` says.
-        hx: ``[L * D, B, H]`` in the caller's order, or None.
-        order: of ``data``'s sequences among the caller's, or None where it is the same.
-        weights: each layer's, in the order of ``torch.nn.RNN``.
-        extents: a packed input's batch_sizes.
-        layout: "time_major", "batch_major" or "packed".
-        nonlinearity: "tanh" or "relu".
-        bidirectional: whether D is 2.
-        dtype: what it is computed in: autocast's, where that applies.
-        choice: what serves it.
-    """
-
-    data: Tensor
-    hx: Tensor | None
-    order: Tensor | None
-    weights: Sequence[Sequence[Tensor]]
-    extents: Tensor | None
-    layout: str
-    nonlinearity: str
-    bidirectional: bool
-    dtype: torch.dtype
-    choice: Choice
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """T, B, N, I and H, as the dimension key of ``layout.py`` has them."""
-        *lead, input_size = self.data.shape
-        if self.extents is not None:
-            T, B, N = len(self.extents), int(self.extents[0]), lead[0]
-        else:
-            T, B = lead if self.layout == "time_major" else reversed(lead)
-            N = T * B
-        return {"T": T, "B": B, "N": N, "I": input_size, "H": self.weights[0][1].shape[0]}
-
-
-def check(
-    input: Tensor | PackedSequence,
-    hx: Tensor | None,
-    weights: Sequence[Tensor],
-    nonlinearity: str,
-    num_layers: int,
-    bidirectional: bool,
-    batch_first: bool,
-    dropout: float,
-) -> Call:
-    """Check the arguments of :func:`rnn` and choose what serves it; compute nothing."""
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
-    layers = _layers(weights, num_layers, bidirectional)
-    order = None
-    if isinstance(input, PackedSequence):
-        data, extents, order, _ = input
-        layout = "packed"
-        _check_data(data, layers, dim=2)
-        T, B = _check_batch_sizes(extents, data.shape[0], hx)
-    else:
-        if input.dim() not in (2, 3):
-            raise ValueError(
-                f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead"
-            )
-        data, extents = input, None
-        layout = "batch_major" if batch_first and input.dim() == 3 else "time_major"
-        if input.dim() == 2:
-            data = input.unsqueeze(1)
-            if hx is not None:
-                _check_hx_dim(hx, 2, "unbatched")
-                hx = hx.unsqueeze(1)
-        elif hx is not None:
-            _check_hx_dim(hx, 3, "batched")
-        _check_data(data, layers, dim=3)
-        T, B = data.shape[:2] if layout == "time_major" else (data.shape[1], data.shape[0])
-        if T == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if hx is not None:
-        H = layers[0][1].shape[0]
-        _check_hx(hx, (num_layers * (2 if bidirectional else 1), B, H), data)
-    _check_weights(layers, data, bidirectional)
-    dtype = _compute_dtype(data)
-    G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
-    choice = choose(data.device, dtype, T=T, B=B, G=G, H=H, nonlinearity=nonlinearity)
-    return Call(
-        data, hx, order, layers, extents, layout, nonlinearity, bidirectional, dtype, choice
-    )
-
-
 def _run(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
     data, hx, layers = call.data, call.hx, call.weights
     if hx is not None and call.order is not None:
         hx = hx.index_select(1, call.order)
+    if hx is not None and call.reset is not None:
+        hx = _reset_at_first_step(hx, call)
     if torch._C._is_any_autocast_enabled():
         data = data.to(call.dtype)
         hx = None if hx is None else hx.to(call.dtype)
@@ -248,7 +189,7 @@ def _run(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
     for index, weights in enumerate(layers):
         h_0 = None if hx is None else hx[index * D : (index + 1) * D]
         data, h_n = (ops.elman_recorded if call.choice.plan == "recorded" else ops.elman)(
-            data, h_0, weights, call.extents, call.layout, call.nonlinearity,
+            data, h_0, weights, call.extents, call.reset, call.layout, call.nonlinearity,
             call.bidirectional, call.choice.backend,
         )  # fmt: skip
         if dropout > 0 and index + 1 < len(layers):
@@ -300,106 +241,15 @@ def _dropout(data: Tensor, p: float, layout: str) -> Tensor:
     return data * noise.transpose(0, 1)
 
 
-def _layers(
-    weights: Sequence[Tensor], num_layers: int, bidirectional: bool
-) -> list[Sequence[Tensor]]:
-    groups = num_layers * (2 if bidirectional else 1)
-    if num_layers < 1 or (len(weights) != 2 * groups and len(weights) != 4 * groups):
-        raise ValueError(
-            f"Expected {2 * groups} weights, or {4 * groups} with biases, for {num_layers} layers "
-            f"in {2 if bidirectional else 1} directions, got {len(weights)}"
-        )
-    each = len(weights) // num_layers
-    return [weights[i : i + each] for i in range(0, len(weights), each)]
-
-
-def _check_weights(layers: Sequence[Sequence[Tensor]], data: Tensor, bidirectional: bool) -> None:
-    D, H = 2 if bidirectional else 1, layers[0][1].shape[0]
-    each = len(layers[0]) // D
-    for index, layer in enumerate(layers):
-        width = data.shape[-1] if index == 0 else D * H
-        expected = [(H, width), (H, H), (H,), (H,)][:each] * D
-        for weight, shape in zip(layer, expected):
-            if weight.shape != shape:
-                raise ValueError(
-                    f"Expected a weight of shape {shape} in layer {index}, "
-                    f"got {tuple(weight.shape)}"
-                )
-            if weight.device != data.device:
-                raise RuntimeError(
-                    "Input and parameter tensors are not at the same device, found input tensor "
-                    f"at {data.device} and parameter tensor at {weight.device}"
-                )
-            if weight.dtype != layers[0][0].dtype:
-                raise ValueError(
-                    "Expected all weights of one dtype, "
-                    f"got {layers[0][0].dtype} and {weight.dtype}"
-                )
-
-
-def _check_data(data: Tensor, layers: Sequence[Sequence[Tensor]], dim: int) -> None:
-    w_ih = layers[0][0]
-    # Autocast, which casts floating point only, makes up for the rest.
-    castable = torch._C._is_any_autocast_enabled() and data.is_floating_point()
-    if data.dtype != w_ih.dtype and not castable:
-        raise ValueError(
-            f"RNN input dtype ({data.dtype}) does not match weight dtype ({w_ih.dtype}). "
-            f"Convert input: input.to({w_ih.dtype}), or convert model: model.to({data.dtype})"
-        )
-    if data.dim() != dim:
-        raise RuntimeError(f"input must have {dim} dimensions, got {data.dim()}")
-    if data.shape[-1] != w_ih.shape[-1]:
-        raise RuntimeError(
-            "input.size(-1) must be equal to input_size. "
-            f"Expected {w_ih.shape[-1]}, got {data.shape[-1]}"
-        )
-
-
-def _check_batch_sizes(batch_sizes: Tensor, num_rows: int, hx: Tensor | None) -> tuple[int, int]:
-    """T and B of what is packed, once it makes sense."""
-    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
-        raise RuntimeError(
-            "Expected batch_sizes of a PackedSequence to be 1-D and of dtype torch.int64, got "
-            f"{batch_sizes.dim()}-D and {batch_sizes.dtype}"
-        )
-    if torch.compiler.is_compiling():
-        # A tracer sees no numbers: the operator checks them, and those of hx, when it runs.
-        return batch_sizes.shape[0], 0 if hx is None else hx.shape[-2]
-    layout = SequenceLayout.of_packed(batch_sizes, num_rows)
-    return layout.T, layout.B
-
-
-def _check_hx_dim(hx: Tensor, dim: int, kind: str) -> None:
-    if hx.dim() != dim:
-        raise RuntimeError(
-            f"For {kind} {dim}-D input, hx should also be {dim}-D but got {hx.dim()}-D tensor"
-        )
-
-
-def _check_hx(hx: Tensor, expected: tuple[int, int, int], data: Tensor) -> None:
-    if hx.shape != expected:
-        raise RuntimeError(f"Expected hidden size {expected}, got {list(hx.shape)}")
-    if hx.device != data.device:
-        raise RuntimeError(
-            "Input and hidden tensors are not at the same device, found input tensor "
-            f"at {data.device} and hidden tensor at {hx.device}"
-        )
-    if hx.dtype != data.dtype and not torch._C._is_any_autocast_enabled():
-        raise RuntimeError(
-            "Input and hidden tensors are not the same dtype, found input tensor with "
-            f"{data.dtype} and hidden tensor with {hx.dtype}"
-        )
-
-
-def _compute_dtype(data: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on and the input is no double, else the input's own."""
-    device = data.device.type
-    if (
-        torch._C._is_any_autocast_enabled()
-        and torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-        and data.is_floating_point()
-        and data.dtype != torch.float64
-    ):
-        return torch.get_autocast_dtype(device)
-    return data.dtype
+def _reset_at_first_step(hx: Tensor, call: Call) -> Tensor:
+    """``hx`` with zeros where the first direction starts anew at step 0."""
+    assert call.reset is not None
+    dropped = call.reset[0] if call.layout == "time_major" else call.reset[:, 0]
+    if call.extents is not None:
+        # Where there is no step, none is marked.
+        dropped = dropped & (call.extents.to(dropped.device) > 0)
+    dropped = dropped.to(hx.device)[:, None]
+    if not call.bidirectional:
+        return hx.masked_fill(dropped, 0)
+    forward, backward = hx[::2].masked_fill(dropped, 0), hx[1::2]
+    return torch.stack([forward, backward], 1).flatten(0, 1)

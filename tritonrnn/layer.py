@@ -48,29 +48,34 @@ def forward(
 
     Args:
         input: ``[N, I]``.
-        hx: ``[G, B, H]``, or None for zero.
+        hx: ``[G, B, H]``, or None for zero; B counts the sequences of ``layout.whole``.
         weights: ``w_ih [H, I], w_hh [H, H]`` and, or not, ``b_ih [H], b_hh [H]``; then the same
             for the second direction, which walks from the last token to the first.
-        layout: where the N rows lie. Every sequence has a token.
+        layout: where the N rows lie. Rows that are no token are not read, and their output is 0.
         nonlinearity: φ, "tanh" or "relu".
         bidirectional: whether there is a second direction, G = 2.
         backend: whose walk, "torch" or "triton".
 
     Returns:
-        ``output [N, G * H]``, and ``h_n [G, B, H]``, the state after each walk.
+        ``output [N, G * H]``, and ``h_n [G, B, H]``, the state after each walk, which is hx where
+        a sequence has no token.
     """
     groups = split_weights(weights, bidirectional)
     M = _stack([group.w_hh for group in groups])
     # The walk turns the drive into the output in place.
     output = _drive(input, groups)
-    v_0 = None if hx is None else _accurate(hx) @ _accurate(M).mT
+    _clear_padding(output, layout)
+    directions = _directions(groups)
+    v_0 = None
+    if hx is not None:
+        v_0 = layout.entering(_accurate(hx) @ _accurate(M).mT, directions)
     walk = _recurrence(backend, M.device, M.dtype)
-    walk(output, v_0, M, None, layout, epilogue=nonlinearity, reverse=_directions(groups))
+    walk(output, v_0, M, None, layout, epilogue=nonlinearity, reverse=directions)
     # torch.stack, for h_n may not be a view of the output.
     h_n = torch.stack(
         [
-            final_state(columns, layout, backwards=g == 1)
-            for g, columns in enumerate(output.chunk(len(groups), 1))
+            final_state(columns, layout.whole, backwards, None if hx is None else hx[g])
+            for g, (columns, backwards) in enumerate(zip(output.chunk(len(groups), 1), directions))
         ]
     )
     return output, h_n
@@ -112,17 +117,32 @@ def backward(
     """
     groups = split_weights(weights, bidirectional)
     M = _stack([group.w_hh for group in groups])
-    v_0 = None if grad_h_n is None else _accurate(grad_h_n).contiguous()
+    _clear_padding(dz, layout)
+    directions = _directions(groups)
+    back = tuple(not backwards for backwards in directions)
+    v_0 = None
+    if grad_h_n is not None:
+        v_0 = layout.entering(_accurate(grad_h_n), back).contiguous()
     walk = _recurrence(backend, M.device, M.dtype)
-    back = tuple(not backwards for backwards in _directions(groups))
     walk(dz, v_0, M.mT, output, layout, epilogue=f"{nonlinearity}_grad", reverse=back)
     dz_groups, output_groups = dz.chunk(len(groups), 1), output.chunk(len(groups), 1)
     grad_input = dz @ _cat([group.w_ih for group in groups]) if needs[0] else None
     grad_hx = None
     if needs[1]:
-        starts = [layout.first_rows(dz.device), layout.last_rows(dz.device)][: len(groups)]
-        grad_hx = torch.stack([dz_groups[g][rows] @ M[g] for g, rows in enumerate(starts)])
+        # Where there is no token, h_0 is h_n.
+        grad_hx = torch.stack(
+            [
+                _unless_empty(
+                    _at_start(dz_groups[g], layout.whole, backwards) @ M[g],
+                    layout.whole,
+                    None if grad_h_n is None else grad_h_n[g],
+                )
+                for g, backwards in enumerate(directions)
+            ]
+        )
     grads = [grad_input, grad_hx]
+    if any(needs[2 :: len(weights) // len(groups)]):
+        input = without_padding(input, layout)
     each = len(weights) // len(groups)
     for g, (dz_g, output_g) in enumerate(zip(dz_groups, output_groups)):
         needs_w_ih, needs_w_hh, *needs_biases = needs[2 + g * each : 2 + (g + 1) * each]
@@ -138,10 +158,48 @@ def backward(
     return grads
 
 
-def final_state(output: Tensor, layout: SequenceLayout, backwards: bool) -> Tensor:
-    """The state after each sequence's walk, ``[B, H]``, of one direction's output."""
-    rows = layout.first_rows if backwards else layout.last_rows
-    return output[rows(output.device)]
+def final_state(
+    output: Tensor, layout: SequenceLayout, backwards: bool, h_0: Tensor | None
+) -> Tensor:
+    """The state after each sequence's walk, ``[B, H]``, of one direction's output.
+
+    Args:
+        output: ``[N, H]``.
+        layout: of the whole sequences.
+        backwards: whether the walks end at the first token, not the last.
+        h_0: ``[B, H]``, what sequences without a token end with; None for zero.
+    """
+    return _unless_empty(_at_start(output, layout, not backwards), layout, h_0)
+
+
+def without_padding(input: Tensor, layout: SequenceLayout) -> Tensor:
+    """The input with zeros where there is no token: what lies there may be NaN."""
+    dead = layout.dead_rows(input.device)
+    return input if dead is None else input.masked_fill(dead[:, None], 0)
+
+
+def _clear_padding(matrix: Tensor, layout: SequenceLayout) -> None:
+    dead = layout.dead_rows(matrix.device)
+    if dead is not None:
+        matrix.masked_fill_(dead[:, None], 0)
+
+
+def _at_start(matrix: Tensor, layout: SequenceLayout, backwards: bool) -> Tensor:
+    """The rows of ``matrix [N, H]`` at which the walks of one direction start, ``[B, H]``."""
+    if layout.N == 0:
+        return matrix.new_zeros(layout.B, matrix.shape[1])
+    rows = layout.last_rows if backwards else layout.first_rows
+    return matrix[rows(matrix.device)]
+
+
+def _unless_empty(states: Tensor, layout: SequenceLayout, otherwise: Tensor | None) -> Tensor:
+    """``states [B, H]``, but ``otherwise``, or 0, where a sequence has no token."""
+    empty = layout.empty(states.device)
+    if empty is None:
+        return states
+    if otherwise is None:
+        return states.masked_fill(empty[:, None], 0)
+    return torch.where(empty[:, None], otherwise, states)
 
 
 def _recurrence(backend: str, device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
@@ -178,13 +236,17 @@ def _drive(input: Tensor, groups: Sequence[GroupWeights]) -> Tensor:
 def _grad_w_hh(
     dz: Tensor, output: Tensor, h_0: Tensor | None, layout: SequenceLayout, backwards: bool
 ) -> Tensor:
-    """``Σ dz_tᵀ output_{t-1}`` of one direction. Where rows cross sequences, dz is spoilt."""
-    first, last = layout.first_rows(dz.device), layout.last_rows(dz.device)
-    start, end = (last, first) if backwards else (first, last)
-    initial = None if h_0 is None else dz[start].t() @ h_0
-    if layout.sequence_major:
+    """``Σ dz_tᵀ output_{t-1}`` of one direction. Where layouts have seams, dz is spoilt."""
+    initial = None
+    if h_0 is not None:
+        dz_start = _unless_empty(_at_start(dz, layout.whole, backwards), layout.whole, None)
+        initial = dz_start.t() @ h_0
+    seams = layout.seams(dz.device)
+    if seams is not None:
         # Neighbouring rows of two sequences are no neighbours in time: zeros on both sides drop
         # the pair, whatever numbers it holds.
+        last, first = seams
+        start, end = (last, first) if backwards else (first, last)
         dz[start] = 0
         output = output.clone()
         output[end] = 0

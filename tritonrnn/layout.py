@@ -15,7 +15,9 @@ sequence b has ``lengths[b]`` tokens:
     PackedSequence              sum(batch_sizes[:t])  b
     jagged, ``offsets``         t                     offsets[b]
 
-So no input is padded, unpacked or transposed to be walked, and lengths need not be sorted.
+So no input is padded, unpacked or transposed to be walked, and lengths need not be sorted. Here are
+the first three, in which every row is a token and every sequence has one; ``ragged.py`` has the
+fourth, padded batches whose sequences end early, and sequences that a reset cuts in two.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+
+from tritonrnn.memo import Memo
 
 # What selects rows of a matrix: a slice where one does, which makes views of what it selects.
 Rows: TypeAlias = slice | Tensor
@@ -38,9 +41,9 @@ Rows: TypeAlias = slice | Tensor
 class SequenceLayout:
     """Where every token of a batch lives: T steps, B sequences, N rows.
 
-    Build it with :meth:`time_major`, :meth:`batch_major`, :meth:`packed` or :meth:`jagged`. What
-    is costly to derive is derived when first asked for, so that a walk in torch never builds the
-    tensors that only a kernel reads, nor the other way round.
+    Build it with :meth:`time_major`, :meth:`batch_major` or :meth:`packed`. What is costly to
+    derive is derived when first asked for, so that a walk in torch never builds the tensors that
+    only a kernel reads, nor the other way round.
     """
 
     T: int
@@ -48,7 +51,6 @@ class SequenceLayout:
     N: int
     batch_first: bool = False
     batch_sizes: tuple[int, ...] | None = None
-    offsets: tuple[int, ...] | None = None
 
     @classmethod
     def time_major(cls, T: int, B: int) -> SequenceLayout:
@@ -75,7 +77,7 @@ class SequenceLayout:
         if sizes[-1] < 1 or any(later > earlier for earlier, later in pairwise(sizes)):
             raise RuntimeError(
                 "Expected batch_sizes of a PackedSequence to be positive and never to grow, "
-                f"got {_abridged(sizes)}"
+                f"got {abridged(sizes)}"
             )
         if sum(sizes) != num_rows:
             raise RuntimeError(
@@ -90,34 +92,13 @@ class SequenceLayout:
 
         So all layers of a call share what is derived from it, and the backward pass as well.
         """
-        sizes = tuple(batch_sizes.tolist())
-        layout = _packed.get(batch_sizes)
-        if layout is None or layout.batch_sizes != sizes or layout.N != num_rows:
-            layout = _packed[batch_sizes] = cls.packed(sizes, num_rows)
-        return layout
-
-    @classmethod
-    def jagged(cls, offsets: Sequence[int], num_rows: int) -> SequenceLayout:
-        """Sequences one after the other: sequence b is rows ``offsets[b]:offsets[b + 1]``.
-
-        Raises:
-            ValueError: ``offsets`` does not start at 0, falls, or does not end at ``num_rows``.
-        """
-        bounds = tuple(offsets)
-        if not bounds or bounds[0] != 0 or bounds[-1] != num_rows:
-            raise ValueError(
-                f"Expected offsets to run from 0 to the {num_rows} rows, got {_abridged(bounds)}"
-            )
-        if any(later < earlier for earlier, later in pairwise(bounds)):
-            raise ValueError(f"Expected offsets never to fall, got {_abridged(bounds)}")
-        lengths = [later - earlier for earlier, later in pairwise(bounds)]
-        return cls(max(lengths, default=0), len(lengths), num_rows, offsets=bounds)
+        return _packed.get(
+            [batch_sizes], num_rows, lambda: cls.packed(batch_sizes.tolist(), num_rows)
+        )
 
     @cached_property
     def lengths(self) -> Tensor:
-        """Tokens of each sequence, ``[B]`` int64 on the CPU."""
-        if self.offsets is not None:
-            return torch.tensor(self.offsets, dtype=torch.int64).diff()
+        """Tokens of each sequence, ``[B]`` int64."""
         if self.batch_sizes is not None:
             # batch_sizes never grows, so sequence b is alive in as many steps as have more than
             # b rows: a search in the ascending order.
@@ -127,29 +108,33 @@ class SequenceLayout:
 
     @cached_property
     def time_base(self) -> Tensor:
-        """``[T]`` int64 on the CPU."""
+        """``[T]`` int64, where :attr:`lengths` is."""
         if self.batch_sizes is not None:
-            return torch.tensor(list(accumulate(self.batch_sizes, initial=0))[:-1])
-        return torch.arange(self.T) * (1 if self.sequence_major else self.B)
+            before = list(accumulate(self.batch_sizes, initial=0))[:-1]
+            return torch.tensor(before, dtype=torch.int64)
+        return torch.arange(self.T) * (1 if self.batch_first else self.B)
 
     @cached_property
     def batch_base(self) -> Tensor:
-        """``[B]`` int64 on the CPU."""
-        if self.offsets is not None:
-            return torch.tensor(self.offsets[:-1], dtype=torch.int64)
+        """``[B]`` int64, where :attr:`lengths` is."""
         return torch.arange(self.B) * (self.T if self.batch_first else 1)
 
     def row_map(self, device: torch.device) -> Tensor:
         """``time_base[T], batch_base[B], lengths[B]`` as one int64 tensor on a device."""
-        return self._on(device, "row_map", self._host_map)
+        return self._on(device, "_row_map")
 
-    def _on(self, device: torch.device, name: str, rows: Tensor) -> Tensor:
-        """Row numbers on a device: one pinned, asynchronous copy for all layers and passes.
+    @cached_property
+    def _row_map(self) -> Tensor:
+        return torch.cat([self.time_base, self.batch_base, self.lengths])
+
+    def _on(self, device: torch.device, name: str) -> Tensor:
+        """An attribute, on a device: one pinned, asynchronous copy for all layers and passes.
 
         A copy belongs to the stream that it was queued on. A CUDA graph that is being captured
         gets one of its own, in its own memory.
         """
-        if device.type != "cuda":
+        rows = getattr(self, name)
+        if rows.device == device or device.type != "cuda" or rows.is_cuda:
             return rows.to(device)
         if torch.cuda.is_current_stream_capturing():
             return rows.pin_memory().to(device, non_blocking=True)
@@ -159,52 +144,80 @@ class SequenceLayout:
         return self._copies[key]
 
     @cached_property
-    def _host_map(self) -> Tensor:
-        return torch.cat([self.time_base, self.batch_base, self.lengths])
-
-    @cached_property
     def _copies(self) -> dict[tuple[str, torch.cuda.Stream], Tensor]:
         return {}
 
     @property
     def is_padded(self) -> bool:
         """Whether every sequence has all T tokens."""
-        return self.batch_sizes is None and self.offsets is None
+        return self.batch_sizes is None
 
     @property
-    def sequence_major(self) -> bool:
-        """Whether consecutive tokens of a sequence are consecutive rows."""
-        return self.batch_first or self.offsets is not None
+    def is_ragged(self) -> bool:
+        """Whether it is one of ``ragged.py``."""
+        return False
+
+    @property
+    def whole(self) -> SequenceLayout:
+        """The layout of the sequences that states are given and returned for.
+
+        Another one where sequences are cut, see ``ragged.py``.
+        """
+        return self
+
+    def entering(self, v_0: Tensor, reverse: Sequence[bool]) -> Tensor:
+        """``v_0`` of this layout's sequences, ``[G, B, H]``, from that of the whole ones.
+
+        Args:
+            v_0: what enters each whole sequence, ``[G, whole.B, H]``.
+            reverse: for each group whether it enters at the last token, not the first.
+        """
+        return v_0
 
     def first_rows(self, device: torch.device) -> Rows:
-        """The row of every sequence's first token (meaningless where it has none)."""
-        if self.offsets is not None:
-            return self._on(device, "first_rows", self.batch_base)
+        """The row of every sequence's first token; any row where it has none."""
         return slice(0, self.N, self.T) if self.batch_first else slice(0, self.B)
 
     def last_rows(self, device: torch.device) -> Rows:
-        """The row of every sequence's last token (meaningless where it has none)."""
+        """The row of every sequence's last token; any row where it has none."""
         if self.batch_first:
             return slice(self.T - 1, self.N, self.T)
         if self.is_padded:
             return slice(self.N - self.B, self.N)
-        return self._on(device, "last_rows", self._last_rows)
+        return self._on(device, "_last_rows")
 
     @cached_property
     def _last_rows(self) -> Tensor:
         return self.batch_base + self.time_base[self.lengths - 1]
 
+    def empty(self, device: torch.device) -> Tensor | None:
+        """Which sequences have no token, ``[B]`` bool, or None where all have one."""
+        return None
+
+    def dead_rows(self, device: torch.device) -> Tensor | None:
+        """Which rows hold no token, ``[N]`` bool, or None where all hold one."""
+        return None
+
     def neighbours(self, device: torch.device) -> tuple[Rows, Rows]:
         """Rows ``(earlier, later)``, pair by pair two consecutive tokens of one sequence.
 
-        Where :attr:`sequence_major`, the last token of a sequence is paired with the first of the
-        next one as well, so that both are plain slices: who uses them takes those pairs out.
+        The pairs at :meth:`seams` are none: they are here so that slices do.
         """
-        if self.sequence_major:
+        if self.batch_first:
             return slice(0, max(self.N - 1, 0)), slice(1, self.N)
         if self.batch_sizes is None:
             return slice(0, self.N - self.B), slice(self.B, self.N)
-        return self._on(device, "earlier_rows", self._earlier_rows), slice(self.B, self.N)
+        return self._on(device, "_earlier_rows"), slice(self.B, self.N)
+
+    def seams(self, device: torch.device) -> tuple[Rows, Rows] | None:
+        """Rows ``(last, first)`` where :meth:`neighbours` pairs what is of two sequences, or None.
+
+        Every pair to be left out has its earlier row in ``last`` and its later one in ``first``,
+        and no other pair has either.
+        """
+        if self.batch_first:
+            return self.last_rows(device), self.first_rows(device)
+        return None
 
     @cached_property
     def _earlier_rows(self) -> Tensor:
@@ -213,21 +226,13 @@ class SequenceLayout:
         distance = sizes[:-1].repeat_interleave(sizes[1:])
         return torch.arange(self.B, self.N) - distance
 
-    @cached_property
-    def jagged_steps(self) -> list[Tensor]:
-        """For every step the rows that are live in it, the longest sequence first."""
-        order = torch.argsort(self.lengths, descending=True, stable=True)
-        longest_first = self.batch_base[order]
-        alive = (self.lengths > torch.arange(self.T)[:, None]).sum(1)
-        return [longest_first[:count] + t for t, count in enumerate(alive.tolist())]
+    @property
+    def packed_form(self) -> PackedForm | None:
+        """How to walk these sequences in torch where :meth:`steps` can't, else None."""
+        return None
 
     def steps(self, matrix: Tensor) -> Sequence[Tensor]:
-        """The live rows of ``matrix [N, F]`` step by step, the longest sequence first.
-
-        Views, except of a jagged matrix, whose steps are gathered.
-        """
-        if self.offsets is not None:
-            return [matrix[rows] for rows in self.jagged_steps]
+        """The rows of ``matrix [N, F]`` step by step, the longest sequence first: views."""
         if self.batch_sizes is not None:
             return matrix.split(self.batch_sizes)
         if self.batch_first:
@@ -238,15 +243,27 @@ class SequenceLayout:
         """The inverse of :meth:`steps`: a new ``[N, F]`` matrix."""
         if self.batch_first:
             return torch.stack(list(steps), 1).flatten(0, 1)
-        rows = torch.cat(list(steps))
-        if self.offsets is not None:
-            return rows[torch.argsort(torch.cat(self.jagged_steps))]
-        return rows
+        return torch.cat(list(steps))
 
 
-_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+class PackedForm(NamedTuple):
+    """The tokens of a layout in the order of a ``PackedSequence``.
+
+    Attributes:
+        rows: where they are, step by step.
+        order: the sequences that have a token, the longest first.
+        layout: of those rows.
+    """
+
+    rows: Tensor
+    order: Tensor
+    layout: SequenceLayout
 
 
-def _abridged(numbers: Sequence[int]) -> str:
+_packed: Memo[SequenceLayout] = Memo()
+
+
+def abridged(numbers: Sequence[int]) -> str:
+    """Numbers for a message, the first few of many."""
     shown = ", ".join(map(str, numbers[:8]))
     return f"({shown}, ... {len(numbers)} in all)" if len(numbers) > 8 else f"({shown})"

@@ -79,14 +79,22 @@ class RNN(torch.nn.RNNBase):
         )
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run all layers over whole sequences, see :func:`tritonrnn.functional.rnn`.
 
         Args:
-            input: ``(T, B, I)``, ``(B, T, I)`` if ``batch_first``, ``(T, I)`` or a
-                ``PackedSequence``.
+            input: ``(T, B, I)``, ``(B, T, I)`` if ``batch_first``, ``(T, I)``, a
+                ``PackedSequence``, or a jagged nested tensor of B sequences ``(length, I)``.
             hx: ``(L * D, B, H)``, or ``(L * D, H)`` if the input is unbatched; zero if None.
+            lengths: of a padded batch, the tokens of each sequence, ``(B,)``; all T if None.
+            reset: of a padded batch, where a sequence starts anew from a state of 0, ``(T, B)``,
+                or ``(B, T)`` if ``batch_first``, bool.
 
         Returns:
             ``output``, shaped as the input with D * H features, and ``h_n``, shaped as ``hx``.
@@ -101,6 +109,8 @@ class RNN(torch.nn.RNNBase):
             batch_first=self.batch_first,
             dropout=self.dropout,
             training=self.training,
+            lengths=lengths,
+            reset=reset,
         )
 
     # RNNBase keeps a second list of the parameters, weak references to them and, on CUDA, one

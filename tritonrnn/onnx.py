@@ -35,9 +35,9 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
 
     A layer becomes one node of https://onnx.ai/onnx/operators/onnx__RNN.html, all its directions
     in it. An input that is padded, time or batch first, needs no other node but transpositions,
-    and steps and batch may be dynamic. A ``PackedSequence`` that the model makes of its arguments
-    (its data and its batch_sizes) is padded for the node, whose ``sequence_lens`` keep out what
-    was added, and packed again.
+    and steps and batch may be dynamic; its ``lengths`` are the node's ``sequence_lens``. A
+    ``PackedSequence`` that the model makes of its arguments (its data and its batch_sizes) is
+    padded for the node, whose ``sequence_lens`` keep out what was added, and packed again.
 
     ONNX's RNN computes in float16, float32 and float64; onnxruntime 1.32, on a CPU, not in float64.
     For what the operator can't compute, the export fails with a
@@ -56,6 +56,7 @@ def _elman(
     hx: Any,
     weights: Any,
     extents: Any,
+    reset: Any,
     layout: str,
     nonlinearity: str,
     bidirectional: bool,
@@ -66,6 +67,8 @@ def _elman(
         raise NotImplementedError(
             f"ONNX's RNN computes in float16, float32 and float64, not in {input.dtype}"
         )
+    if reset is not None:
+        raise NotImplementedError("ONNX's RNN has no reset: export the model without one")
     groups = split_weights(weights, bidirectional)
     biases = [op.Concat(g.b_ih, g.b_hh, axis=0) for g in groups if g.b_ih is not None]
     operands = (
@@ -78,12 +81,15 @@ def _elman(
         "direction": "bidirectional" if bidirectional else "forward",
         "activations": ["Tanh" if nonlinearity == "tanh" else "Relu"] * len(groups),
     }
+    if layout in ("time_major", "batch_major"):
+        lengths = None if extents is None else op.Cast(extents, to=ir.DataType.INT32)
     if layout == "time_major":
-        output, h_n = op.RNN(input, *operands, None, hx, **settings)
+        output, h_n = op.RNN(input, *operands, lengths, hx, **settings)
         return _joined(output), h_n
     if layout == "batch_major":
         # Not by the node's own attribute `layout`, which onnxruntime does not know.
-        output, h_n = op.RNN(op.Transpose(input, perm=[1, 0, 2]), *operands, None, hx, **settings)
+        time_major = op.Transpose(input, perm=[1, 0, 2])
+        output, h_n = op.RNN(time_major, *operands, lengths, hx, **settings)
         return op.Transpose(_joined(output), perm=[1, 0, 2]), h_n
     if layout == "packed":
         rows, live = _packed_rows(extents)

@@ -18,18 +18,18 @@ from tritonrnn import differentiable, layer
 from tritonrnn.dispatch import Backend, choose_now, current_backend, why_recorded
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.precision import products_as_in_rnn
+from tritonrnn.ragged import layout_of
 
-# `layout` names a constructor of SequenceLayout, `extents` is what it needs beyond the shape of
-# the input: batch_sizes if packed, offsets if jagged.
+# `layout`, `extents` and `reset` are what layout_of takes, beyond the shape of the input.
 _library = torch.library.Library("tritonrnn", "DEF")
 _library.define(
-    "elman(Tensor input, Tensor? hx, Tensor[] weights, Tensor? extents, str layout, "
+    "elman(Tensor input, Tensor? hx, Tensor[] weights, Tensor? extents, Tensor? reset, str layout, "
     "str nonlinearity, bool bidirectional, str backend) -> (Tensor, Tensor)"
 )
 _library.define(
     "elman_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor? hx, "
-    "Tensor[] weights, Tensor output, Tensor? extents, str layout, str nonlinearity, "
-    "bool bidirectional, str backend, bool[] needs) -> Tensor[]"
+    "Tensor[] weights, Tensor output, Tensor? extents, Tensor? reset, str layout, "
+    "str nonlinearity, bool bidirectional, str backend, bool[] needs) -> Tensor[]"
 )
 
 
@@ -38,6 +38,7 @@ def elman(
     hx: Tensor | None,
     weights: Sequence[Tensor],
     extents: Tensor | None,
+    reset: Tensor | None,
     layout: str,
     nonlinearity: str,
     bidirectional: bool,
@@ -50,7 +51,10 @@ def elman(
             ("packed", "jagged").
         hx: ``[G, B, H]``, or None for zero.
         weights: the layer's, in the order of ``torch.nn.RNN``.
-        extents: batch_sizes ``[T]`` (packed) or offsets ``[B + 1]`` (jagged), int64 on the CPU.
+        extents: batch_sizes ``[T]`` (packed), offsets ``[B + 1]`` (jagged) or lengths ``[B]``
+            (of a padded input, None if all are T): integers, of a packed input on the CPU.
+        reset: where a sequence of its own begins, ``[T, B]`` or ``[B, T]`` bool as the input is,
+            or None.
         layout: "time_major", "batch_major", "packed" or "jagged".
         nonlinearity: "tanh" or "relu".
         bidirectional: whether ``weights`` holds two directions.
@@ -60,21 +64,16 @@ def elman(
         ``output``, shaped as the input with G * H features, and ``h_n [G, B, H]``.
     """
     return torch.ops.tritonrnn.elman(
-        input, hx, weights, extents, layout, nonlinearity, bidirectional, backend
+        input, hx, weights, extents, reset, layout, nonlinearity, bidirectional, backend
     )
 
 
-def _rows(input: Tensor, layout: str, extents: Tensor | None) -> tuple[Tensor, SequenceLayout]:
+def _rows(
+    input: Tensor, layout: str, extents: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, SequenceLayout]:
     """The input as ``[N, I]``, and where its rows lie."""
-    if layout == "time_major":
-        return input.flatten(0, 1), SequenceLayout.time_major(*input.shape[:2])
-    if layout == "batch_major":
-        return input.flatten(0, 1), SequenceLayout.batch_major(*input.shape[:2])
-    assert extents is not None, layout
-    if layout == "packed":
-        return input, SequenceLayout.of_packed(extents, len(input))
-    assert layout == "jagged", layout
-    return input, SequenceLayout.jagged(extents.tolist(), len(input))
+    where = layout_of(layout, input.shape[:-1], extents, reset)
+    return input.reshape(where.N, input.shape[-1]), where
 
 
 @contextmanager
@@ -96,7 +95,7 @@ def _plainly(input: Tensor) -> Iterator[None]:
 
 def _resolve(
     backend: str,
-    asked: Backend,
+    asked: Callable[[], Backend],
     w_hh: Tensor,
     where: SequenceLayout,
     nonlinearity: str,
@@ -106,7 +105,7 @@ def _resolve(
     if backend != "auto":
         return backend
     return choose_now(
-        asked,
+        asked(),
         w_hh.device,
         w_hh.dtype,
         T=where.T,
@@ -114,6 +113,7 @@ def _resolve(
         G=2 if bidirectional else 1,
         H=len(w_hh),
         nonlinearity=nonlinearity,
+        ragged=where.is_ragged,
     ).backend
 
 
@@ -122,17 +122,18 @@ def _elman_kernel(
     hx: Tensor | None,
     weights: Sequence[Tensor],
     extents: Tensor | None,
+    reset: Tensor | None,
     layout: str,
     nonlinearity: str,
     bidirectional: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     with _plainly(input):
-        rows, where = _rows(input, layout, extents)
-        if hx is not None and hx.shape[1] != where.B:
-            raise RuntimeError(f"Expected hidden states of {where.B} sequences, got {hx.shape[1]}")
-        asked = current_backend()
-        backend = _resolve(backend, asked, weights[1], where, nonlinearity, bidirectional)
+        rows, where = _rows(input, layout, extents, reset)
+        B = where.whole.B
+        if hx is not None and hx.shape[1] != B:
+            raise RuntimeError(f"Expected hidden states of {B} sequences, got {hx.shape[1]}")
+        backend = _resolve(backend, current_backend, weights[1], where, nonlinearity, bidirectional)
         output, h_n = layer.forward(rows, hx, weights, where, nonlinearity, bidirectional, backend)
         return output.view(*input.shape[:-1], output.shape[-1]), h_n
 
@@ -145,6 +146,7 @@ def _elman_backward_kernel(
     weights: Sequence[Tensor],
     output: Tensor,
     extents: Tensor | None,
+    reset: Tensor | None,
     layout: str,
     nonlinearity: str,
     bidirectional: bool,
@@ -152,9 +154,9 @@ def _elman_backward_kernel(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     with _plainly(input):
-        rows, where = _rows(input, layout, extents)
+        rows, where = _rows(input, layout, extents, reset)
         # Not by the context: that was the forward pass's to obey, and may be another by now.
-        backend = _resolve(backend, "auto", weights[1], where, nonlinearity, bidirectional)
+        backend = _resolve(backend, lambda: "auto", weights[1], where, nonlinearity, bidirectional)
         # The walk is in place: on a copy, which for an odd layout is the only one.
         if grad_output is None:
             dz = output.new_zeros(output.shape)
@@ -183,6 +185,7 @@ def _elman_fake(
     hx: Tensor | None,
     weights: Sequence[Tensor],
     extents: Tensor | None,
+    reset: Tensor | None,
     layout: str,
     nonlinearity: str,
     bidirectional: bool,
@@ -211,6 +214,7 @@ def _elman_backward_fake(
     weights: Sequence[Tensor],
     output: Tensor,
     extents: Tensor | None,
+    reset: Tensor | None,
     layout: str,
     nonlinearity: str,
     bidirectional: bool,
@@ -230,13 +234,14 @@ def elman_recorded(
     hx: Tensor | None,
     weights: Sequence[Tensor],
     extents: Tensor | None,
+    reset: Tensor | None,
     layout: str,
     nonlinearity: str,
     bidirectional: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The same as :func:`elman`, every step recorded by autograd instead."""
-    rows, where = _rows(input, layout, extents)
+    rows, where = _rows(input, layout, extents, reset)
     with products_as_in_rnn(input.device, input.dtype):
         output, h_n = differentiable.forward(rows, hx, weights, where, nonlinearity, bidirectional)
     return output.unflatten(0, input.shape[:-1]), h_n
@@ -247,22 +252,20 @@ class _Elman(torch.autograd.Function):
     # sake of torch.func, which never comes here.
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        settings, (input, hx, extents, *weights) = args[:4], args[4:]
+        settings, (input, hx, extents, reset, *weights) = args[:4], args[4:]
         with torch._C._AutoDispatchBelowAutograd():
-            output, h_n = torch.ops.tritonrnn.elman(input, hx, weights, extents, *settings)
+            output, h_n = torch.ops.tritonrnn.elman(input, hx, weights, extents, reset, *settings)
         ctx.settings = settings
-        # Not saved as the others are, which inference mode's tensors can't be.
-        ctx.extents = extents
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output, input, hx, *weights)
+        ctx.save_for_backward(output, input, hx, _saveable(extents), _saveable(reset), *weights)
         return output, h_n
 
     @staticmethod
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        output, input, hx, *weights = ctx.saved_tensors
-        needs_input, needs_hx, _, *needs_weights = ctx.needs_input_grad[4:]
+        output, input, hx, extents, reset, *weights = ctx.saved_tensors
+        needs_input, needs_hx, _, _, *needs_weights = ctx.needs_input_grad[4:]
         needs = [needs_input, needs_hx, *needs_weights]
         if grad_output is None and grad_h_n is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -277,11 +280,25 @@ class _Elman(torch.autograd.Function):
             run = _recorded_backward
         found = iter(
             run(
-                grad_output, grad_h_n, input, hx, weights, output, ctx.extents, *ctx.settings, needs
+                grad_output,
+                grad_h_n,
+                input,
+                hx,
+                weights,
+                output,
+                extents,
+                reset,
+                *ctx.settings,
+                needs,
             )
         )
         grads = [next(found) if need else None for need in needs]
-        return (*[None] * 4, grads[0], grads[1], None, *grads[2:])
+        return (*[None] * 4, grads[0], grads[1], None, None, *grads[2:])
+
+
+def _saveable(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, but a copy of one that was made in inference mode, as autograd saves none."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
 def _elman_autograd(
@@ -289,14 +306,15 @@ def _elman_autograd(
     hx: Tensor | None,
     weights: Sequence[Tensor],
     extents: Tensor | None,
+    reset: Tensor | None,
     *settings: Any,
 ) -> tuple[Tensor, Tensor]:
     if why_recorded(input.dtype):
-        return elman_recorded(input, hx, weights, extents, *settings)
+        return elman_recorded(input, hx, weights, extents, reset, *settings)
     if torch.is_grad_enabled():
-        return _Elman.apply(*settings, input, hx, extents, *weights)
+        return _Elman.apply(*settings, input, hx, extents, reset, *weights)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.tritonrnn.elman(input, hx, weights, extents, *settings)
+        return torch.ops.tritonrnn.elman(input, hx, weights, extents, reset, *settings)
 
 
 def _elman_backward_autograd(*args: Any) -> list[Tensor]:
@@ -323,6 +341,7 @@ def _recorded_backward(
     weights: Sequence[Tensor],
     output: Tensor,
     extents: Tensor | None,
+    reset: Tensor | None,
     layout: str,
     nonlinearity: str,
     bidirectional: bool,
@@ -341,7 +360,7 @@ def _recorded_backward(
             if not source.requires_grad:
                 source.requires_grad_()
         outputs = elman_recorded(
-            input, hx, weights, extents, layout, nonlinearity, bidirectional, backend
+            input, hx, weights, extents, reset, layout, nonlinearity, bidirectional, backend
         )
         pairs = zip(outputs, (grad_output, grad_h_n))
         known = [(value, grad) for value, grad in pairs if grad is not None]

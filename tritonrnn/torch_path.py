@@ -38,12 +38,22 @@ def recurrence(
         v_0: ``[G, B, H]``, or None for zero.
         M: ``[G, H, H]``; ``weight_hh`` in the forward pass, its transpose in the backward pass.
         aux: ``[N, G * H]``, the layer's output; read by the two gradients only.
-        layout: where the N rows lie. Every sequence has a token.
+        layout: where the N rows lie. Rows that are no token are left as they are.
         epilogue: E, one of "tanh", "relu", "tanh_grad" ``z (1 - aux²)``, "relu_grad"
             ``z [aux > 0]``.
         reverse: for each group whether it walks from a sequence's last token to its first.
     """
     H = M.shape[1]
+    if layout.packed_form is not None:
+        rows, order, packed = layout.packed_form
+        tokens = a[rows]
+        entering = None if v_0 is None else v_0[:, order]
+        of_tokens = None if aux is None else aux[rows]
+        recurrence(tokens, entering, M, of_tokens, packed, epilogue=epilogue, reverse=reverse)
+        a[rows] = tokens
+        return
+    if layout.N == 0:
+        return
     if v_0 is not None:
         _add_initial(a, v_0, layout, reverse)
     for g, backwards in enumerate(reverse):
@@ -59,8 +69,6 @@ def recurrence(
         else:
             close, factors = _derivative(epilogue, aux[:, columns], layout)
             _walk_gradient(in_turn, Mt, close, factors[::-1] if backwards else factors)
-        if layout.offsets is not None:
-            rows.copy_(layout.join(steps))
 
 
 def _add_initial(a: Tensor, v_0: Tensor, layout: SequenceLayout, reverse: Sequence[bool]) -> None:

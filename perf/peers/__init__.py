@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 
-from perf.peers.flash import FlashRNN
+from perf.peers.flash import FlashRNN, FlashRNNAlternating
 from perf.peers.loops import CompiledLoop, GraphedLoop, Loop
 from perf.peers.ours import OnTorch, Ours, Resident, Stepwise
 from perf.peers.peer import Peer, Runner
@@ -30,6 +30,7 @@ PEERS: dict[str, Peer] = {
         CompiledLoop(),
         GraphedLoop(),
         FlashRNN(),
+        FlashRNNAlternating(),
     )
 }
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import Any
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +26,7 @@ class FlashRNN(Peer):
     """``flashrnn`` with its fused kernels; its input projection is timed with it."""
 
     name = "flashrnn"
+    backend: ClassVar[str] = "cuda_fused"
 
     def supports(self, case: Case) -> str | None:
         """Return None for one layer and direction of tanh over a padded batch on a GPU."""
@@ -29,6 +34,8 @@ class FlashRNN(Peer):
             return "it needs a GPU"
         if importlib.util.find_spec("flashrnn") is None:
             return "flashrnn is not installed"
+        if find_nvcc() is None:
+            return "there is no nvcc to build its kernels with"
         if case.layout != "padded" or case.layers > 1 or case.directions > 1:
             return "it runs one layer, one direction, padded batches"
         if case.nonlinearity != "tanh":
@@ -42,8 +49,12 @@ class FlashRNN(Peer):
         flashrnn: Any = importlib.import_module("flashrnn.flashrnn.flashrnn")
         # Its own reads device properties that CUDA 13 removed.
         flashrnn.get_gpu_info = gpu_info
+        # torch builds with ninja, which lies beside a Python whose environment is not activated.
+        path = os.environ.get("PATH", "").split(os.pathsep)
+        if (beside := str(Path(sys.executable).parent)) not in path:
+            os.environ["PATH"] = os.pathsep.join([*path, beside])
         config = flashrnn.FlashRNNConfig(
-            backend="cuda_fused",
+            backend=self.backend,
             function="elman",
             hidden_dim=case.H,
             num_heads=1,
@@ -67,7 +78,22 @@ class FlashRNN(Peer):
             shape = (-1, case.B, case.H)
             return output.reshape(shape), final.reshape(shape)
 
-        return Runner(forward, parameters, plan="cuda_fused")
+        return Runner(forward, parameters, plan=self.backend)
+
+
+class FlashRNNAlternating(FlashRNN):
+    """``flashrnn`` with a matrix product and a pointwise kernel for each step."""
+
+    name = "flashrnn-alternating"
+    backend = "cuda"
+
+
+def find_nvcc() -> str | None:
+    """Return the compiler that torch would build an extension with."""
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if home:
+            return shutil.which("nvcc", path=str(Path(home) / "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def gpu_info(device_id: int) -> dict[str, int]:

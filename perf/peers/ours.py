@@ -8,11 +8,10 @@ from dataclasses import replace
 from typing import ClassVar
 
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
 
 import tritonrnn
 from perf.cases import Case, Workload
-from perf.peers.peer import Peer, Runner, jagged
+from perf.peers.peer import Peer, Runner
 
 
 class Ours(Peer):
@@ -21,19 +20,15 @@ class Ours(Peer):
     name = "tritonrnn"
 
     def supports(self, case: Case) -> str | None:
-        """Return None wherever ``tritonrnn.RNN`` stands in for ``nn.RNN``."""
-        return jagged(case)
+        """Return None: ``tritonrnn.RNN`` takes every layout."""
+        return None
 
     def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
         """Convert the module, and ask what is to serve it."""
         ours = tritonrnn.convert(module)
         assert isinstance(ours, tritonrnn.RNN)
-        tokens = workload.tokens
-        data = (
-            tokens if workload.batch_sizes is None else PackedSequence(tokens, workload.batch_sizes)
-        )
         with self.context():
-            choice = tritonrnn.explain(ours, data)
+            choice = tritonrnn.explain(ours, workload.input_of(workload.tokens))
         return Runner(
             lambda tokens: workload.run(ours, tokens),
             list(ours.parameters()),
@@ -64,7 +59,7 @@ class Resident(Ours):
 
     def supports(self, case: Case) -> str | None:
         """Return None on a GPU; whether the plan fits is found when it is launched."""
-        return jagged(case) if case.on_gpu else "the interpreter is not timed"
+        return None if case.on_gpu else "the interpreter is not timed"
 
     def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
         """Convert the module."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
 from torch import nn
 
 from perf.cases import Case, Workload
 from perf.peers.peer import Peer, Runner, jagged
+from perf.switches import cudnn_off
 
 
 class NNCudnn(Peer):
@@ -64,14 +64,4 @@ class NNNative(NNCudnn):
 
     def context(self) -> AbstractContextManager[object]:
         """Return the switch."""
-        # torch's own switches for precision are left as they are: cudnn.flags() would set them.
-        return _CudnnOff()
-
-
-class _CudnnOff:
-    def __enter__(self) -> None:
-        self._before = torch.backends.cudnn.enabled
-        torch.backends.cudnn.enabled = False
-
-    def __exit__(self, *exception: object) -> None:
-        torch.backends.cudnn.enabled = self._before
+        return cudnn_off()

@@ -1,0 +1,301 @@
+"""``python -m perf accept``: all that a session with a GPU should show, in ten minutes.
+
+The steps come in the order of their worth, each with its share of the time. What was done is not
+done again: neither a test that passed nor a cell that has its row.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from perf import precompile, recorded_tests, report, samples, sanitize, tables
+from perf.environment import CHECKOUT
+from perf.measure import Settings
+from perf.run import run as run_units
+from perf.run import waiting
+from perf.steps import Ledger, Outcome, Record, Step, take
+
+ARCHIVE = "accept.tar.gz"
+# Where torch builds FlashRNN's kernels.
+EXTENSIONS = "extensions"
+
+# A few rounds of short samples: fifty cells are to fit into a few minutes.
+SETTINGS = Settings(rounds=7, sample_s=0.02, max_s=10.0)
+# Longer than nvcc takes over FlashRNN's kernels.
+TIMEOUT_S = 150.0
+
+NEEDS_GPU = Outcome("unavailable", "it needs a GPU")
+TOOLS = ("memcheck", "racecheck")
+SANITIZER_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+# What the kernels are held against, which a GPU runs natively.
+KERNEL_TESTS = ("tests/test_recurrence.py", "tests/test_kernels.py", "tests/test_results.py")
+
+
+def accept(
+    out: Path,
+    device: str,
+    budget_s: float,
+    again: Sequence[str] = (),
+    console: Console | None = None,
+) -> dict[str, Record]:
+    """Take the steps that ``out`` has not seen done, and pack what they made into one archive.
+
+    Args:
+        out: Folder for all that is made, and for the state of the steps.
+        device: Where to run. On a CPU the steps that need a GPU say so, and the others run the
+            preset ``smoke``.
+        budget_s: For everything.
+        again: Names of steps to do anew.
+        console: Shows the progress.
+
+    Returns:
+        The record of each step.
+
+    Raises:
+        ValueError: ``again`` names no step.
+    """
+    console = console or Console()
+    steps = Acceptance(out.resolve(), device, console).steps()
+    names = [step.name for step in steps]
+    for name in again:
+        if name not in names:
+            raise ValueError(f"Expected a step of {', '.join(names)}, got {name!r}")
+        Ledger(out).forget(name)
+    return take(steps, out, budget_s, lambda what: console.print(f"{what}", style="bold"))
+
+
+class Acceptance:
+    """What the steps share: a folder and a device."""
+
+    def __init__(self, out: Path, device: str, console: Console) -> None:
+        self._out, self._device, self._console = out, device, console
+        self._on_gpu = torch.device(device).type == "cuda"
+        self._units = samples.acceptance(device)
+
+    def steps(self) -> list[Step]:
+        """Return the steps, each with about the seconds of ten minutes that it is worth."""
+        return [
+            Step("compile", 75, self.compile),
+            Step("gpu tests", 90, self.gpu_tests),
+            Step("sanitizer", 60, self.sanitizer),
+            Step("calibrate", 30, self.calibrate),
+            Step("cells", 210, self.cells),
+            Step("kernel tests", 60, self.kernel_tests),
+            Step("report", 12, self.report, again=True),
+            Step("archive", 3, self.archive, again=True),
+        ]
+
+    def compile(self, seconds: float) -> Outcome:
+        """Fill the disk caches with the kernels of the cells, and of the other epilogues."""
+        if not self._on_gpu:
+            return Outcome("unavailable", "nothing is compiled on a CPU")
+        extensions = self._out / EXTENSIONS
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
+        _unlock(extensions)
+        todo = precompile.tasks(self._units, every_epilogue=True)
+        done = list(precompile.compile_all(todo, seconds))
+        # What was not built in time has left its lock behind, for which the next would wait.
+        _unlock(extensions)
+        failed = Counter(f"{one.peer}: {one.error}" for one in done if one.error)
+        told = [f"{len(done) - failed.total()} of {len(todo)} compiled"]
+        told += [f"{count} {error}" for error, count in failed.items()]
+        # Not to be taken up again: a worker compiles what it does not find.
+        return Outcome("done", "; ".join(told))
+
+    def gpu_tests(self, seconds: float) -> Outcome:
+        """Run the tests that only a GPU can show."""
+        return self._tests("gpu-tests", ("-m", "gpu"), seconds)
+
+    def kernel_tests(self, seconds: float) -> Outcome:
+        """Run the tests of the kernels, which elsewhere are the interpreter's."""
+        return self._tests("kernel-tests", KERNEL_TESTS, seconds)
+
+    def _tests(self, name: str, arguments: Sequence[str], seconds: float) -> Outcome:
+        if not self._on_gpu:
+            return NEEDS_GPU
+        if importlib.util.find_spec("pytest") is None:
+            return Outcome("unavailable", "pytest is not installed")
+        path = self._out / f"{name}.jsonl"
+        code = run_for(
+            [sys.executable, "-m", "pytest", "-p", "perf.recorded_tests", *arguments],
+            seconds,
+            self._out / f"{name}.log",
+            {recorded_tests.VARIABLE: str(path)},
+        )
+        outcomes = recorded_tests.outcomes(path)
+        counts = Counter(outcomes.values())
+        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "none ran"
+        failed = [test for test, outcome in outcomes.items() if outcome == "failed"]
+        if code is None:
+            return Outcome("unfinished", f"{told} so far")
+        if failed:
+            return Outcome("failed", f"{told}: {', '.join(failed)}")
+        # 5: none was left to run.
+        if code not in (0, 5):
+            return Outcome("failed", f"{told}; pytest exited with {code}, see {name}.log")
+        return Outcome("done", told)
+
+    def sanitizer(self, seconds: float) -> Outcome:
+        """Have compute-sanitizer watch small ragged walks of each plan, all at the same time."""
+        if not self._on_gpu:
+            return NEEDS_GPU
+        sanitizer = find_sanitizer()
+        if sanitizer is None:
+            return Outcome("unavailable", "compute-sanitizer is not installed")
+        path = self._out / "sanitizer.json"
+        known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        todo = [(tool, plan) for tool in TOOLS for plan in sanitize.PLANS]
+        todo = [watch for watch in todo if " ".join(watch) not in known]
+
+        def watch(one: tuple[str, str]) -> tuple[str, str | None]:
+            tool, plan = one
+            log = self._out / f"sanitizer-{tool}-{plan}.log"
+            log.unlink(missing_ok=True)
+            code = run_for(
+                [
+                    *(str(sanitizer), "--tool", tool, "--error-exitcode", "9"),
+                    *(sys.executable, "-m", "perf.sanitize", plan),
+                ],
+                seconds,
+                log,
+                # So that what lies beyond a tensor belongs to no other one.
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )
+            return f"{tool} {plan}", None if code is None else _sanitizer_says(code, log)
+
+        with ThreadPoolExecutor(len(todo) or 1) as pool:
+            found = dict(pool.map(watch, todo))
+        known |= {name: says for name, says in found.items() if says is not None}
+        path.write_text(json.dumps(known, indent=2) + "\n")
+        told = "; ".join(f"{name}: {says}" for name, says in known.items())
+        if unfinished := [name for name, says in found.items() if says is None]:
+            return Outcome("unfinished", f"{told}; not in time: {', '.join(unfinished)}")
+        clean = all(says.startswith("clean") for says in known.values())
+        return Outcome("done" if clean else "failed", told)
+
+    def calibrate(self, seconds: float) -> Outcome:
+        """Measure the constants of the model, in a process that can be ended."""
+        log = self._out / "calibrate.log"
+        command = [sys.executable, "-m", "perf", "calibrate", "--device", self._device]
+        code = run_for([*command, "--out", str(self._out)], seconds, log, {})
+        if code is None:
+            return Outcome("unfinished", "it took too long")
+        if code:
+            return Outcome("failed", f"exited with {code}, see {log.name}")
+        content = tables.read_calibration(self._out)
+        told = [f"{name} {value:.4g}" for name, value in content["measured"].items()]
+        if self._on_gpu:
+            told += [f"no {name}: {reason}" for name, reason in content["missing"].items()]
+        broken = self._on_gpu and content["missing"]
+        return Outcome("failed" if broken else "done", ", ".join(told))
+
+    def cells(self, seconds: float) -> Outcome:
+        """Measure the sample of cells beside nn.RNN, the graphed loop and FlashRNN."""
+        run_units(
+            self._units,
+            self._out,
+            SETTINGS,
+            device=self._device,
+            timeout_s=TIMEOUT_S,
+            budget_s=seconds,
+            console=self._console,
+        )
+        rows = tables.read_lines(self._out / tables.ROWS)
+        counts = Counter(str(row["status"]) for row in rows)
+        told = [", ".join(f"{count} {status}" for status, count in counts.items())]
+        for mode in samples.MODES:
+            speedups = [
+                row["speedup_vs_nn"]
+                for row in rows
+                if (row["peer"], row["mode"]) == (report.OURS, mode) and "speedup_vs_nn" in row
+            ]
+            if speedups:
+                mean = float(np.exp(np.mean(np.log(speedups))))
+                told.append(f"{mode} {mean:.2f} x nn.RNN over {len(speedups)} cells")
+        if left := waiting(self._units, rows):
+            told.append(f"{left} of {len(self._units)} cases to go")
+            return Outcome("unfinished", "; ".join(told))
+        broken = [
+            row
+            for row in rows
+            if row["peer"] == report.OURS and row["status"] in ("wrong", "error", "timeout")
+        ]
+        return Outcome("failed" if broken else "done", "; ".join(told))
+
+    def report(self, seconds: float) -> Outcome:
+        """Write what the rows say."""
+        if not tables.read_lines(self._out / tables.ROWS):
+            return Outcome("unfinished", "there are no rows yet")
+        return Outcome("done", str(report.write(self._out)))
+
+    def archive(self, seconds: float) -> Outcome:
+        """Pack the folder into one file."""
+        path = self._out / ARCHIVE
+        unfinished = path.with_suffix(".part")
+        with tarfile.open(unfinished, "w:gz") as archive:
+            for one in sorted(self._out.iterdir()):
+                if one not in (path, unfinished) and one.name != EXTENSIONS:
+                    archive.add(one, arcname=f"{self._out.name}/{one.name}")
+        unfinished.replace(path)
+        return Outcome("done", f"{path}, {path.stat().st_size / 1e3:,.0f} kB")
+
+
+def run_for(
+    command: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str]
+) -> int | None:
+    """Run a command in the checkout, and end it with all that it started if it takes too long.
+
+    Returns:
+        Its exit code, or None if it was ended.
+    """
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=CHECKOUT,
+            env={**os.environ, **environment},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def find_sanitizer() -> str | None:
+    """Return compute-sanitizer, from the path or where CUDA's toolkit has it."""
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=os.pathsep.join(SANITIZER_FOLDERS)
+    )
+
+
+def _sanitizer_says(code: int, log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    summaries = [line.strip("= ") for line in lines if "SUMMARY" in line]
+    told = summaries[-1] if summaries else next(reversed(lines), "it said nothing")
+    return f"clean, {told}" if code == 0 else f"exited with {code}, {told}"
+
+
+def _unlock(folder: Path) -> None:
+    for lock in folder.glob("**/lock"):
+        lock.unlink()

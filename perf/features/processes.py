@@ -1,0 +1,64 @@
+"""Several processes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from perf import distributed
+from perf.features.attempt import (
+    TORCH_NN,
+    TORCH_PATH,
+    TRITON_PATH,
+    NotTriedError,
+    Side,
+    feature,
+    sides,
+)
+from perf.features.oracle import assert_right
+
+WAYS = ("DistributedDataParallel", "fully_shard")
+
+
+def _training(way: str, side: Side) -> distributed.Training:
+    name = "tritonrnn.RNN" if side.is_ours else "torch.nn.RNN"
+    if side.column == TRITON_PATH:
+        return distributed.Training(way, name, "float32", "triton")
+    return distributed.Training(way, name)
+
+
+@functools.cache
+def _trained_in_two(columns: tuple[str, ...]) -> dict[distributed.Training, list[Tensor] | str]:
+    """All that some columns need, as two processes are slow to start."""
+    return distributed.train_in_two(
+        [_training(way, sides()[column]) for column in columns for way in WAYS]
+    )
+
+
+def _check_distributed(way: str, side: Side) -> str:
+    if side.device == "cuda":
+        raise NotTriedError("needs a GPU for each process")
+    training = _training(way, side)
+    columns = (TRITON_PATH,) if side.column == TRITON_PATH else (TORCH_NN, TORCH_PATH)
+    got = _trained_in_two(columns)[training]
+    if isinstance(got, str):
+        raise RuntimeError(got)
+    alone = replace(training, way="alone", rnn="torch.nn.RNN", backend="torch")
+    truth = distributed.train(replace(alone, dtype="float64"), rank=None)
+    dtype = getattr(torch, training.dtype)
+    assert_right(got, truth, dtype, distributed.train(alone, rank=None))
+    # The kernels, which were asked for, ran in those processes.
+    return "yes"
+
+
+@feature("`DistributedDataParallel`")
+def _data_parallel(side: Side) -> str:
+    return _check_distributed("DistributedDataParallel", side)
+
+
+@feature("FSDP2, `fully_shard`")
+def _sharded(side: Side) -> str:
+    return _check_distributed("fully_shard", side)

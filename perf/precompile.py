@@ -1,0 +1,95 @@
+"""Kernels compiled in parallel, before a run whose workers would compile them one by one.
+
+Every peer runs a few steps of each case in a pool of processes, which leaves its kernels in the
+disk caches of Triton and of torch's extensions; the number of steps is no part of a kernel.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from perf import oracle, peers
+from perf.cases import DTYPES, Case, Workload
+from perf.measure import first_line
+from perf.sweep import Unit
+from perf.switches import set_precision
+
+STEPS = 2
+# The longest of all: nvcc takes a minute or two where Triton takes a second.
+FIRST = ("flashrnn", "flashrnn-alternating")
+# Kernels of which more would not fit the memory of a GPU that all of the pool share.
+MOST_PROCESSES = 16
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A peer and case, how long they took, and what was raised, if anything was."""
+
+    peer: str
+    case: Case
+    seconds: float
+    error: str | None
+
+
+def tasks(units: Iterable[Unit], *, every_epilogue: bool = False) -> list[tuple[str, Case]]:
+    """Return each peer with each case that has kernels of its own, in the order to compile them.
+
+    Args:
+        units: What is to be run.
+        every_epilogue: Whether each case is wanted with both nonlinearities; the one that the
+            units do not ask for comes last.
+    """
+    found: dict[tuple[str, Case], int] = {}
+    for unit in units:
+        for name, _ in unit.cells():
+            for nonlinearity in ("tanh", "relu") if every_epilogue else (unit.case.nonlinearity,):
+                case = replace(unit.case, T=STEPS, nonlinearity=nonlinearity)
+                asked = nonlinearity == unit.case.nonlinearity
+                order = 0 if name in FIRST else 1 if asked else 2
+                if peers.find(name).supports(case) is None:
+                    found[name, case] = min(order, found.get((name, case), order))
+    return sorted(found, key=lambda task: found[task])
+
+
+def compile_one(task: tuple[str, Case]) -> Compiled:
+    """Run a few steps of a case by a peer, forward and backward. Runs in a process of the pool."""
+    name, case = task
+    started = time.monotonic()
+    error = None
+    try:
+        if case.on_gpu:
+            torch.cuda.set_device(torch.device(case.device))
+        set_precision(case)
+        workload = Workload.make(case, seed=0).to(case.device, DTYPES[case.dtype])
+        module = case.make_module(nn.RNN, 0).to(case.device, DTYPES[case.dtype])
+        runner = peers.find(name).build(case, module, workload)
+        with runner.context():
+            for trains in (False, True):
+                oracle.results_of(runner, workload, trains=trains)
+    except Exception as exception:
+        error = f"{type(exception).__name__}: {first_line(exception)}"
+    return Compiled(name, case, time.monotonic() - started, error)
+
+
+def compile_all(todo: list[tuple[str, Case]], budget_s: float) -> Iterator[Compiled]:
+    """Compile in parallel, and yield what is done, for as long as the budget lasts."""
+    deadline = time.monotonic() + budget_s
+    processes = min(MOST_PROCESSES, os.cpu_count() or 1, len(todo))
+    if not processes:
+        return
+    # Leaving the pool ends its processes, whatever they are at.
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        results = pool.imap_unordered(compile_one, todo)
+        for _ in todo:
+            try:
+                # A process that dies takes its task with it, which is never heard of again.
+                yield results.next(max(0.0, deadline - time.monotonic()))
+            except multiprocessing.TimeoutError:
+                return

@@ -1,0 +1,86 @@
+"""Small ragged walks of one plan: what compute-sanitizer is to watch.
+
+``compute-sanitizer --tool memcheck python -m perf.sanitize resident``
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from itertools import product
+
+import torch
+
+from tritonrnn.kernels import launch
+from tritonrnn.kernels.plan import (
+    DeviceLimits,
+    LaunchPlan,
+    Problem,
+    cooperative_plan,
+    resident_plan,
+    stepwise_plan,
+)
+from tritonrnn.layout import SequenceLayout
+from tritonrnn.ragged import RaggedLayout
+
+Maker = Callable[[Problem, DeviceLimits], LaunchPlan | None]
+
+PLANS: dict[str, Maker] = {
+    "resident": resident_plan,
+    "cooperative": cooperative_plan,
+    "stepwise": stepwise_plan,
+}
+# Not round, and for a gang of several programs.
+HIDDEN = {"resident": 100, "cooperative": 200, "stepwise": 100}
+LAYOUTS = {
+    "packed": SequenceLayout.packed([11, 9, 9, 5, 2, 1, 1], 38),
+    "jagged": RaggedLayout.jagged(torch.tensor([0, 1, 1, 8, 10, 11, 15, 16, 16, 22, 23]), 23),
+}
+EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def walk(name: str, device: torch.device) -> int:
+    """Launch a plan over every layout, epilogue and dtype, both directions at once.
+
+    Returns:
+        How many walks the plan fitted.
+
+    Raises:
+        ArithmeticError: a walk gave what is no number.
+    """
+    walks = 0
+    for layout, epilogue, dtype in product(LAYOUTS.values(), EPILOGUES, DTYPES):
+        H, G = HIDDEN[name], 2
+        generator = torch.Generator().manual_seed(H)
+
+        def normal(
+            *shape: int, dtype: torch.dtype = dtype, generator: torch.Generator = generator
+        ) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(device, dtype)
+
+        a = normal(layout.N, G * H)
+        problem = launch.problem_of(a, layout, G=G, epilogue=epilogue, tf32=True)
+        plan = PLANS[name](problem, launch.device_limits(device))
+        if plan is None:
+            continue
+        launch.recurrence(
+            a,
+            normal(G, layout.B, H, dtype=torch.float32),
+            normal(G, H, H) / H**0.5,
+            normal(layout.N, G * H).tanh() if epilogue.endswith("_grad") else None,
+            layout,
+            epilogue=epilogue,
+            reverse=(False, True),
+            tf32=True,
+            plan=plan,
+        )
+        if not bool(a.isfinite().all()):
+            raise ArithmeticError(f"{plan} gave what is no number: {layout}, {epilogue}, {dtype}")
+        walks += 1
+    return walks
+
+
+if __name__ == "__main__":
+    count = walk(sys.argv[1], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(f"{count} walks of the plan {sys.argv[1]}")

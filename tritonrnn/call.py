@@ -1,0 +1,270 @@
+"""One call of an RNN: its arguments checked and in order, and what serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from tritonrnn.dispatch import Choice, choose
+from tritonrnn.nested import jagged_parts
+from tritonrnn.ragged import layout_of
+
+
+@dataclass(frozen=True)
+class Call:
+    """One checked call of :func:`rnn`, and what serves it.
+
+    Attributes:
+        data: ``[T, B, I]``, ``[B, T, I]`` or ``[N, I]``, as ``layout`` says.
+        hx: ``[L * D, B, H]`` in the caller's order, or None.
+        order: of ``data``'s sequences among the caller's, or None where it is the same.
+        weights: each layer's, in the order of ``torch.nn.RNN``.
+        extents, reset: as :func:`tritonrnn.ragged.layout_of` takes them.
+        layout: "time_major", "batch_major", "packed" or "jagged".
+        nonlinearity: "tanh" or "relu".
+        bidirectional: whether D is 2.
+        dtype: what it is computed in: autocast's, where that applies.
+        choice: what serves it.
+    """
+
+    data: Tensor
+    hx: Tensor | None
+    order: Tensor | None
+    weights: Sequence[Sequence[Tensor]]
+    extents: Tensor | None
+    reset: Tensor | None
+    layout: str
+    nonlinearity: str
+    bidirectional: bool
+    dtype: torch.dtype
+    choice: Choice
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """T, B, N, I and H, as the dimension key of ``layout.py`` has them."""
+        *lead, input_size = self.data.shape
+        where = layout_of(self.layout, lead, self.extents, self.reset)
+        H = self.weights[0][1].shape[0]
+        return {"T": where.T, "B": where.B, "N": where.N, "I": input_size, "H": H}
+
+
+def check(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    nonlinearity: str,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+) -> Call:
+    """Check the arguments of :func:`rnn` and choose what serves it; compute nothing."""
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
+    layers = _layers(weights, num_layers, bidirectional)
+    order = None
+    is_nested = isinstance(input, Tensor) and input.is_nested
+    for name, given in (("lengths", lengths), ("reset", reset)):
+        if given is not None and (isinstance(input, PackedSequence) or is_nested):
+            raise ValueError(f"{name} is of a padded batch: a packed or nested one has its own")
+    extents: Tensor | None
+    if isinstance(input, PackedSequence):
+        data, extents, order, _ = input
+        layout = "packed"
+        _check_data(data, layers, dim=2)
+        _check_batch_sizes(extents)
+    elif is_nested:
+        layout = "jagged"
+        data, extents = jagged_parts(input)
+        _check_data(data, layers, dim=2)
+        if hx is not None:
+            _check_hx_dim(hx, 3, "batched")
+    else:
+        if input.dim() not in (2, 3):
+            raise ValueError(
+                f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead"
+            )
+        data, extents = input, lengths
+        layout = "batch_major" if batch_first and input.dim() == 3 else "time_major"
+        if input.dim() == 2:
+            data = input.unsqueeze(1)
+            if lengths is not None:
+                raise ValueError("lengths is of a batch of sequences, but the input is unbatched")
+            reset = None if reset is None else _unbatched_reset(reset, input)
+            if hx is not None:
+                _check_hx_dim(hx, 2, "unbatched")
+                hx = hx.unsqueeze(1)
+        elif hx is not None:
+            _check_hx_dim(hx, 3, "batched")
+        _check_data(data, layers, dim=3)
+        if data.shape[0 if layout == "time_major" else 1] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        if lengths is not None:
+            _check_lengths(lengths, data.shape[1 if layout == "time_major" else 0])
+        if reset is not None:
+            _check_reset(reset, data)
+    T, B, whole_B, is_ragged = _sizes(layout, data, extents, reset, hx)
+    G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
+    if hx is not None:
+        _check_hx(hx, (num_layers * G, whole_B, H), data)
+    _check_weights(layers, data, bidirectional)
+    dtype = compute_dtype(data)
+    choice = choose(
+        data.device, dtype, T=T, B=B, G=G, H=H, nonlinearity=nonlinearity, ragged=is_ragged
+    )
+    return Call(
+        data, hx, order, layers, extents, reset, layout, nonlinearity, bidirectional, dtype, choice
+    )
+
+
+def _layers(
+    weights: Sequence[Tensor], num_layers: int, bidirectional: bool
+) -> list[Sequence[Tensor]]:
+    groups = num_layers * (2 if bidirectional else 1)
+    if num_layers < 1 or (len(weights) != 2 * groups and len(weights) != 4 * groups):
+        raise ValueError(
+            f"Expected {2 * groups} weights, or {4 * groups} with biases, for {num_layers} layers "
+            f"in {2 if bidirectional else 1} directions, got {len(weights)}"
+        )
+    each = len(weights) // num_layers
+    return [weights[i : i + each] for i in range(0, len(weights), each)]
+
+
+def _check_weights(layers: Sequence[Sequence[Tensor]], data: Tensor, bidirectional: bool) -> None:
+    D, H = 2 if bidirectional else 1, layers[0][1].shape[0]
+    each = len(layers[0]) // D
+    for index, layer in enumerate(layers):
+        width = data.shape[-1] if index == 0 else D * H
+        expected = [(H, width), (H, H), (H,), (H,)][:each] * D
+        for weight, shape in zip(layer, expected):
+            if weight.shape != shape:
+                raise ValueError(
+                    f"Expected a weight of shape {shape} in layer {index}, "
+                    f"got {tuple(weight.shape)}"
+                )
+            if weight.device != data.device:
+                raise RuntimeError(
+                    "Input and parameter tensors are not at the same device, found input tensor "
+                    f"at {data.device} and parameter tensor at {weight.device}"
+                )
+            if weight.dtype != layers[0][0].dtype:
+                raise ValueError(
+                    "Expected all weights of one dtype, "
+                    f"got {layers[0][0].dtype} and {weight.dtype}"
+                )
+
+
+def _check_data(data: Tensor, layers: Sequence[Sequence[Tensor]], dim: int) -> None:
+    w_ih = layers[0][0]
+    # Autocast, which casts floating point only, makes up for the rest.
+    castable = torch._C._is_any_autocast_enabled() and data.is_floating_point()
+    if data.dtype != w_ih.dtype and not castable:
+        raise ValueError(
+            f"RNN input dtype ({data.dtype}) does not match weight dtype ({w_ih.dtype}). "
+            f"Convert input: input.to({w_ih.dtype}), or convert model: model.to({data.dtype})"
+        )
+    if data.dim() != dim:
+        raise RuntimeError(f"input must have {dim} dimensions, got {data.dim()}")
+    if data.shape[-1] != w_ih.shape[-1]:
+        raise RuntimeError(
+            "input.size(-1) must be equal to input_size. "
+            f"Expected {w_ih.shape[-1]}, got {data.shape[-1]}"
+        )
+
+
+def _check_batch_sizes(batch_sizes: Tensor) -> None:
+    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
+        raise RuntimeError(
+            "Expected batch_sizes of a PackedSequence to be 1-D and of dtype torch.int64, got "
+            f"{batch_sizes.dim()}-D and {batch_sizes.dtype}"
+        )
+
+
+def _check_lengths(lengths: Tensor, B: int) -> None:
+    if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
+        what = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__qualname__
+        raise TypeError(f"Expected lengths to be a tensor of integers, got {what}")
+    if lengths.shape != (B,):
+        raise ValueError(f"Expected lengths of shape ({B},), got {tuple(lengths.shape)}")
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _check_reset(reset: Tensor, data: Tensor) -> None:
+    if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
+        what = reset.dtype if isinstance(reset, Tensor) else type(reset).__qualname__
+        raise TypeError(f"Expected reset to be a tensor of torch.bool, got {what}")
+    if reset.shape != data.shape[:2]:
+        raise ValueError(
+            f"Expected reset of shape {tuple(data.shape[:2])}, got {tuple(reset.shape)}"
+        )
+
+
+def _unbatched_reset(reset: Tensor, input: Tensor) -> Tensor:
+    if isinstance(reset, Tensor) and reset.shape != input.shape[:1]:
+        raise ValueError(f"Expected reset of shape ({len(input)},), got {tuple(reset.shape)}")
+    return reset.unsqueeze(1) if isinstance(reset, Tensor) else reset
+
+
+def _sizes(
+    layout: str, data: Tensor, extents: Tensor | None, reset: Tensor | None, hx: Tensor | None
+) -> tuple[int, int, int, bool]:
+    """Steps and sequences to walk, sequences of the caller, and whether torch can't walk them.
+
+    A tracer sees no numbers: where sizes depend on them, what it gets says nothing. The operator
+    checks them, and that hx agrees, when it runs.
+    """
+    is_padded = layout in ("time_major", "batch_major")
+    is_compiling = torch.compiler.is_compiling()
+    if is_padded and (is_compiling or (extents is None and reset is None)):
+        T, B = data.shape[:2] if layout == "time_major" else (data.shape[1], data.shape[0])
+        return T, B, B, False
+    if is_compiling:
+        return 0, 0, 0 if hx is None else hx.shape[-2], False
+    where = layout_of(layout, data.shape[:-1], extents, reset)
+    return where.T, where.B, where.whole.B, where.is_ragged
+
+
+def _check_hx_dim(hx: Tensor, dim: int, kind: str) -> None:
+    if hx.dim() != dim:
+        raise RuntimeError(
+            f"For {kind} {dim}-D input, hx should also be {dim}-D but got {hx.dim()}-D tensor"
+        )
+
+
+def _check_hx(hx: Tensor, expected: tuple[int, int, int], data: Tensor) -> None:
+    if hx.shape != expected:
+        raise RuntimeError(f"Expected hidden size {expected}, got {list(hx.shape)}")
+    if hx.device != data.device:
+        raise RuntimeError(
+            "Input and hidden tensors are not at the same device, found input tensor "
+            f"at {data.device} and hidden tensor at {hx.device}"
+        )
+    if hx.dtype != data.dtype and not torch._C._is_any_autocast_enabled():
+        raise RuntimeError(
+            "Input and hidden tensors are not the same dtype, found input tensor with "
+            f"{data.dtype} and hidden tensor with {hx.dtype}"
+        )
+
+
+def compute_dtype(data: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on and the input is no double, else the input's own."""
+    device = data.device.type
+    if (
+        torch._C._is_any_autocast_enabled()
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and data.is_floating_point()
+        and data.dtype != torch.float64
+    ):
+        return torch.get_autocast_dtype(device)
+    return data.dtype
