@@ -31,7 +31,11 @@ class OperatorCall:
 
     def __str__(self) -> str:
         ragged = "-lengths" * self.lengths + "-reset" * self.reset
-        return f"{self.layout}-{self.case}{ragged}-{self.backend}"
+        return f"{self.layout}-{self.in_layout}{ragged}-{self.backend}"
+
+    @property
+    def in_layout(self) -> Case:
+        return replace(self.case, layout=LAYOUTS[self.layout])
 
     def turned(self, tensor: Tensor) -> Tensor:
         """From time first to the layout of the input."""
@@ -39,7 +43,7 @@ class OperatorCall:
 
     def forward(self, requires_grad: bool = False) -> tuple:
         """The arguments of ``elman``."""
-        case = replace(self.case, layout=LAYOUTS[self.layout])
+        case = self.in_layout
         data, hx = case.tensors(1.0)
         module = case.module(tritonrnn.RNN)
         tensors = [data, hx, *module.parameters()]

@@ -193,3 +193,39 @@ def test_operator_called_by_itself_gives_no_silent_zero_tangent(grad_mode):
         expected, _ = module(dual)
         tangent, other = (forward_ad.unpack_dual(y).tangent for y in (output, expected))
     torch.testing.assert_close(tangent, other)
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["create_graph", "plain"])
+@pytest.mark.parametrize("source", ["cotangent", "input"])
+def test_forward_ad_of_a_backward_gives_no_silent_zero_tangent(source, recorded):
+    """Forward over reverse: the tangent of a gradient, by either of what it depends on."""
+    case = Case(D=2, dtype=torch.float64)
+    tangents = []
+    for module in pair(case):
+        data, hx = case.tensors()
+        with forward_ad.dual_level():
+            x, cotangent = data, torch.ones(case.T, case.B, 2 * case.H, dtype=torch.float64)
+            direction = torch.linspace(-1, 1, data.numel(), dtype=torch.float64).view(data.shape)
+            if source == "input":
+                x = forward_ad.make_dual(data, direction)
+            output, _ = module(x, hx)
+            if source == "cotangent":
+                cotangent = forward_ad.make_dual(cotangent, cotangent.cumsum(0))
+            (gradient,) = torch.autograd.grad(output, data, cotangent, create_graph=recorded)
+            tangents.append(forward_ad.unpack_dual(gradient).tangent)
+    assert tangents[0].any()
+    torch.testing.assert_close(tangents[1], tangents[0])
+
+
+def test_forward_ad_entered_after_the_forward_pass_gives_no_silent_zero_tangent():
+    case = Case(layout="packed", D=2, dtype=torch.float64)
+    tangents = []
+    for module in pair(case):
+        data, hx = case.tensors()
+        output = plain(module(case.input(data), hx)[0])
+        with forward_ad.dual_level():
+            cotangent = forward_ad.make_dual(torch.ones_like(output), output.detach().cos())
+            (gradient,) = torch.autograd.grad(output, data, cotangent)
+            tangents.append(forward_ad.unpack_dual(gradient).tangent)
+    assert tangents[0].any()
+    torch.testing.assert_close(tangents[1], tangents[0])

@@ -318,8 +318,16 @@ def _elman_autograd(
 
 
 def _elman_backward_autograd(*args: Any) -> list[Tensor]:
-    """Grad mode within a backward pass means that a second one is wanted: record every step."""
-    if torch.is_grad_enabled():
+    """Record every step where a derivative of the derivative is wanted.
+
+    Within a backward pass, grad mode says so.
+    """
+    grad_output, grad_h_n, input, hx, weights, *_ = args
+    tensors = (grad_output, grad_h_n, input, hx, *weights)
+    differentiated = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
+    if differentiated or why_recorded(input.dtype):
         return _recorded_backward(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.tritonrnn.elman_backward(*args)
@@ -347,12 +355,15 @@ def _recorded_backward(
         input = input.view_as(input)
         hx = None if hx is None else hx.view_as(hx)
         weights = [weight.view_as(weight) for weight in weights]
+        sources = [t for t, need in zip((input, hx, *weights), needs) if need and t is not None]
+        for source in sources:
+            if not source.requires_grad:
+                source.requires_grad_()
         outputs = elman_recorded(
             input, hx, weights, extents, reset, layout, nonlinearity, bidirectional, backend
         )
         pairs = zip(outputs, (grad_output, grad_h_n))
         known = [(value, grad) for value, grad in pairs if grad is not None]
-        sources = [t for t, need in zip((input, hx, *weights), needs) if need and t is not None]
         return list(
             torch.autograd.grad(
                 [value for value, _ in known],
