@@ -1,0 +1,84 @@
+"""The adding problem: its data, and that both modules learn it alike."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import tritonrnn
+from perf import adding, contenders
+from perf.__main__ import app
+
+pytestmark = pytest.mark.usefixtures("torch_back_end")
+
+
+class SlightlyWrong(tritonrnn.RNN):
+    """Off by a ten-thousandth, and nowhere but in ``h_n``."""
+
+    def forward(self, input, hx=None):
+        output, h_n = super().forward(input, hx)
+        return output, 1.0001 * h_n
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, ("adding", *arguments), catch_exceptions=False)
+
+
+def test_batches_are_sums_of_one_marked_number_of_each_half():
+    input, sums = adding.make_batch(9, torch.Generator().manual_seed(0))
+    numbers, marks = input.unbind(-1)
+    assert numbers.shape == (9, adding.BATCH_SIZE)
+    assert ((numbers >= 0) & (numbers < 1)).all()
+    assert set(marks.unique().tolist()) == {0.0, 1.0}
+    for half in (marks[:4], marks[4:]):
+        assert (half.sum(0) == 1).all()
+        # Wherever in it.
+        assert half.any(1).all()
+    torch.testing.assert_close((numbers * marks).sum(0), sums)
+
+
+def test_portions_hold_all_batches_once_and_repeat_for_a_seed():
+    device = torch.device("cpu")
+    first, again, other = (
+        [batch for portion in adding.portions(100, 5, seed, device) for batch in portion]
+        for seed in (0, 0, 1)
+    )
+    assert len(first) == 100
+    assert all(torch.equal(a.input, b.input) for a, b in zip(first, again))
+    assert not torch.equal(first[0].input, other[0].input)
+    assert len({float(batch.sums[0]) for batch in first}) == 100
+
+
+def test_adder_starts_as_the_identity():
+    torch.manual_seed(0)
+    adder = adding.Adder(nn.RNN, 7)
+    assert torch.equal(adder.rnn.weight_hh_l0, torch.eye(7))
+    assert not adder.rnn.bias_hh_l0.any()
+    assert adder.rnn.nonlinearity == "relu"
+
+
+def test_adding_command_learns_alike_and_draws(tmp_path):
+    """Until whoever always answers 1 is left behind."""
+    result = invoke("--steps", "300", "--hidden", "32", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "The loss curves agree" in result.output
+    rows = pd.read_parquet(tmp_path / "adding.parquet")
+    names = [contenders.REFERENCE, contenders.OURS, contenders.TWIN]
+    assert list(rows["model"]) == names
+    assert (rows["loss"] < 0.8 * adding.BLIND_LOSS).all()
+    curves = pd.read_parquet(tmp_path / "adding_curves.parquet")
+    assert len(curves) == 3 * 300
+    assert np.isfinite(curves["loss"]).all()
+    assert set(json.loads((tmp_path / "env.json").read_text())) == set(rows["run_id"])
+    assert (tmp_path / "adding.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_adding_command_fails_when_the_curves_disagree(monkeypatch):
+    monkeypatch.setattr(tritonrnn, "RNN", SlightlyWrong)
+    result = invoke("--steps", "5", "--hidden", "8")
+    assert result.exit_code == 1
+    assert "DISAGREE" in result.output
