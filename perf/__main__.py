@@ -318,11 +318,14 @@ def cpu(
 def static(
     arch: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942.")] = "sm_90",
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file, too.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Only bf16, fp16, tf32, fp32.")] = None,
+    plan: Annotated[list[str] | None, typer.Option(help="Only plans of this name.")] = None,
+    size: Annotated[list[int] | None, typer.Option(help="Only this many hidden units.")] = None,
 ) -> None:
     """Compile every plan for a GPU that need not be there, and show what the compiler made."""
     from perf import static
 
-    static.static(arch, json)
+    static.static(arch, json, dtype, plan, size)
 
 
 @app.command()

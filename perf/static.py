@@ -6,12 +6,16 @@ device stand in for real ones. So Triton specialises here exactly as it does for
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +24,8 @@ import pandas as pd
 import torch
 import triton
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from triton.backends.compiler import GPUTarget
 
 from tritonrnn.kernels import launch
@@ -36,7 +42,16 @@ from tritonrnn.kernels.recurrence import recurrence_kernel
 from tritonrnn.layout import SequenceLayout
 
 EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
-HIDDEN_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536)
+# Round sizes, and odd ones between them: rows that are no whole number of vectors are loaded and
+# stored number by number, with other layouts and more registers.
+HIDDEN_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 50, 97, 100, 201, 333)
+# The kernel of least means and the one of most: a layout, and groups.
+BATCHES = (("padded", 1), ("packed", 2))
+PLANS = {
+    "resident": resident_plan,
+    "cooperative": cooperative_plan,
+    "stepwise": stepwise_plan,
+}
 # dtype of the tensors, and whether fp32 products may be TF32.
 DTYPES = {
     "bf16": (torch.bfloat16, False),
@@ -67,6 +82,16 @@ class _Target:
 
 
 @dataclass(frozen=True)
+class Specimen:
+    """What is compiled: a problem of one arithmetic, over a padded or a packed batch, its plan."""
+
+    dtype: str
+    problem: Problem
+    layout: str
+    plan: LaunchPlan
+
+
+@dataclass(frozen=True)
 class Compiled:
     """One plan, compiled: the compiler's listings and what they say."""
 
@@ -82,39 +107,52 @@ class Compiled:
             listing = self.assembly["amdgcn"]
             spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", listing)
             return _number(r"\.vgpr_count:\s+(\d+)", listing), 4 * spilled
-        listing = _cuda_tool("cuobjdump", "--dump-resource-usage", self.assembly["cubin"])
-        return _number(r"REG:(\d+)", listing), _number(r"STACK:(\d+)", listing)
+        return _number(r"REG:(\d+)", self._listing), _number(r"STACK:(\d+)", self._listing)
 
     @property
     def sass(self) -> list[str]:
         """The instructions of the kernel, each with its address."""
-        listing = _cuda_tool("cuobjdump", "-sass", self.assembly["cubin"])
-        return re.findall(r"^\s+/\*([0-9a-f]{4,}\*/\s+.*?);", listing, re.MULTILINE)
+        return re.findall(r"^\s+/\*([0-9a-f]{4,}\*/\s+.*?);", self._listing, re.MULTILINE)
+
+    @cached_property
+    def _listing(self) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.assembly["cubin"])
+            file.flush()
+            tool = triton.knobs.nvidia.cuobjdump.path
+            command = [tool, "--dump-resource-usage", "-sass", file.name]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def compile_plan(problem: Problem, plan: LaunchPlan, dtype: torch.dtype) -> Compiled:
-    """Compile a plan as a launch over a padded batch, with v_0 given, would."""
-    layout = SequenceLayout.time_major(problem.T, problem.B)
+def compile_plan(
+    problem: Problem, plan: LaunchPlan, dtype: torch.dtype, layout: str = "padded"
+) -> Compiled:
+    """Compile a plan as a launch with v_0 given would."""
+    T, B, G, H = problem.T, problem.B, problem.G, problem.H
+    rows = (
+        SequenceLayout.time_major(T, B)
+        if layout == "padded"
+        else SequenceLayout.packed((B,) * T, T * B)
+    )
     backward = problem.epilogue.endswith("_grad")
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    G, H = problem.G, problem.H
     M = meta(G, H, H)
-    a = meta(layout.N, G * H)
+    a = meta(rows.N, G * H)
     triton.runtime.driver.set_active(_Target(plan.device))
     started = time.perf_counter()
     kernel = recurrence_kernel.warmup(
         first_step=0,
-        last_step=1 if plan.name == "stepwise" else problem.T,
+        last_step=1 if plan.name == "stepwise" else T,
         grid=launch.grid(problem, plan),
         **launch.kernel_arguments(
             a,
-            meta(G, problem.B, H, dtype=torch.float32),
+            meta(G, B, H, dtype=torch.float32),
             M.transpose(1, 2) if backward else M,
             meta(*a.shape) if backward else None,
-            layout,
+            rows,
             problem,
             (False, True) if G == 2 else (False,),
             plan,
@@ -151,40 +189,65 @@ def count(instructions: list[str], mnemonic: str) -> int:
     return sum(bool(pattern.search(line)) for line in instructions)
 
 
-def problems(
-    dtypes: list[str], sizes: tuple[int, ...], epilogues: tuple[str, ...], B: int
-) -> Iterator[tuple[str, Problem]]:
-    """The spread of shapes that the table shows, each with the name of its arithmetic."""
-    for name, H, epilogue in product(dtypes, sizes, epilogues):
+def specimens(
+    arch: str,
+    *,
+    dtypes: Iterable[str] = tuple(DTYPES),
+    sizes: Iterable[int] = HIDDEN_SIZES,
+    epilogues: Iterable[str] = EPILOGUES,
+    batches: Iterable[tuple[str, int]] = BATCHES,
+    plans: Iterable[str] = tuple(PLANS),
+    B: int = 16,
+) -> list[Specimen]:
+    """Every plan that fits the device, over a spread of shapes."""
+    device = DEVICES[arch]
+    made = []
+    for name, H, epilogue, (layout, G) in product(dtypes, sizes, epilogues, batches):
         dtype, tf32 = DTYPES[name]
-        yield name, Problem(T, B, 1, H, launch.DTYPES[dtype], tf32, epilogue)
+        problem = Problem(T, B, G, H, launch.DTYPES[dtype], tf32, epilogue)
+        for plan in (PLANS[choice](problem, device) for choice in plans):
+            if plan is not None:
+                made.append(Specimen(name, problem, layout, plan))
+    return made
 
 
 def table(
-    arch: str,
-    dtypes: list[str] | None = None,
-    sizes: tuple[int, ...] = HIDDEN_SIZES,
-    epilogues: tuple[str, ...] = EPILOGUES,
-    B: int = 16,
+    wanted: Sequence[Specimen], *, processes: int | None = None, tick: Callable[[], None] = int
 ) -> pd.DataFrame:
-    """One row a plan that fits the device."""
-    device = DEVICES[arch]
-    rows = []
-    for name, problem in problems(dtypes or list(DTYPES), sizes, epilogues, B):
-        for choose in (resident_plan, cooperative_plan, stepwise_plan):
-            plan = choose(problem, device)
-            if plan is not None:
-                rows.append(_row(name, problem, compile_plan(problem, plan, DTYPES[name][0])))
-    return pd.DataFrame(rows)
+    """One row a specimen.
+
+    Args:
+        wanted: what to compile.
+        processes: that compile at the same time; as many as there are cores, if not given.
+        tick: called after each.
+    """
+    processes = processes or len(os.sched_getaffinity(0))
+    # New processes: what a fork would copy has threads, and the driver of this one.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(wanted)), context) as pool:
+        futures = [pool.submit(_row, specimen) for specimen in wanted]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                tick()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return pd.DataFrame([future.result() for future in futures])
 
 
-def _row(name: str, problem: Problem, compiled: Compiled) -> dict[str, Any]:
-    plan = compiled.plan
+def _row(specimen: Specimen) -> dict[str, Any]:
+    problem, plan = specimen.problem, specimen.plan
+    # Else a kernel that is in the cache would be said to compile in no time.
+    triton.knobs.compilation.always_compile = True
+    compiled = compile_plan(problem, plan, DTYPES[specimen.dtype][0], specimen.layout)
     registers, spill_bytes = compiled.resources
     row = {
         "arch": plan.device.arch,
-        "dtype": name,
+        "dtype": specimen.dtype,
         "H": problem.H,
+        "G": problem.G,
+        "layout": specimen.layout,
         "plan": plan.name,
         "epilogue": problem.epilogue,
         "block_h": plan.block_h,
@@ -212,29 +275,47 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def _cuda_tool(tool: str, option: str, cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        path = getattr(triton.knobs.nvidia, tool).path
-        return subprocess.run(
-            [path, option, file.name], check=True, capture_output=True, text=True
-        ).stdout
+def versions(arch: str) -> dict[str, str]:
+    """The compilers that rows depend on."""
+    made_with = {"torch": torch.__version__, "triton": triton.__version__}
+    if DEVICES[arch].is_amd:
+        # Triton's own copy of LLVM.
+        return made_with
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    tool = get_ptxas(int(arch.removeprefix("sm_")))
+    return made_with | {"ptxas": tool.version}
 
 
 def static(
     arch: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942.")] = "sm_90",
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file, too.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Only bf16, fp16, tf32, fp32.")] = None,
+    plan: Annotated[list[str] | None, typer.Option(help="Only plans of this name.")] = None,
+    size: Annotated[list[int] | None, typer.Option(help="Only this many hidden units.")] = None,
 ) -> None:
     """Compile every plan for a GPU that need not be there, and show what the compiler made."""
     if triton.knobs.runtime.interpret:
         raise typer.BadParameter("Nothing is compiled where TRITON_INTERPRET is set.")
-    if arch not in DEVICES or DEVICES[arch].is_interpreter:
-        raise typer.BadParameter(f"Expected --arch to be one of {', '.join(DEVICES)}, got {arch}.")
-    rows = table(arch)
+    for option, chosen, known in (
+        ("--arch", [arch], [name for name in DEVICES if not DEVICES[name].is_interpreter]),
+        ("--dtype", dtype or [], list(DTYPES)),
+        ("--plan", plan or [], list(PLANS)),
+    ):
+        if not set(chosen) <= set(known):
+            raise typer.BadParameter(f"Expected {option} to be one of {', '.join(known)}.")
+    wanted = specimens(
+        arch, dtypes=dtype or tuple(DTYPES), plans=plan or tuple(PLANS), sizes=size or HIDDEN_SIZES
+    )
+    if not wanted:
+        raise typer.BadParameter("No plan fits.")
+    columns = (TextColumn("compiled"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=len(wanted))
+        rows = table(wanted, tick=lambda: progress.advance(bar))
     typer.echo(rows.to_string(index=False))
     if json is not None:
-        rows.to_json(json, orient="records", indent=1)
+        rows.assign(**versions(arch)).to_json(json, orient="records", lines=True)
 
 
 if __name__ == "__main__":

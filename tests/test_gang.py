@@ -24,6 +24,7 @@ def gang_plan(case: Case, lanes: int = 2, programs: int = 2, block_k: int = 16) 
         block_h=block_h,
         block_b=8,
         block_k=block_k,
+        block_read=2 * block_k,
         programs=lanes * programs * len(case.reverse),
     )
 

@@ -1,5 +1,7 @@
 """Plans are computed from shape, dtype and limits: they fit, and every problem has one."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,12 +104,25 @@ def test_choose_plan_keeps_weights_resident_while_they_fit(dtype, tf32, device, 
     assert declined.reason.startswith(f"W_hh of {largest + 1} x {largest + 1} {dtype}")
 
 
-@pytest.mark.parametrize(
-    ("B", "block_b"), [(1, 16), (64, 16), (16 * 66, 16), (16 * 66 + 1, 32), (10**5, 32)]
-)
-def test_choose_plan_widens_tiles_when_multiprocessors_run_out(B, block_b):
-    problem = Problem(T=9, B=B, G=2, H=128, dtype="bf16")
-    assert choose_plan(problem, SM_90).block_b == block_b
+@given(problems, devices, st.integers(1, 10**6), st.integers(1, 10**6))
+def test_plans_compile_alike_whatever_the_batch(problem, device, T, B):
+    """Only what a launch counts follows T and B: no tile, hence no kernel, does."""
+    other = replace(problem, T=T, B=B)
+    for plan_of in (resident_plan, cooperative_plan, stepwise_plan):
+        plan, its = plan_of(problem, device), plan_of(other, device)
+        assert (plan is None) == (its is None)
+        if plan is not None:
+            assert its == replace(plan, programs=its.programs, launches=its.launches)
+
+
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx1100"])
+def test_fp32_products_are_ieee_where_there_is_no_tf32(arch):
+    device = DeviceLimits(arch, multiprocessors=96, shared_bytes=64 * 1024)
+    for tf32 in (False, True):
+        problem = Problem(T=9, B=8, G=1, H=64, dtype="fp32", tf32=tf32)
+        assert stepwise_plan(problem, device).precision == "ieee"
+        mi300 = stepwise_plan(problem, DEVICES["gfx942"]).precision
+        assert mi300 == ("tf32" if tf32 else "tf32x3")
 
 
 def test_choose_plan_heeds_a_smaller_device():

@@ -253,7 +253,7 @@ def test_recurrence_is_deterministic(plan):
 def test_recurrence_agrees_between_tile_sizes():
     case = make_case(LAYOUTS["jagged"], 33, "tanh")
     for plan, tiles in [
-        ("resident", {"block_b": 16}),
+        ("resident", {"block_b": 32}),
         ("stepwise", {"block_h": 16, "block_k": 16, "block_b": 8}),
         ("stepwise", {"block_h": 64, "block_k": 32, "block_b": 16}),
     ]:

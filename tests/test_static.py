@@ -27,32 +27,36 @@ def compile_in_a_fresh_process(code: str) -> str:
 
 
 def static_rows(arch: str, *spreads: str) -> list[dict]:
-    tables = ", ".join(f"table({arch!r}, {spread})" for spread in spreads)
-    code = f"from perf.static import *; print(pd.concat([{tables}]).to_json(orient='records'))"
+    wanted = " + ".join(f"specimens({arch!r}, {spread})" for spread in spreads)
+    code = f"from perf.static import *; print(table({wanted}).to_json(orient='records'))"
     return json.loads(compile_in_a_fresh_process(code))
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90"])
 def rows(request) -> list[dict]:
-    """The largest weights that fit and the dearest epilogues.
+    """The largest weights that fit, odd sizes, and the dearest epilogues and batches.
 
-    In the widest tiles at that, but for the last: the rest of what ``perf static`` shows takes
-    fewer registers.
+    The rest of what ``perf static`` shows takes fewer registers.
     """
-    few = "sizes=({},), epilogues=('tanh', 'tanh_grad'), dtypes=['{}'], B={}"
+    few = (
+        "sizes=({},), epilogues=('tanh', 'tanh_grad'), dtypes=['{}'], batches=[('packed', 2)], "
+        "plans=('resident', 'stepwise')"
+    )
     return static_rows(
         request.param,
-        few.format(64, "bf16", 10**5),
-        few.format(256, "bf16", 10**5),
-        few.format(128, "fp16", 10**5),
-        few.format(128, "tf32", 10**5),
-        few.format(128, "fp32", 10**5),
-        few.format(128, "fp32", 16),
+        few.format(64, "bf16"),
+        few.format(256, "fp16"),
+        few.format(201, "bf16"),
+        few.format(97, "tf32"),
+        few.format(128, "tf32"),
+        few.format(37, "fp32"),
+        few.format(100, "fp32"),
+        few.format(128, "fp32"),
     )
 
 
 def test_static_plans_do_not_spill(rows):
-    assert len([row for row in rows if row["plan"] != "cooperative"]) == 24
+    assert len(rows) == 32
     assert [row for row in rows if row["spill_bytes"]] == []
 
 
@@ -68,7 +72,11 @@ def test_static_plans_multiply_with_matrix_instructions(rows):
 
 @pytest.mark.parametrize("arch", ["sm_100", "gfx942"])
 def test_static_plans_compile_elsewhere(arch):
-    rows = static_rows(arch, "dtypes=['bf16', 'fp32'], sizes=(64, 128), epilogues=('tanh_grad',)")
+    rows = static_rows(
+        arch,
+        "dtypes=['bf16', 'fp32'], sizes=(64, 128), epilogues=('tanh_grad',), "
+        "batches=[('packed', 2)]",
+    )
     assert [row for row in rows if row["shared_bytes"] > row["planned_bytes"]] == []
     assert {row["H"] for row in rows if row["plan"] == "resident"} == {64, 128}
 
@@ -98,28 +106,50 @@ def test_wgmma_reads_the_state_behind_a_barrier_and_a_proxy_fence():
     assert after.index("bar.sync") < after.index("fence.proxy.async") < after.index("wgmma.fence")
 
 
-def test_new_lengths_and_batch_sizes_do_not_recompile():
+@pytest.mark.parametrize("plan", ["resident", "cooperative", "stepwise"])
+def test_new_lengths_and_batch_sizes_do_not_recompile(plan):
     """Whatever T and B are: 1, odd, multiples of 16, which Triton would each specialise on."""
     compiled = compile_in_a_fresh_process(
         "from perf.static import *\n"
-        "plan = resident_plan(Problem(T, 16, 2, 64, 'bf16'), DEVICES['sm_90'])\n"
-        "for steps, batch in [(1, 1), (7, 16), (1024, 33), (4096, 64)]:\n"
-        "    compile_plan(Problem(steps, batch, 2, 64, 'bf16'), plan, torch.bfloat16)\n"
+        "for steps, batch in [(1, 1), (7, 16), (1024, 33), (4096, 64), (3, 5000)]:\n"
+        "    problem = Problem(steps, batch, 2, 64, 'bf16')\n"
+        f"    plan = PLANS[{plan!r}](problem, DEVICES['sm_90'])\n"
+        "    for layout in ('padded', 'packed'):\n"
+        "        compile_plan(problem, plan, torch.bfloat16, layout)\n"
         "print(sum(len(caches[0]) for caches in recurrence_kernel.device_caches.values()))"
     )
-    assert compiled.split() == ["1"]
+    # One for padded batches, one for packed ones.
+    assert compiled.split() == ["2"]
+
+
+def test_fp32_compiles_for_amd_devices_without_tf32():
+    compiled = compile_in_a_fresh_process(
+        "from perf.static import *\n"
+        "for arch, warp_size in [('gfx90a', 64), ('gfx1100', 32)]:\n"
+        "    device = DeviceLimits(arch, 96, 64 * 1024, warp_size)\n"
+        "    problem = Problem(T, 16, 2, 64, 'fp32', tf32=True)\n"
+        "    for choose in (resident_plan, stepwise_plan):\n"
+        "        compiled = compile_plan(problem, choose(problem, device), torch.float32)\n"
+        "        print(arch, compiled.shared_bytes <= compiled.plan.shared_bytes)"
+    )
+    assert compiled.splitlines() == ["gfx90a True"] * 2 + ["gfx1100 True"] * 2
 
 
 def test_cooperative_static_plans_keep_their_promises():
-    spread = "sizes=({},), epilogues=({!r},), dtypes=[{!r}]"
+    spread = (
+        "sizes=({},), epilogues=({!r},), dtypes=[{!r}], batches=[({!r}, {})], "
+        "plans=('cooperative',)"
+    )
     rows = static_rows(
         "sm_90",
-        spread.format(512, "tanh", "bf16"),
-        spread.format(1024, "tanh_grad", "bf16"),
-        spread.format(512, "tanh_grad", "tf32"),
+        spread.format(512, "tanh", "bf16", "padded", 1),
+        spread.format(1536, "tanh", "bf16", "padded", 1),
+        spread.format(1536, "tanh_grad", "bf16", "packed", 2),
+        spread.format(1023, "tanh", "fp16", "packed", 2),
+        spread.format(768, "tanh_grad", "tf32", "packed", 2),
+        spread.format(333, "tanh_grad", "fp32", "packed", 2),
     )
-    rows = [row for row in rows if row["plan"] == "cooperative"]
-    assert [row["H"] for row in rows] == [512, 1024, 512]
+    assert [row["H"] for row in rows] == [512, 1536, 1536, 1023, 768, 333]
     for row in rows:
         assert row["spill_bytes"] == 0
         assert row["hgmma"] > 0

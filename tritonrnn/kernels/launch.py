@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tritonrnn.kernels.plan import (
     DEVICES,
-    READ_BYTES,
     DeviceLimits,
     LaunchPlan,
     Problem,
@@ -175,7 +174,7 @@ def kernel_arguments(
         "BLOCK_H": plan.block_h,
         "BLOCK_B": plan.block_b,
         "BLOCK_K": plan.block_k,
-        "BLOCK_READ": max(plan.block_k, READ_BYTES // a.element_size()),
+        "BLOCK_READ": plan.block_read,
         **options,
     }
 

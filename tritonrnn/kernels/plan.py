@@ -27,20 +27,10 @@ CLOCKS_PER_US = 1980
 TFLOPS = {"16-bit": 989, "tf32": 495, "fp32": 67}
 MEMORY_BYTES_PER_US = 4.3e6
 
-# Warps a block: more lose their registers to their number.
-MAX_WARPS = 16
-# Sequences a program: more spill on sm_80 or sm_90, as ``perf static`` shows.
-MAX_BLOCK_B = {"16-bit": 32, "tf32": 16, "fp32": 16}
-# Of a sequence's state, read at once in the cooperative plan: more takes more registers than there
-# are, as ``perf static`` shows.
-READ_BYTES = 1024
-# Hidden units a group, by arithmetic and sequences a program, up to which the cooperative plan
-# keeps its weights and does not spill on sm_90, as ``perf static`` shows.
-MAX_COOPERATIVE_H = {
-    ("16-bit", 16): 1024,
-    ("16-bit", 32): 512,
-    ("tf32", 16): 512,
-}
+# Sequences a program where weights stay. Never a function of B, which would compile a kernel for
+# every few batch sizes. The epilogue is a good part of a step and costs what the tile is large, so
+# few; but as many as let Triton choose wgmma, whose narrowest tile it takes to be 16 wide.
+BLOCK_B = {"16-bit": 16, "tf32": 8, "fp32": 8}
 
 
 @dataclass(frozen=True)
@@ -102,6 +92,11 @@ class DeviceLimits:
         """Whether matrix instructions read their operands from shared memory."""
         return self.arch == "sm_90"
 
+    @property
+    def has_tf32(self) -> bool:
+        """Whether matrix instructions multiply TF32 numbers: of AMD's, on the MI300 only."""
+        return not self.is_amd or self.arch == "gfx942"
+
 
 # The devices that kernels are compiled for where there is no GPU, and their limits as the vendors
 # publish them.
@@ -124,6 +119,7 @@ class LaunchPlan:
         block_h: hidden units a program.
         block_b: sequences a program.
         block_k: hidden units of the previous state that one product takes.
+        block_read: hidden units of it that a program reads before it multiplies.
         num_warps: warps a program.
         num_stages: tiles that the stepwise product keeps in flight.
         precision: of the products: ``tf32``, ``tf32x3`` (three products of TF32 parts, of fp32
@@ -138,6 +134,7 @@ class LaunchPlan:
     block_h: int
     block_b: int
     block_k: int
+    block_read: int
     num_warps: int
     num_stages: int
     precision: str
@@ -188,32 +185,20 @@ def choose_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Declined
 def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
     """W_hh in one multiprocessor for the whole walk, or None where it does not fit."""
     block_h = _power_of_two(problem.H, at_least=16)
-    precision = _precision(problem)
-    num_warps = _num_warps(block_h, device)
-    # As few sequences a program as keep every program on a multiprocessor of its own, for the
-    # epilogue is a good part of a step and costs what the tile is large; but as many as let Triton
-    # choose wgmma, where there is one.
-    smallest = 16 if device.has_wgmma and problem.item_bytes == 2 and block_h >= 64 else 8
-    largest = MAX_BLOCK_B[_arithmetic(problem)]
-    if num_warps == MAX_WARPS:
-        # Half the registers a thread: the backward pass of a packed batch spills at 32.
-        largest = min(largest, 16)
-    block_b = smallest
-    while block_b < largest and _cdiv(problem.B, block_b) * problem.G > device.multiprocessors:
-        block_b *= 2
-    while True:
-        shared_bytes = _resident_shared_bytes(problem, block_h, block_b)
+    precision = _precision(problem, device)
+    for block_b in (BLOCK_B[_arithmetic(problem)], 8):
+        shared_bytes = _resident_shared_bytes(problem, precision, block_h, block_b)
         if shared_bytes <= device.shared_bytes:
             break
-        if block_b == smallest:
-            return None
-        block_b //= 2
+    else:
+        return None
     return LaunchPlan(
         name="resident",
         block_h=block_h,
         block_b=block_b,
         block_k=block_h,
-        num_warps=num_warps,
+        block_read=block_h,
+        num_warps=_num_warps(problem, block_h, device),
         num_stages=1,
         precision=precision,
         programs=_cdiv(problem.B, block_b) * problem.G,
@@ -230,41 +215,36 @@ def cooperative_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Non
     # Of 64 rows, which wgmma wants, the fewest bytes are read from shared memory in a step. In the
     # interpreter, where programs take turns, a gang is one program.
     block_h = _power_of_two(problem.H, at_least=64) if device.is_interpreter else 64
-    candidates = (_cooperative_plan(problem, device, block_h, block_b) for block_b in (16, 32))
-    plans = [plan for plan in candidates if plan is not None]
-    return min(plans, key=lambda plan: cooperative_step_us(problem, plan), default=None)
-
-
-def _cooperative_plan(
-    problem: Problem, device: DeviceLimits, block_h: int, block_b: int
-) -> LaunchPlan | None:
-    largest = MAX_COOPERATIVE_H.get((_arithmetic(problem), block_b), 0)
-    if problem.H > largest and not device.is_interpreter:
-        return None
-    block_k = 128
-    columns = _cdiv(problem.H, block_k) * block_k
-    shared_bytes = (
-        block_h * columns * problem.item_bytes
-        # The state that is read at once.
-        + block_b * max(READ_BYTES, block_k * problem.item_bytes)
-        # fp32 tiles on their way between the layouts of memory and of the product.
-        + 2 * block_h * block_b * 4
-        + 1024
-    )
+    precision = _precision(problem, device)
+    block_b, block_k = 16, 128
+    if _is_narrow(problem):
+        # Every number in a register with an address of its own, and of two parts each.
+        block_k = 32 if precision == "tf32x3" else 64
+    tiles = _cdiv(problem.H, block_k)
+    tile_bytes = block_k * problem.item_bytes * (2 if precision == "tf32x3" else 1)
+    weight_bytes = block_h * tiles * tile_bytes
+    # All of the state that there is room for beside the weights is read at once, for each read
+    # takes a round trip to L2.
+    spare_bytes = max(0, device.shared_bytes - weight_bytes - 1024)
+    at_once = min(1 if _is_narrow(problem) else tiles, spare_bytes // (block_b * tile_bytes))
+    # fp32 tiles on their way between the layouts of memory and of the product.
+    exchange_bytes = 2 * block_h * block_b * 4
+    shared_bytes = weight_bytes + max(at_once * block_b * tile_bytes, exchange_bytes) + 1024
     gang = _cdiv(problem.H, block_h)
     # All programs at the same time, one a multiprocessor.
-    at_once = device.multiprocessors // (gang * problem.G) if not device.is_interpreter else 1
-    lanes = min(at_once, _cdiv(problem.B, block_b))
-    if lanes == 0 or shared_bytes > device.shared_bytes:
+    lanes = device.multiprocessors // (gang * problem.G) if not device.is_interpreter else 1
+    if at_once == 0 or lanes == 0 or shared_bytes > device.shared_bytes:
         return None
+    lanes = min(lanes, _cdiv(problem.B, block_b))
     return LaunchPlan(
         name="cooperative",
         block_h=block_h,
         block_b=block_b,
         block_k=block_k,
-        num_warps=_num_warps(block_h, device),
+        block_read=at_once * block_k,
+        num_warps=_num_warps(problem, block_h, device),
         num_stages=1,
-        precision=_precision(problem),
+        precision=precision,
         programs=lanes * gang * problem.G,
         launches=1,
         shared_bytes=shared_bytes,
@@ -295,11 +275,13 @@ def torch_step_us(problem: Problem) -> float:
 
 def stepwise_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan:
     """A launch a step: every problem has this plan."""
-    precision = _precision(problem)
+    precision = _precision(problem, device)
     block_h = min(64, _power_of_two(problem.H, at_least=16))
-    block_b = min(MAX_BLOCK_B[_arithmetic(problem)], _power_of_two(problem.B, at_least=8))
-    # Three products a tile take more registers than one.
-    block_k = min(32 if _arithmetic(problem) == "fp32" else 64, block_h)
+    block_b = 16
+    # Tiles of M and of the state go through registers on their way to the product: 128 bytes of a
+    # row, and half as many where each tile is two in its parts, or its numbers come one by one.
+    k_bytes = 64 if precision == "tf32x3" or _is_narrow(problem) else 128
+    block_k = min(k_bytes // problem.item_bytes, block_h)
     num_stages = 3
     tiles = num_stages * block_k * (block_h + block_b) * problem.item_bytes
     return LaunchPlan(
@@ -307,7 +289,8 @@ def stepwise_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan:
         block_h=block_h,
         block_b=block_b,
         block_k=block_k,
-        num_warps=_num_warps(block_h, device),
+        block_read=block_k,
+        num_warps=_num_warps(problem, block_h, device),
         num_stages=num_stages,
         precision=precision,
         programs=_cdiv(problem.B, block_b) * _cdiv(problem.H, block_h) * problem.G,
@@ -317,8 +300,8 @@ def stepwise_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan:
     )
 
 
-def _resident_shared_bytes(problem: Problem, block_h: int, block_b: int) -> int:
-    parts = 2 if _arithmetic(problem) == "fp32" else 1
+def _resident_shared_bytes(problem: Problem, precision: str, block_h: int, block_b: int) -> int:
+    parts = 2 if precision == "tf32x3" else 1
     weights = block_h * block_h * problem.item_bytes * parts
     state = block_h * block_b * problem.item_bytes * parts
     # fp32 tiles on their way between the layouts of memory and of the product.
@@ -333,14 +316,24 @@ def _arithmetic(problem: Problem) -> str:
     return "tf32" if problem.tf32 else "fp32"
 
 
-def _precision(problem: Problem) -> str:
+def _precision(problem: Problem, device: DeviceLimits) -> str:
+    if not device.has_tf32:
+        return "ieee"
     # Without matrix instructions, fp32 products spill and take twice the instructions.
     return {"16-bit": "ieee", "tf32": "tf32", "fp32": "tf32x3"}[_arithmetic(problem)]
 
 
-def _num_warps(block_h: int, device: DeviceLimits) -> int:
-    # A warp group of 128 threads to 64 rows of wgmma, a warp to 16 rows of the others.
-    return max(1, min(MAX_WARPS, 2 * block_h // device.warp_size))
+def _num_warps(problem: Problem, block_h: int, device: DeviceLimits) -> int:
+    # A warp group of 128 threads to 64 rows of wgmma, a warp to 16 rows of the others. As many as a
+    # block may have leave each thread 128 registers: enough only where the product takes its
+    # operands from shared memory, and what goes there comes in vectors.
+    most = 16 if device.has_wgmma and not _is_narrow(problem) else 8
+    return max(1, min(most, 2 * block_h // device.warp_size))
+
+
+def _is_narrow(problem: Problem) -> bool:
+    """Whether rows are so odd that numbers are fetched one by one, each from its own address."""
+    return problem.H * problem.item_bytes % 8 != 0
 
 
 def _power_of_two(n: int, at_least: int) -> int:

@@ -74,6 +74,8 @@ def load_weights(
         # Triton knows no starred expressions.
         tiles = tiles + (m,)  # type: ignore[assignment]  # noqa: RUF005
         tiles_small = tiles_small + (m_small,)  # type: ignore[assignment]  # noqa: RUF005
+        # One tile after the other, lest the numbers of all of them be in registers at once.
+        tl.debug_barrier()
     return tiles, tiles_small
 
 
@@ -214,7 +216,9 @@ def walk(
         aux_1 = tl.load(aux_ptr + row_1 + tile, mask=mask_1, other=0.0)
 
     # The pipeliner would move reads of the state above the stores that other programs wait for.
-    for step in tl.range(first_step, stop, num_stages=1):
+    # And LLVM would hoist the descriptor of every matrix instruction out of the loop, two registers
+    # each, where a cooperative program has a hundred of them: 255 registers and spills become 128.
+    for step in tl.range(first_step, stop, num_stages=1, disable_licm=PLAN == "cooperative"):
         row_3 = row_offset_at(step + 3, stop, longest, is_reverse, row_map_ptr, stride_time, WIDTH)
         row_ahead = row_2
         if AHEAD == 1:
@@ -242,7 +246,7 @@ def walk(
             target += GANG
             # One address and constant distances from it: an address a tile costs registers.
             state_ptrs = a_ptr + row_before + base + offs_k[:, None]
-            # As many reads at once as registers allow, for each takes a round trip to L2.
+            # As many reads at once as shared memory has room for: each takes a round trip to L2.
             for first in tl.static_range(0, H, BLOCK_READ):
                 states = ()
                 for k in tl.static_range(first, first + BLOCK_READ, BLOCK_K):
@@ -261,7 +265,7 @@ def walk(
                         m, m_small = tiles[k // BLOCK_K], tiles_small[k // BLOCK_K]
                         z = multiply_add(m, m_small, state, state_small, z, PRECISION)
         else:
-            for k in tl.range(0, H, BLOCK_K):
+            for k in tl.range(0, H, BLOCK_K, disable_licm=True):
                 mask_k = k + offs_k < H
                 m = tl.load(m_ptrs + k * stride_m_column, mask=mask_h & mask_k[None, :], other=0.0)
                 state = tl.load(
@@ -388,7 +392,11 @@ def recurrence_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     mask_h = (offs_h < H)[:, None]
     m_ptr += group.to(tl.int64) * stride_m_group
-    m_ptrs = m_ptr + offs_h[:, None].to(tl.int64) * stride_m_row + offs_k[None, :] * stride_m_column
+    rows_h = offs_h[:, None]
+    if PLAN == "stepwise":
+        # Elsewhere M fits multiprocessors, and so do its offsets 32 bits.
+        rows_h = rows_h.to(tl.int64)
+    m_ptrs = m_ptr + (rows_h * stride_m_row + offs_k[None, :] * stride_m_column)
     tiles = ()
     tiles_small = ()
     if PLAN != "stepwise":
