@@ -212,7 +212,7 @@ def specimens(
 
 
 def table(
-    wanted: Sequence[Specimen], *, processes: int | None = None, tick: Callable[[], None] = int
+    wanted: Sequence[Specimen], *, processes: int | None = None, tick: Callable[[], object] = int
 ) -> pd.DataFrame:
     """One row a specimen.
 
