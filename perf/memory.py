@@ -46,7 +46,9 @@ def _on_gpu(call: Callable[[], object], device: torch.device) -> tuple[Footprint
 
 
 def _on_cpu(call: Callable[[], object]) -> tuple[Footprint, object]:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    activities = [ProfilerActivity.CPU]
+    # acc_events changes nothing in one cycle, but torch 2.11 warns where it is not given.
+    with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         result = call()
     session = profiler.profiler
     assert session is not None

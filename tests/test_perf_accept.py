@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from perf import accept, axes, precompile, recorded_tests, samples, sanitize, schema, tables, tune
@@ -280,6 +281,61 @@ def test_walks_for_the_sanitizer_are_of_every_plan(plan, monkeypatch):
     assert set(launched) == {plan}
 
 
+def on_gpu(folder: Path, monkeypatch) -> accept.Acceptance:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "put back in the end")
+    return accept.Acceptance(folder, "cuda", Console(quiet=True))
+
+
+def test_compiling_step_tells_what_failed_and_frees_what_it_cut_off(tmp_path, monkeypatch):
+    acceptance = on_gpu(tmp_path, monkeypatch)
+    lock = tmp_path / accept.EXTENSIONS / "elman" / "lock"
+
+    def compile_all(todo, seconds):
+        assert not lock.exists()
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+        for place, (name, case) in enumerate(todo):
+            yield precompile.Compiled(name, case, 1.0, None if place else "RuntimeError: no")
+
+    codes = dict.fromkeys(sanitize.PLANS, 0)
+    monkeypatch.setattr(precompile, "compile_all", compile_all)
+    monkeypatch.setattr(accept, "run_for", lambda command, *ignored: codes[command[-1]])
+    outcome = acceptance.compile(60.0)
+    assert outcome.status == "done"
+    assert "58 compiled; 1 tritonrnn: RuntimeError: no" in outcome.says
+    assert not lock.exists()
+    codes["cooperative"] = -11
+    outcome = acceptance.compile(60.0)
+    assert outcome.status == "failed"
+    assert "walks-cooperative.log: -11" in outcome.says
+
+
+@pytest.mark.parametrize(
+    ("code", "outcomes", "status"),
+    [
+        (0, ["passed", "skipped"], "done"),
+        (5, ["passed"], "done"),
+        (1, ["passed", "failed"], "failed"),
+        # It did not even get to its tests.
+        (4, [], "failed"),
+        (None, ["passed"], "unfinished"),
+    ],
+)
+def test_step_of_tests_tells_how_they_ended(tmp_path, monkeypatch, code, outcomes, status):
+    def run_for(command, seconds, log, environment):
+        lines = [
+            json.dumps({"test": f"t{place}", "outcome": one}) for place, one in enumerate(outcomes)
+        ]
+        Path(environment[recorded_tests.VARIABLE]).write_text("".join(f"{one}\n" for one in lines))
+        return code
+
+    monkeypatch.setattr(accept, "run_for", run_for)
+    outcome = on_gpu(tmp_path, monkeypatch).gpu_tests(60.0)
+    assert outcome.status == status
+    assert all(f"1 {one}" in outcome.says for one in outcomes)
+    assert ("t1" in outcome.says) == ("failed" in outcomes)
+
+
 def test_sanitizer_is_run_for_each_tool_and_plan_and_its_findings_fail(tmp_path, monkeypatch):
     fake = tmp_path / "compute-sanitizer"
     fake.write_text(
@@ -289,8 +345,7 @@ def test_sanitizer_is_run_for_each_tool_and_plan_and_its_findings_fail(tmp_path,
     )
     fake.chmod(0o755)
     monkeypatch.setattr(accept, "SANITIZER_FOLDERS", (str(tmp_path),))
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "put back in the end")
-    acceptance = accept.Acceptance(tmp_path, "cuda", console=None)  # type: ignore[arg-type]
+    acceptance = on_gpu(tmp_path, monkeypatch)
     outcome = acceptance.sanitizer(1.0)
     assert outcome.status == "unfinished"
     assert "racecheck stepwise" in outcome.says
