@@ -358,12 +358,12 @@ def test_unknown_peers_are_told(name):
         find(name)
 
 
-@pytest.mark.parametrize("name", ["resident", "stepwise"])
+@pytest.mark.parametrize("name", ["resident", "cooperative", "stepwise"])
 def test_forced_plan_reaches_the_launch_and_is_undone(name, monkeypatch):
     from tritonrnn.kernels import launch
 
     launched = []
-    choose, grid = launch.choose_plan, launch.grid
+    grid = launch.grid
     monkeypatch.setattr(
         launch, "grid", lambda problem, plan: launched.append(plan.name) or grid(problem, plan)
     )
@@ -372,4 +372,7 @@ def test_forced_plan_reaches_the_launch_and_is_undone(name, monkeypatch):
         output, _ = rnn(torch.randn(3, 2, 2))
         output.sum().backward()
     assert set(launched) == {name}
-    assert launch.choose_plan is choose
+    launched.clear()
+    with tritonrnn.backend("triton"):
+        rnn(torch.randn(3, 2, 2))
+    assert launched == ["resident"]

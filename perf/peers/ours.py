@@ -78,6 +78,13 @@ class Stepwise(Resident):
     plan = "stepwise"
 
 
+class Cooperative(Resident):
+    """``tritonrnn.RNN`` with W_hh spread over gangs of programs, whatever it would choose."""
+
+    name = "tritonrnn-cooperative"
+    plan = "cooperative"
+
+
 @contextmanager
 def forced_plan(name: str) -> Iterator[None]:
     """Launch every recurrence by the plan of this name, also those of a backward pass.
@@ -85,20 +92,7 @@ def forced_plan(name: str) -> Iterator[None]:
     Raises:
         RuntimeError: from a launch whose problem the plan does not fit.
     """
-    from tritonrnn.kernels import launch, plan
+    from tritonrnn.kernels import launch
 
-    def choose(problem: plan.Problem, device: plan.DeviceLimits) -> plan.LaunchPlan:
-        makers = {"resident": plan.resident_plan, "stepwise": plan.stepwise_plan}
-        made = makers[name](problem, device)
-        if made is None:
-            raise RuntimeError(f"the plan {name} does not fit {problem} on {device.arch}")
-        return made
-
-    before = launch.choose_plan
-    # The process's, not the thread's: a GPU's backward pass runs in a thread of its own.
-    launch.choose_plan = choose  # type: ignore[assignment]
-    try:
-        with tritonrnn.backend("triton"):
-            yield
-    finally:
-        launch.choose_plan = before
+    with launch.forced_plan(name), tritonrnn.backend("triton"):
+        yield

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from tritonrnn.kernels.plan import (
     LaunchPlan,
     Problem,
     choose_plan,
+    cooperative_plan,
+    resident_plan,
     stepwise_plan,
 )
 from tritonrnn.kernels.recurrence import recurrence_kernel
@@ -25,6 +28,13 @@ from tritonrnn.layout import SequenceLayout
 # L2 of half a microsecond or more, and as long in the interpreter, at 50 microseconds a poll.
 PATIENCE = 200_000 if triton.knobs.runtime.interpret else 20_000_000
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+PLANS: dict[str, Callable[[Problem, DeviceLimits], LaunchPlan | None]] = {
+    "resident": resident_plan,
+    "cooperative": cooperative_plan,
+    "stepwise": stepwise_plan,
+}
+_forced: str | None = None
 
 
 def recurrence(
@@ -58,9 +68,7 @@ def recurrence(
         return
     problem = problem_of(a, layout, G=len(reverse), epilogue=epilogue, tf32=tf32)
     if plan is None:
-        device = device_limits(a.device)
-        choice = choose_plan(problem, device)
-        plan = choice if isinstance(choice, LaunchPlan) else stepwise_plan(problem, device)
+        plan = _plan_for(problem, device_limits(a.device))
     arguments = kernel_arguments(a, v_0, M, aux, layout, problem, reverse, plan)
     with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
         if plan.name == "stepwise":
@@ -72,6 +80,40 @@ def recurrence(
             recurrence_kernel[grid(problem, plan)](first_step=0, last_step=layout.T, **arguments)
         if plan.name == "cooperative":
             check_gangs(arguments["gang_ptr"], plan)
+
+
+@contextmanager
+def forced_plan(name: str) -> Iterator[None]:
+    """Launch every recurrence by the plan of this name, also those of a backward pass.
+
+    For tests and measurements. It holds for the whole process, not for a thread: a GPU's backward
+    pass runs in a thread of its own.
+
+    Args:
+        name: ``resident``, ``cooperative`` or ``stepwise``.
+
+    Raises:
+        ValueError: no plan has this name.
+        RuntimeError: from a launch whose problem the plan does not fit.
+    """
+    global _forced
+    if name not in PLANS:
+        raise ValueError(f"Expected a plan of {', '.join(PLANS)}, got {name}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _plan_for(problem: Problem, device: DeviceLimits) -> LaunchPlan:
+    if _forced is None:
+        choice = choose_plan(problem, device)
+        return choice if isinstance(choice, LaunchPlan) else stepwise_plan(problem, device)
+    plan = PLANS[_forced](problem, device)
+    if plan is None:
+        raise RuntimeError(f"the plan {_forced} does not fit {problem} on {device.arch}")
+    return plan
 
 
 def problem_of(a: Tensor, layout: SequenceLayout, *, G: int, epilogue: str, tf32: bool) -> Problem:
