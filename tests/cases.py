@@ -305,3 +305,20 @@ def assert_zero_gradients(case: Case) -> None:
     for parameter in ours.parameters():
         assert parameter.grad is not None
         assert not parameter.grad.any()
+
+
+def as_function(case: Case, module: nn.Module):
+    """``(data, hx, *weights) -> (output, h_n)``, and its arguments; no ``hx`` if there is none."""
+    names = [name for name, _ in module.named_parameters()]
+    data, hx = case.tensors(0.7)
+    packed = case.input(data)
+
+    def function(data, *others):
+        hx, *weights = others if case.hx else (None, *others)
+        input = packed._replace(data=data) if case.is_packed else data
+        parameters = dict(zip(names, weights))
+        output, h_n = torch.func.functional_call(module, parameters, (input, hx))
+        return plain(output), h_n
+
+    weights = [weight.detach().clone().requires_grad_() for weight in module.parameters()]
+    return function, (data, *([hx] if case.hx else []), *weights)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from cases import Case, pair, plain
-from torch import nn
+from cases import Case, as_function, pair, plain
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import tritonrnn
+from perf.switches import cudnn_off
 
 pytestmark = [
     pytest.mark.usefixtures("torch_back_end"),
@@ -34,22 +36,6 @@ TRANSFORMED = [
 transformed = pytest.mark.parametrize("case", TRANSFORMED, ids=str)
 
 
-def as_function(case: Case, module: nn.Module):
-    """(data, hx, *weights) -> (output, h_n)."""
-    names = [name for name, _ in module.named_parameters()]
-    data, hx = case.tensors(0.7)
-    packed = case.input(data)
-
-    def function(data, hx, *weights):
-        input = packed._replace(data=data) if case.is_packed else data
-        parameters = dict(zip(names, weights))
-        output, h_n = torch.func.functional_call(module, parameters, (input, hx))
-        return plain(output), h_n
-
-    weights = [weight.detach().clone().requires_grad_() for weight in module.parameters()]
-    return function, (data, hx, *weights)
-
-
 @transformed
 def test_gradcheck_passes_backward_and_forward(case):
     function, arguments = as_function(case, case.module(tritonrnn.RNN))
@@ -68,21 +54,28 @@ def test_gradgradcheck_passes(case):
     assert gradgradcheck(function, arguments, fast_mode=True)
 
 
+@pytest.mark.parametrize("back_end", ["torch", "triton"])
 @transformed
-def test_double_backward_agrees_with_torch(case):
+def test_double_backward_agrees_with_torch(case, back_end):
     """A gradient penalty, as a Wasserstein critic has it."""
+    device = "cuda" if back_end == "triton" and torch.cuda.is_available() else "cpu"
+    if back_end == "triton":
+        case = replace(case, dtype=torch.float32, device=device)
     outcomes = []
     for module in pair(case):
         data, hx = case.tensors()
-        output, h_n = module(case.input(data), hx)
-        loss = plain(output).square().sum() + h_n.sum()
-        gradients = torch.autograd.grad(loss, [data, hx], create_graph=True)
-        penalty = sum(gradient.square().sum() for gradient in gradients)
-        leaves = [data, hx, *module.parameters()]
-        # relu has no second derivative in its biases: torch says None or zero.
-        second = torch.autograd.grad(penalty, leaves, allow_unused=True)
+        # cuDNN has no second derivative.
+        with tritonrnn.backend(back_end), cudnn_off():
+            output, h_n = module(case.input(data), hx)
+            loss = plain(output).square().sum() + h_n.sum()
+            gradients = torch.autograd.grad(loss, [data, hx], create_graph=True)
+            penalty = sum(gradient.square().sum() for gradient in gradients)
+            leaves = [data, hx, *module.parameters()]
+            # relu has no second derivative in its biases: torch says None or zero.
+            second = torch.autograd.grad(penalty, leaves, allow_unused=True)
         outcomes.append([torch.zeros_like(x) if g is None else g for x, g in zip(leaves, second)])
-    torch.testing.assert_close(outcomes[1], outcomes[0])
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if back_end == "triton" else {}
+    torch.testing.assert_close(outcomes[1], outcomes[0], **tolerance)
 
 
 def scalar(function):

@@ -6,7 +6,7 @@ transforms, complex numbers. No tensor is changed in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,54 @@ def forward(
         outputs.append(output)
         finals.append(final_state(output, layout.whole, backwards, h_0))
     return torch.cat(outputs, -1), torch.stack(finals)
+
+
+def gradients(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    sources: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """Differentiate what is recorded, and record that in turn where gradients are enabled.
+
+    Args:
+        run: called with ``sources``.
+        needs: for each of ``sources`` whether its gradient is wanted; False where it is None.
+        cotangents: of each result of ``run``, not all of them None.
+
+    Returns:
+        The gradients that are wanted. No two share storage.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views are distinct even where two weights are one tensor: each gets its own gradient.
+        sources = [None if source is None else source.view_as(source) for source in sources]
+        wanted = [source for source, need in zip(sources, needs) if need and source is not None]
+        for source in wanted:
+            if not source.requires_grad:
+                source.requires_grad_()
+        pairs = zip(run(*sources), cotangents)
+        known = [(value, grad) for value, grad in pairs if grad is not None]
+        return list(
+            torch.autograd.grad(
+                [value for value, _ in known],
+                wanted,
+                [grad for _, grad in known],
+                create_graph=again,
+                materialize_grads=True,
+            )
+        )
+
+
+def is_batched(cotangents: Sequence[Tensor | None]) -> bool:
+    """Whether many gradients are asked for at once, as vectorised jacobians ask for them.
+
+    They know no rule for an operator of another's, only for what it is made of.
+    """
+    return any(
+        grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+        for grad in cotangents
+    )
 
 
 def _entering(

@@ -154,9 +154,13 @@ def choose_now(
         return Choice("torch", "recorded", recorded)
     reason = "torch was asked for." if asked == "torch" else obstacle
     # torch's own kernels are as good as any where there is no walk, and on CUDA they are cuDNN.
-    native = (T == 1 or device.type == "cuda") and not ragged
+    native = T == 1 or (device.type == "cuda" and T <= _LONGEST_OF_CUDNN)
+    native = native and not ragged
     return Choice("torch", "native" if native else "walk", reason or "")
 
+
+# https://github.com/pytorch/pytorch/issues/133751
+_LONGEST_OF_CUDNN = 65535
 
 # Plans whose programs wait for one another, until their tests have passed on a GPU
 # (tests/test_gang_gpu.py): what goes wrong there ends the process's use of the GPU.

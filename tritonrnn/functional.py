@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from tritonrnn import ops
+from tritonrnn import ops, twice
 from tritonrnn.call import Call, check, compute_dtype
 from tritonrnn.dispatch import choose
 from tritonrnn.nested import like_jagged
@@ -182,53 +180,27 @@ def _run(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
         data = data.to(call.dtype)
         hx = None if hx is None else hx.to(call.dtype)
         layers = [[weight.to(call.dtype) for weight in layer] for layer in layers]
-    if call.choice.plan == "native":
-        return _native(call, data, hx, layers, dropout)
+    plan = call.choice.plan
+    settings = call.layout, call.nonlinearity, call.bidirectional
+    # Masks that only torch's kernels know can't be applied again for a second derivative. Where
+    # one takes that, each layer runs alone, in training or not, for a checkpoint to repeat them.
+    alone = dropout > 0 and twice.is_differentiated_once(data)
+    if plan == "native" and not alone:
+        return twice.forward(data, hx, layers, call.extents, *settings, dropout)
     D = 2 if call.bidirectional else 1
     finals = []
     for index, weights in enumerate(layers):
         h_0 = None if hx is None else hx[index * D : (index + 1) * D]
-        data, h_n = (ops.elman_recorded if call.choice.plan == "recorded" else ops.elman)(
-            data, h_0, weights, call.extents, call.reset, call.layout, call.nonlinearity,
-            call.bidirectional, call.choice.backend,
-        )  # fmt: skip
+        if plan == "native":
+            data, h_n = twice.forward(data, h_0, [weights], call.extents, *settings)
+        else:
+            data, h_n = (ops.elman_recorded if plan == "recorded" else ops.elman)(
+                data, h_0, weights, call.extents, call.reset, *settings, call.choice.backend
+            )
         if dropout > 0 and index + 1 < len(layers):
             data = _dropout(data, dropout, call.layout)
         finals.append(h_n)
     return data, finals[0] if len(finals) == 1 else torch.cat(finals)
-
-
-def _native(
-    call: Call, data: Tensor, hx: Tensor | None, layers: Sequence[Sequence[Tensor]], dropout: float
-) -> tuple[Tensor, Tensor]:
-    """The whole stack in torch's own kernels."""
-    run = torch.rnn_tanh if call.nonlinearity == "tanh" else torch.rnn_relu
-    weights = [weight for layer in layers for weight in layer]
-    G = 2 if call.bidirectional else 1
-    if hx is None:
-        hx = data.new_zeros(len(layers) * G, call.sizes["B"], layers[0][1].shape[0])
-    has_biases = len(layers[0]) == 4 * G
-    # cuDNN can't differentiate what ran in evaluation mode, which differs by the dropout only.
-    settings = (has_biases, len(layers), dropout, dropout > 0 or torch.is_grad_enabled())
-    with _wherever_weights_lie(data):
-        if call.extents is not None:
-            return run(data, call.extents, hx, weights, *settings, call.bidirectional)
-        batch_first = call.layout == "batch_major"
-        return run(data, hx, weights, *settings, call.bidirectional, batch_first)
-
-
-@contextmanager
-def _wherever_weights_lie(data: Tensor) -> Iterator[None]:
-    """Silence cuDNN, which copies weights that do not lie in one buffer of its own and warns.
-
-    Where they lie is their owner's to say.
-    """
-    if not data.is_cuda:
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
-        yield
 
 
 def _dropout(data: Tensor, p: float, layout: str) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonrnn import differentiable, layer
+from tritonrnn import differentiable, layer, native
 from tritonrnn.dispatch import Backend, choose_now, current_backend, why_recorded
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.precision import products_as_in_rnn
@@ -100,11 +100,14 @@ def _resolve(
     where: SequenceLayout,
     nonlinearity: str,
     bidirectional: bool,
-) -> str:
-    """The back end of a compiled program's call, which was not chosen when it was traced."""
+) -> tuple[str, bool]:
+    """The back end, and whether torch's own kernels serve there.
+
+    That of a compiled program's call was not chosen when it was traced.
+    """
     if backend != "auto":
-        return backend
-    return choose_now(
+        return backend, False
+    choice = choose_now(
         asked(),
         w_hh.device,
         w_hh.dtype,
@@ -114,7 +117,8 @@ def _resolve(
         H=len(w_hh),
         nonlinearity=nonlinearity,
         ragged=where.is_ragged,
-    ).backend
+    )
+    return choice.backend, choice.plan == "native"
 
 
 def _elman_kernel(
@@ -133,7 +137,16 @@ def _elman_kernel(
         B = where.whole.B
         if hx is not None and hx.shape[1] != B:
             raise RuntimeError(f"Expected hidden states of {B} sequences, got {hx.shape[1]}")
-        backend = _resolve(backend, current_backend, weights[1], where, nonlinearity, bidirectional)
+        backend, is_native = _resolve(
+            backend, current_backend, weights[1], where, nonlinearity, bidirectional
+        )
+        if is_native:
+            # Without a graph: the backward pass walks, and wants the output only.
+            with torch.no_grad():
+                output, h_n = native.forward(
+                    input, hx, [weights], extents, layout, nonlinearity, bidirectional
+                )
+            return output.contiguous(), h_n.contiguous()
         output, h_n = layer.forward(rows, hx, weights, where, nonlinearity, bidirectional, backend)
         return output.view(*input.shape[:-1], output.shape[-1]), h_n
 
@@ -156,7 +169,9 @@ def _elman_backward_kernel(
     with _plainly(input):
         rows, where = _rows(input, layout, extents, reset)
         # Not by the context: that was the forward pass's to obey, and may be another by now.
-        backend = _resolve(backend, lambda: "auto", weights[1], where, nonlinearity, bidirectional)
+        backend, _ = _resolve(
+            backend, lambda: "auto", weights[1], where, nonlinearity, bidirectional
+        )
         # The walk is in place: on a copy, which for an odd layout is the only one.
         if grad_output is None:
             dz = output.new_zeros(output.shape)
@@ -269,14 +284,8 @@ class _Elman(torch.autograd.Function):
         needs = [needs_input, needs_hx, *needs_weights]
         if grad_output is None and grad_h_n is None:
             return (None,) * len(ctx.needs_input_grad)
-        # Batched gradients (vectorised jacobians) know no rule for the operator, only for what it
-        # is made of.
-        batched = any(
-            grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
-            for grad in (grad_output, grad_h_n)
-        )
         run: Callable[..., list[Tensor]] = torch.ops.tritonrnn.elman_backward
-        if batched:
+        if differentiable.is_batched((grad_output, grad_h_n)):
             run = _recorded_backward
         found = iter(
             run(
@@ -349,30 +358,14 @@ def _recorded_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Run the layer again, every step recorded, and leave its derivative to autograd."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views are distinct even where two weights are one tensor: each gets its own gradient.
-        input = input.view_as(input)
-        hx = None if hx is None else hx.view_as(hx)
-        weights = [weight.view_as(weight) for weight in weights]
-        sources = [t for t, need in zip((input, hx, *weights), needs) if need and t is not None]
-        for source in sources:
-            if not source.requires_grad:
-                source.requires_grad_()
-        outputs = elman_recorded(
+
+    def run(input: Tensor, hx: Tensor | None, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        return elman_recorded(
             input, hx, weights, extents, reset, layout, nonlinearity, bidirectional, backend
         )
-        pairs = zip(outputs, (grad_output, grad_h_n))
-        known = [(value, grad) for value, grad in pairs if grad is not None]
-        return list(
-            torch.autograd.grad(
-                [value for value, _ in known],
-                sources,
-                [grad for _, grad in known],
-                create_graph=again,
-                materialize_grads=True,
-            )
-        )
+
+    cotangents = grad_output, grad_h_n
+    return differentiable.gradients(run, (input, hx, *weights), needs, cotangents)
 
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
