@@ -212,7 +212,10 @@ def specimens(
 
 
 def table(
-    wanted: Sequence[Specimen], *, processes: int | None = None, tick: Callable[[], object] = int
+    wanted: Sequence[Specimen],
+    *,
+    processes: int | None = None,
+    tick: Callable[[], object] | None = None,
 ) -> pd.DataFrame:
     """One row a specimen.
 
@@ -229,7 +232,8 @@ def table(
         try:
             for future in as_completed(futures):
                 future.result()
-                tick()
+                if tick is not None:
+                    tick()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
