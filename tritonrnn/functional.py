@@ -159,7 +159,7 @@ def _step(
     dtype = compute_dtype(input)
     B, H = len(input), len(w_hh)
     choice = choose(input.device, dtype, T=1, B=B, G=1, H=H, nonlinearity=nonlinearity)
-    if choice.backend == "torch":
+    if choice.backend == "torch" and choice.plan != "recorded":
         # One step has no walk to save: torch's own kernel is the torch path.
         step = torch.rnn_tanh_cell if nonlinearity == "tanh" else torch.rnn_relu_cell
         return step(input, input.new_zeros(B, H) if hx is None else hx, w_ih, w_hh, b_ih, b_hh)
@@ -208,9 +208,9 @@ def _dropout(data: Tensor, p: float, layout: str) -> Tensor:
         return torch.nn.functional.dropout(data, p)
     # torch draws its mask step by step, whatever the input's layout: so does this, for the same
     # seed to drop the same units.
-    B, T, features = data.shape
-    noise = data.new_empty(T, B, features).bernoulli_(1 - p).div_(1 - p)
-    return data * noise.transpose(0, 1)
+    in_steps = data.transpose(0, 1)
+    noise = torch.empty_like(in_steps, memory_format=torch.contiguous_format)
+    return (in_steps * noise.bernoulli_(1 - p).div_(1 - p)).transpose(0, 1)
 
 
 def _reset_at_first_step(hx: Tensor, call: Call) -> Tensor:
