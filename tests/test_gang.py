@@ -68,7 +68,7 @@ def test_cooperative_gang_gives_up_on_a_lost_program():
 
 WAIT = "            patience = wait(counter_ptr, target, patience, INTERPRETED)\n"
 COUNT = "            target += GANG\n"
-AFTER_READ = "        else:\n            for k in tl.range(0, H, BLOCK_K):\n"
+AFTER_READ = "        else:\n            for k in tl.range(0, H, BLOCK_K, disable_licm=True):\n"
 STORE = "            tl.store(a_ptr + row + tile, s, mask=mask_h & live)\n"
 PUBLISH = '        if PLAN == "cooperative":\n            publish(counter_ptr)\n'
 BROKEN = {
@@ -92,7 +92,8 @@ def test_cooperative_gang_notices_a_broken_protocol(change, tmp_path):
         s = gangs.run(case, gang_plan(case), kernel=kernel, seed=seed, delay_s=0.05)
         return not torch.equal(s, expected)
 
-    assert any(map(goes_wrong, range(5)))
+    # On a busy machine a delay may pass while nobody else runs; then the next one tells.
+    assert any(map(goes_wrong, range(20)))
 
 
 def test_cooperative_gang_notices_nothing_where_nothing_is_broken(tmp_path):
