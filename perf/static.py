@@ -116,12 +116,17 @@ class Compiled:
 
     @cached_property
     def _listing(self) -> str:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(self.assembly["cubin"])
-            file.flush()
-            tool = triton.knobs.nvidia.cuobjdump.path
-            command = [tool, "--dump-resource-usage", "-sass", file.name]
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return listing_of(self.assembly["cubin"])
+
+
+def listing_of(cubin: bytes) -> str:
+    """What NVIDIA's ``cuobjdump`` says of a kernel: its resources and its instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        command = [tool, "--dump-resource-usage", "-sass", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def compile_plan(

@@ -207,7 +207,7 @@ def probe_instructions() -> dict[str, list[str]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
     from perf import probes
-    from perf.static import _cuda_tool
+    from perf.static import listing_of
 
     found = {}
     for name, signature, constants, warps in (
@@ -224,7 +224,7 @@ def probe_instructions() -> dict[str, list[str]]:
         source = ASTSource(getattr(probes, name), signature, constants)
         target = GPUTarget("cuda", 90, 32)
         compiled = compile(source, target=target, options={"num_warps": warps})
-        listing = _cuda_tool("cuobjdump", "-sass", compiled.asm["cubin"])
+        listing = listing_of(compiled.asm["cubin"])
         found[name] = re.findall(r"^ +/[*][0-9a-f]+[*]/ +(.*?) ;", listing, re.MULTILINE)
     print(json.dumps(found))
     """

@@ -332,7 +332,7 @@ def test_peers_decline_what_they_cannot_do(device):
     declined = {name for name, peer in PEERS.items() if peer.supports(padded)}
     flash = {"flashrnn", "flashrnn-alternating"}
     here, there = {"nn_aten"}, {"nn_cudnn", "nn_native", "tritonrnn-resident", "tritonrnn-stepwise"}
-    there |= {"loop_graphed"}
+    there |= {"tritonrnn-cooperative", "loop_graphed"}
     assert declined == (there if device == "cpu" else here) | flash
     jagged = Case(T=5, B=3, I=2, H=4, device=device, layout="jagged")
     takers = {name for name, peer in PEERS.items() if not peer.supports(jagged)}
