@@ -10,6 +10,7 @@ import torch
 from cases import assert_same_results
 from reference import assert_as_accurate, elman
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -342,14 +343,65 @@ def test_recorded_steps_agree_under_torch_func(case):
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_ragged_batches_compile_whole(case):
+def test_ragged_batches_compile_whole_whatever_their_lengths(case):
     torch._dynamo.reset()
     module = case.module()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    run = functools.partial(compiled, **case.arguments())
-    got = case.results(run, list(module.parameters()), *case.tensors())
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for lengths in (case.lengths, "unsorted", "none"):
+        other = replace(case, lengths=lengths)
+        run = functools.partial(compiled, **other.arguments())
+        got = other.results(run, list(module.parameters()), *other.tensors())
+        assert_same_results(got, other.theirs(module))
+    assert counter.frame_count == 1
     torch._dynamo.reset()
-    assert_same_results(got, case.theirs(module))
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_ragged_batches_export_with_any_number_of_steps_and_sequences(case):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = case.module()
+
+        def forward(self, x, hx, lengths, reset):
+            return self.rnn(x, hx, lengths=lengths, reset=reset)
+
+    def arguments(T, B):
+        shape = (B, T) if case.batch_first else (T, B)
+        states = torch.randn(case.L * case.D, B, case.H).double()
+        marks = torch.rand(shape) < 0.3
+        return torch.randn(*shape, I).double(), states, torch.arange(B) % (T + 1), marks
+
+    model = Model()
+    T_dim, B_dim = torch.export.Dim("T"), torch.export.Dim("B")
+    grid = {0: B_dim, 1: T_dim} if case.batch_first else {0: T_dim, 1: B_dim}
+    program = torch.export.export(
+        model,
+        arguments(5, 4),
+        dynamic_shapes=(grid, {1: B_dim}, {0: B_dim}, grid),
+        strict=False,
+    )
+    given = arguments(7, 6)
+    torch.testing.assert_close(program.module()(*given), model(*given))
+
+
+@pytest.mark.parametrize("name", ["lengths", "reset"])
+def test_vmap_over_what_says_the_layout_is_a_clear_error(name):
+    case = Ragged("unsorted", reset=True)
+    module, (x, _), given = case.module(), case.tensors(), case.arguments()
+    with pytest.raises(RuntimeError, match=f"{name} can't be what torch.func.vmap maps over"):
+        torch.func.vmap(lambda one: module(x, **{name: one})[1])(given[name][None])
+
+
+def test_vmap_over_the_input_takes_lengths_and_resets():
+    case = Ragged("zeros", reset=True, D=2)
+    module, (x, hx), given = case.module(), case.tensors(), case.arguments()
+    x = torch.stack([x, 2 * x])
+    output, h_n = torch.func.vmap(lambda one: module(one, hx, **given))(x)
+    for index, one in enumerate(x):
+        expected = module(one, hx, **given)
+        torch.testing.assert_close((output[index], h_n[index]), expected)
 
 
 @pytest.mark.parametrize("case", [Ragged("unsorted", hx=False), *SMALL], ids=str)

@@ -74,7 +74,13 @@ def check(
     is_nested = isinstance(input, Tensor) and input.is_nested
     for name, given in (("lengths", lengths), ("reset", reset)):
         if given is not None and (isinstance(input, PackedSequence) or is_nested):
-            raise ValueError(f"{name} is of a padded batch: a packed or nested one has its own")
+            kind = "nested" if is_nested else "packed"
+            raise ValueError(f"{name} is of a padded batch, but the input is {kind}")
+        if isinstance(given, Tensor) and torch._C._functorch.is_batchedtensor(given):
+            raise RuntimeError(
+                f"{name} can't be what torch.func.vmap maps over: the walk depends on its numbers. "
+                "Map over the input, and put what differs into its batch"
+            )
     extents: Tensor | None
     if isinstance(input, PackedSequence):
         data, extents, order, _ = input

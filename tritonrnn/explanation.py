@@ -67,7 +67,8 @@ def explain(
     # A converted subclass of torch.nn.RNN runs as ours does, and is no instance of it.
     runs_as_ours = getattr(type(module), "forward", None) is RNN.forward
     if not isinstance(module, RNN) and not runs_as_ours:
-        raise TypeError(f"Expected a tritonrnn.RNN to explain, got {type(module).__qualname__}")
+        given = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise TypeError(f"Expected a tritonrnn.RNN to explain, got {given}")
     call = check(
         input,
         hx,

@@ -93,8 +93,8 @@ class RNN(torch.nn.RNNBase):
                 ``PackedSequence``, or a jagged nested tensor of B sequences ``(length, I)``.
             hx: ``(L * D, B, H)``, or ``(L * D, H)`` if the input is unbatched; zero if None.
             lengths: of a padded batch, the tokens of each sequence, ``(B,)``; all T if None.
-            reset: of a padded batch, where a sequence starts anew from a state of 0, ``(T, B)``,
-                or ``(B, T)`` if ``batch_first``, bool.
+            reset: of a padded input, where a sequence starts anew from a state of 0, ``(T, B)``,
+                ``(B, T)`` if ``batch_first``, or ``(T,)`` if it is unbatched, bool.
 
         Returns:
             ``output``, shaped as the input with D * H features, and ``h_n``, shaped as ``hx``.
