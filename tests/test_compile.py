@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch._inductor.config
 from cases import Case, plain
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -17,10 +21,40 @@ pytestmark = [
 ]
 
 
+class Tagger(nn.Module):
+    """A model with something before its RNN and something after it."""
+
+    def __init__(self, case: Case):
+        super().__init__()
+        self.embed = nn.Linear(case.I, case.I)
+        self.rnn = case.module(tritonrnn.RNN)
+        self.head = nn.Linear(case.D * case.H, 3)
+        self.to(case.device)
+
+    def forward(self, input, hx):
+        if isinstance(input, PackedSequence):
+            data, *packing = input
+            input = PackedSequence(self.embed(data).tanh(), *packing)
+        else:
+            input = self.embed(input).tanh()
+        output, h_n = self.rnn(input, hx)
+        return self.head(plain(output)).log_softmax(-1), h_n.square()
+
+    def results(self, run, case: Case) -> list[torch.Tensor]:
+        """Results and every gradient, of the model or of what it was compiled to."""
+        data, hx = case.tensors()
+        results = run(case.input(data), hx)
+        leaves = [x for x in (data, hx, *self.parameters()) if x is not None]
+        cotangents = case.cotangents(*results)
+        return [*results, *torch.autograd.grad(results, leaves, cotangents)]
+
+
 @pytest.fixture(autouse=True)
 def _forget_what_was_compiled():
     torch._dynamo.reset()
-    yield
+    # In this process: torch 2.11 may wait minutes for its workers to end.
+    with torch._inductor.config.patch(compile_threads=1):
+        yield
     torch._dynamo.reset()
 
 
@@ -56,6 +90,53 @@ def test_compiled_model_agrees_whatever_the_length(layout, compiler, hx):
         torch.testing.assert_close(results[1], results[0])
     # Once for the first length, and once more for all others.
     assert counter.frame_count <= 2
+
+
+# An embedded packed input is a new one: its rows, and their order, compile as the rest does.
+@pytest.mark.parametrize(
+    ("layout", "hx", "compiler", "back_end"),
+    [
+        ("time-major", True, "inductor", "torch"),
+        ("batch-first", False, "aot_eager", "torch"),
+        ("unsorted", True, "aot_eager", "torch"),
+        ("packed", False, "aot_eager", "triton"),
+        ("batch-first", True, "inductor", "triton"),
+    ],
+)
+def test_compiled_model_is_one_graph_for_every_length_and_batch(layout, hx, compiler, back_end):
+    device = "cuda" if back_end == "triton" and torch.cuda.is_available() else "cpu"
+    case = Case(L=1 if compiler == "inductor" else 2, D=2, layout=layout, hx=hx, device=device)
+    model = Tagger(case)
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with tritonrnn.backend(back_end):
+        for T, B in ((3, 4), (5, 3), (4, 6)):
+            other = replace(case, T=T, B=B, seed=T)
+            expected, got = model.results(model, other), model.results(compiled, other)
+            torch.testing.assert_close(got, expected)
+    # Once for the first sizes, and once more for all others; the layers, what is before them and
+    # what is after them are in one graph each time.
+    assert len(counter.graphs) == counter.frame_count == 2
+    for graph in counter.graphs:
+        calls = [str(node.target) for node in graph.graph.nodes]
+        assert sum("elman" in call for call in calls) == case.L
+        assert {"tanh", "log_softmax", "square"} <= set(calls)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("back_end", ["torch", "triton"])
+@pytest.mark.parametrize("layout", ["time-major", "packed"])
+def test_compiled_model_runs_as_cuda_graphs(layout, back_end):
+    case = Case(L=2, D=2, layout=layout, device="cuda")
+    model = Tagger(case)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    with tritonrnn.backend(back_end):
+        # Warmed up, captured, and replayed with other numbers.
+        for seed in range(4):
+            other = replace(case, seed=seed)
+            torch.compiler.cudagraph_mark_step_begin()
+            got = [result.clone() for result in model.results(compiled, other)]
+            torch.testing.assert_close(got, model.results(model, other), rtol=1e-3, atol=1e-4)
 
 
 def test_compiled_model_checks_what_it_is_given():
