@@ -6,30 +6,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from itertools import product
 
 import torch
 
 from tritonrnn.kernels import launch
-from tritonrnn.kernels.plan import (
-    DeviceLimits,
-    LaunchPlan,
-    Problem,
-    cooperative_plan,
-    resident_plan,
-    stepwise_plan,
-)
+from tritonrnn.kernels.plan import PLANS
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.ragged import RaggedLayout
 
-Maker = Callable[[Problem, DeviceLimits], LaunchPlan | None]
-
-PLANS: dict[str, Maker] = {
-    "resident": resident_plan,
-    "cooperative": cooperative_plan,
-    "stepwise": stepwise_plan,
-}
 # Not round, and for a gang of several programs.
 HIDDEN = {"resident": 100, "cooperative": 200, "stepwise": 100}
 LAYOUTS = {

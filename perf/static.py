@@ -31,12 +31,10 @@ from triton.backends.compiler import GPUTarget
 from tritonrnn.kernels import launch
 from tritonrnn.kernels.plan import (
     DEVICES,
+    PLANS,
     DeviceLimits,
     LaunchPlan,
     Problem,
-    cooperative_plan,
-    resident_plan,
-    stepwise_plan,
 )
 from tritonrnn.kernels.recurrence import recurrence_kernel
 from tritonrnn.layout import SequenceLayout
@@ -47,11 +45,6 @@ EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
 HIDDEN_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 50, 97, 100, 201, 333)
 # The kernel of least means and the one of most: a layout, and groups.
 BATCHES = (("padded", 1), ("packed", 2))
-PLANS = {
-    "resident": resident_plan,
-    "cooperative": cooperative_plan,
-    "stepwise": stepwise_plan,
-}
 # dtype of the tensors, and whether fp32 products may be TF32.
 DTYPES = {
     "bf16": (torch.bfloat16, False),

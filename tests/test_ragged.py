@@ -404,30 +404,6 @@ def test_vmap_over_the_input_takes_lengths_and_resets():
         torch.testing.assert_close((output[index], h_n[index]), expected)
 
 
-@pytest.mark.parametrize("case", [Ragged("unsorted", hx=False), *SMALL], ids=str)
-def test_operators_pass_opcheck_on_ragged_batches(case):
-    module = case.module()
-    x, hx = case.tensors()
-    x = torch.nan_to_num(x.detach()).requires_grad_()
-    given = case.arguments()
-    layout = "batch_major" if case.batch_first else "time_major"
-    each = len(list(module.parameters())) // case.L
-    torch.library.opcheck(
-        torch.ops.tritonrnn.elman,
-        (
-            x,
-            None if hx is None else hx[: case.D].detach(),
-            list(module.parameters())[:each],
-            given.get("lengths"),
-            given.get("reset"),
-            layout,
-            case.nonlinearity,
-            case.D == 2,
-            "torch",
-        ),
-    )
-
-
 # jagged nested tensors
 
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from tritonrnn.kernels import launch
 from tritonrnn.kernels.arithmetic import round_to_tf32, tanh
-from tritonrnn.kernels.plan import LaunchPlan, cooperative_plan, resident_plan, stepwise_plan
+from tritonrnn.kernels.plan import PLANS, LaunchPlan
 from tritonrnn.kernels.recurrence import recurrence_kernel
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.ragged import RaggedLayout
@@ -21,7 +21,6 @@ from tritonrnn.ragged import RaggedLayout
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PLANS = {"resident": resident_plan, "cooperative": cooperative_plan, "stepwise": stepwise_plan}
 LAYOUTS = {
     "time-major": SequenceLayout.time_major(7, 11),
     "batch-major": SequenceLayout.batch_major(11, 7),

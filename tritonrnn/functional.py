@@ -78,9 +78,9 @@ def rnn(
         TypeError: ``lengths`` or ``reset`` is no tensor of integers, or of bool.
         IndexError: a ``PackedSequence`` holds no step.
         RuntimeError: the input has no step, or not I features; ``batch_sizes`` don't describe the
-            packed rows; ``hx`` has the wrong shape or
-            dtype; tensors lie on different devices; or the back end that was asked for (see
-            :func:`tritonrnn.backend`) can't serve the call.
+            packed rows; ``hx`` has the wrong shape or dtype; tensors lie on different devices;
+            ``torch.func.vmap`` maps over ``lengths`` or ``reset``; or the back end that was asked
+            for (see :func:`tritonrnn.backend`) can't serve the call.
     """
     call = check(
         input,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,12 +13,11 @@ from torch import Tensor
 
 from tritonrnn.kernels.plan import (
     DEVICES,
+    PLANS,
     DeviceLimits,
     LaunchPlan,
     Problem,
     choose_plan,
-    cooperative_plan,
-    resident_plan,
     stepwise_plan,
 )
 from tritonrnn.kernels.recurrence import recurrence_kernel
@@ -29,11 +28,6 @@ from tritonrnn.layout import SequenceLayout
 PATIENCE = 200_000 if triton.knobs.runtime.interpret else 20_000_000
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
-PLANS: dict[str, Callable[[Problem, DeviceLimits], LaunchPlan | None]] = {
-    "resident": resident_plan,
-    "cooperative": cooperative_plan,
-    "stepwise": stepwise_plan,
-}
 _forced: str | None = None
 
 

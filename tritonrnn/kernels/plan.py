@@ -6,6 +6,7 @@ plan, and never one that does not fit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -298,6 +299,14 @@ def stepwise_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan:
         shared_bytes=tiles + 1024,
         device=device,
     )
+
+
+# What makes the plan of a name for a problem, or None where it does not fit.
+PLANS: dict[str, Callable[[Problem, DeviceLimits], LaunchPlan | None]] = {
+    "resident": resident_plan,
+    "cooperative": cooperative_plan,
+    "stepwise": stepwise_plan,
+}
 
 
 def _resident_shared_bytes(problem: Problem, precision: str, block_h: int, block_b: int) -> int:
