@@ -93,7 +93,7 @@ def test_wgmma_reads_the_state_behind_a_barrier_and_a_proxy_fence():
     ptx = compile_in_a_fresh_process(
         "from perf.static import *\n"
         "problem = Problem(T, 16, 1, 128, 'bf16')\n"
-        "plan = resident_plan(problem, DEVICES['sm_90'])\n"
+        "plan = PLANS['resident'](problem, DEVICES['sm_90'])\n"
         "print(compile_plan(problem, plan, torch.bfloat16).assembly['ptx'])"
     )
     body = ptx[: ptx.rindex("wgmma.wait_group")]
@@ -128,8 +128,8 @@ def test_fp32_compiles_for_amd_devices_without_tf32():
         "for arch, warp_size in [('gfx90a', 64), ('gfx1100', 32)]:\n"
         "    device = DeviceLimits(arch, 96, 64 * 1024, warp_size)\n"
         "    problem = Problem(T, 16, 2, 64, 'fp32', tf32=True)\n"
-        "    for choose in (resident_plan, stepwise_plan):\n"
-        "        compiled = compile_plan(problem, choose(problem, device), torch.float32)\n"
+        "    for plan in ('resident', 'stepwise'):\n"
+        "        compiled = compile_plan(problem, PLANS[plan](problem, device), torch.float32)\n"
         "        print(arch, compiled.shared_bytes <= compiled.plan.shared_bytes)"
     )
     assert compiled.splitlines() == ["gfx90a True"] * 2 + ["gfx1100 True"] * 2
@@ -161,7 +161,7 @@ def test_cooperative_publishes_and_reads_in_order():
     ptx = compile_in_a_fresh_process(
         "from perf.static import *\n"
         "problem = Problem(T, 16, 1, 512, 'bf16')\n"
-        "plan = cooperative_plan(problem, DEVICES['sm_90'])\n"
+        "plan = PLANS['cooperative'](problem, DEVICES['sm_90'])\n"
         "print(compile_plan(problem, plan, torch.bfloat16).assembly['ptx'])"
     )
     lines = ptx[ptx.index("{\n", ptx.index(".entry")) :].splitlines()
