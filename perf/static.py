@@ -142,8 +142,7 @@ def compile_plan(
     triton.runtime.driver.set_active(_Target(plan.device))
     started = time.perf_counter()
     kernel = recurrence_kernel.warmup(
-        first_step=0,
-        last_step=1 if plan.name == "stepwise" else T,
+        step=0,
         grid=launch.grid(problem, plan),
         **launch.kernel_arguments(
             a,
@@ -255,13 +254,18 @@ def _row(specimen: Specimen) -> dict[str, Any]:
         "block_h": plan.block_h,
         "block_b": plan.block_b,
         "num_warps": plan.num_warps,
+        # The instructions counted below are of as many blocks' steps.
+        "turns": plan.turns,
         "registers": registers,
         "spill_bytes": spill_bytes,
         "shared_bytes": compiled.shared_bytes,
         "planned_bytes": plan.shared_bytes,
     }
     if not plan.device.is_amd:
-        step = time_loop(compiled.sass, nested=plan.name == "cooperative")
+        # A stepwise launch is one step, from its first instruction to its last.
+        step = compiled.sass
+        if plan.name != "stepwise":
+            step = time_loop(compiled.sass, nested=plan.name == "cooperative")
         row |= {
             "sass_per_step": len(step),
             "hgmma": count(step, "HGMMA"),

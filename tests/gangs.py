@@ -72,7 +72,7 @@ def run(
         s, case.v_0, case.M, case.aux, case.layout, problem, case.reverse, plan
     )
     arguments["gang_ptr"].share_memory_()
-    arguments |= {"first_step": 0, "last_step": case.layout.T, "PATIENCE": patience}
+    arguments |= {"step": 0, "PATIENCE": patience}
     grid = launch.grid(problem, plan)
     processes = {
         _fork(lambda program=program: _be(program, grid, kernel, arguments, seed, delay_s))

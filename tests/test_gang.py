@@ -8,6 +8,7 @@ import torch
 from test_recurrence import LAYOUTS, Case, assert_close, make_case, plan_of
 
 from tritonrnn.kernels.plan import LaunchPlan
+from tritonrnn.ragged import RaggedLayout
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
@@ -16,8 +17,14 @@ pytestmark = [
 H = 24
 
 
-def gang_plan(case: Case, lanes: int = 2, programs: int = 2, block_k: int = 16) -> LaunchPlan:
+def jagged(lengths: list[int]) -> RaggedLayout:
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return RaggedLayout.jagged(offsets, sum(lengths))
+
+
+def gang_plan(case: Case, lanes: int = 2, programs: int = 2, turns: int = 2) -> LaunchPlan:
     """Gangs of ``programs`` programs: ``lanes`` for each group, of eight sequences each."""
+    block_k = 16
     block_h = {2: 16, 3: 8}[programs]
     return replace(
         plan_of(case, "cooperative"),
@@ -26,6 +33,7 @@ def gang_plan(case: Case, lanes: int = 2, programs: int = 2, block_k: int = 16) 
         block_k=block_k,
         block_read=2 * block_k,
         programs=lanes * programs * len(case.reverse),
+        turns=turns,
     )
 
 
@@ -37,10 +45,23 @@ def test_cooperative_gangs_match_float64(layout, epilogue):
     assert_close(case, gangs.run(case, gang_plan(case), delay_s=0.005))
 
 
-@pytest.mark.parametrize("layout", ["batch-major", "packed"])
+# Blocks of eight sequences: the second of each two is shorter, longer or empty; there is none.
+SEVERAL_BLOCKS = {
+    "batch-major": LAYOUTS["batch-major"],
+    "packed": LAYOUTS["packed"],
+    "second-longer": jagged([2, 1, 2, 0, 1, 2, 2, 1, 7, 3, 5]),
+    "second-empty": jagged([2, 1, 3, 0, 1, 2, 2, 1, 0, 0]),
+    "three": jagged([1, 2, 3, 1, 2, 3, 1, 2, 4, 4, 4, 4, 4, 4, 4, 4, 2, 3, 5]),
+}
+
+
+@pytest.mark.parametrize("layout", SEVERAL_BLOCKS)
 def test_cooperative_gang_takes_several_blocks(layout):
-    case = make_case(LAYOUTS[layout], H, "tanh_grad")
-    assert_close(case, gangs.run(case, gang_plan(case, lanes=1), delay_s=0.005))
+    """Two by turns in each step, or one after the other: the numbers are the same."""
+    case = make_case(SEVERAL_BLOCKS[layout], H, "tanh_grad")
+    s = gangs.run(case, gang_plan(case, lanes=1), delay_s=0.005)
+    assert_close(case, s)
+    assert torch.equal(s, gangs.run(case, gang_plan(case, lanes=1, turns=1)))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -66,18 +87,18 @@ def test_cooperative_gang_gives_up_on_a_lost_program():
         gangs.run(case, gang_plan(case), lost=(0, 1, 0), patience=200)
 
 
-WAIT = "            patience = wait(counter_ptr, target, patience, INTERPRETED)\n"
-COUNT = "            target += GANG\n"
-AFTER_READ = "        else:\n            for k in tl.range(0, H, BLOCK_K, disable_licm=True):\n"
-STORE = "            tl.store(a_ptr + row + tile, s, mask=mask_h & live)\n"
-PUBLISH = '        if PLAN == "cooperative":\n            publish(counter_ptr)\n'
+WAIT = "    patience = wait(counter_ptr, target, patience, INTERPRETED)\n"
+AFTER_READ = "    s = state_of(step, z, moment.aux, batch, block, EPILOGUE, INTERPRETED)\n"
+STORE = "    store_step(step, moment.row, s, batch, block)\n"
+PUBLISH = "    publish(counter_ptr)\n"
 BROKEN = {
     "no-wait": [(WAIT, "")],
     "target-one-less": [(WAIT, WAIT.replace("target,", "target - 1,"))],
     "target-one-step-less": [(WAIT, WAIT.replace("target,", "target - GANG,"))],
-    "read-before-wait": [(WAIT + COUNT, ""), (AFTER_READ, WAIT + COUNT + AFTER_READ)],
-    "publish-before-store": [(STORE + PUBLISH, "            publish(counter_ptr)\n" + STORE)],
-    "a-counter-for-all": [("32 * (1 + group * lanes + lane)", "32")],
+    "read-before-wait": [(WAIT, ""), (AFTER_READ, WAIT + AFTER_READ)],
+    "publish-before-store": [(STORE + PUBLISH, PUBLISH + STORE)],
+    "a-counter-for-all": [("32 * (1 + TURNS * (tl.program_id(2) * lanes + lane))", "32")],
+    "a-counter-for-both-turns": [("counter_ptr + 32,", "counter_ptr,")],
 }
 
 
@@ -86,10 +107,11 @@ def test_cooperative_gang_notices_a_broken_protocol(change, tmp_path):
     """What is wrong in the kernel's text shows in one of few schedules, most of it in the first."""
     case = make_case(LAYOUTS["packed"], H, "tanh")
     kernel = gangs.broken(tmp_path, *BROKEN[change])
-    expected = gangs.run(case, gang_plan(case))
+    plan = gang_plan(case, lanes=1)
+    expected = gangs.run(case, plan)
 
     def goes_wrong(seed: int) -> bool:
-        s = gangs.run(case, gang_plan(case), kernel=kernel, seed=seed, delay_s=0.05)
+        s = gangs.run(case, plan, kernel=kernel, seed=seed, delay_s=0.05)
         return not torch.equal(s, expected)
 
     # On a busy machine a delay may pass while nobody else runs; then the next one tells.
@@ -105,6 +127,6 @@ def test_cooperative_gang_notices_nothing_where_nothing_is_broken(tmp_path):
 def test_cooperative_gang_ends_a_program_that_hangs(tmp_path):
     """A counter that nobody adds to, and no patience to lose: the harness ends it."""
     case = make_case(LAYOUTS["packed"], H, "tanh", reverse=(True,))
-    kernel = gangs.broken(tmp_path, ("            publish(counter_ptr)\n", "            pass\n"))
+    kernel = gangs.broken(tmp_path, (PUBLISH, ""))
     with pytest.raises(gangs.GangError, match="still ran"):
         gangs.run(case, gang_plan(case), kernel=kernel, limit_s=2.0, patience=2**31 - 1)

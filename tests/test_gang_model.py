@@ -16,6 +16,9 @@ What the other waits for is seen through the barrier after the poll: here only t
 that the barrier counts; in the kernel every thread polls, which is more. L1 holds every line from
 the start, which is the worst it can do. A row of the state is written once: a read finds that, or
 the drive that lay there before.
+
+A gang walks its batch blocks by turns in each step, each as far as it goes and with a counter of
+its own.
 """
 
 from collections.abc import Iterator
@@ -30,9 +33,10 @@ STEPS = 3
 class Protocol:
     """What the kernel does, and what can be left out of it."""
 
-    # Steps of the batch blocks that each gang walks, and programs a gang.
-    gangs: tuple[int, ...] = (STEPS,)
+    # Steps of each batch block that each gang walks, and programs a gang.
+    gangs: tuple[tuple[int, ...], ...] = ((STEPS,),)
     programs: int = 2
+    counters_of_their_own: bool = True
     release: bool = True
     publish_barrier: bool = True
     wait: bool = True
@@ -41,23 +45,31 @@ class Protocol:
     target_off: int = 0
 
 
-# A thread's place: its step, and what it does next in it.
+# A thread's place: its turn, and what it does next in it.
 WAIT, WAIT_BARRIER, READ, STORE, PUBLISH_BARRIER, ADD, DONE = range(7)
 THREADS = 2
 
 
 @dataclass(frozen=True)
 class State:
-    """Places of threads; rows in buffers and in L2, as (gang, program, thread, step); counters."""
+    """Places of threads; rows in buffers and in L2; a counter for each (gang, block).
+
+    A row is (gang, program, thread, block, step): a thread's half of a program's slice.
+    """
 
     places: tuple[tuple[int, int], ...]
     buffered: frozenset
     memory: frozenset
-    counters: tuple[int, ...]
+    counters: tuple[tuple[int, ...], ...]
 
 
 class StaleReadError(Exception):
     """A read of a row that its writer's store had not reached."""
+
+
+def turns(steps: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Blocks and steps in the order in which a gang walks them."""
+    return [(b, step) for step in range(max(steps)) for b in range(len(steps)) if step < steps[b]]
 
 
 def search(protocol: Protocol) -> int:
@@ -77,7 +89,7 @@ def search(protocol: Protocol) -> int:
         tuple((0, WAIT) for _ in threads),
         frozenset(),
         frozenset(),
-        (0,) * len(protocol.gangs),
+        tuple((0,) * len(blocks) for blocks in protocol.gangs),
     )
     seen = {first}
     pending = [first]
@@ -103,7 +115,10 @@ def _successors(protocol: Protocol, threads: list, state: State) -> Iterator[tup
     for row in state.buffered:
         yield False, replace(state, buffered=state.buffered - {row}, memory=state.memory | {row})
     for i, (gang, program, thread) in enumerate(threads):
-        step, doing = state.places[i]
+        turn, doing = state.places[i]
+        order = turns(protocol.gangs[gang])
+        block, step = order[turn]
+        counter = block if protocol.counters_of_their_own else 0
         siblings = [j for j, other in enumerate(threads) if other[:2] == (gang, program)]
 
         def at(place: tuple[int, int], among: list[int], **changes) -> State:
@@ -114,39 +129,57 @@ def _successors(protocol: Protocol, threads: list, state: State) -> Iterator[tup
 
         if doing == WAIT:
             target = step * protocol.programs + protocol.target_off
-            if not protocol.wait or thread or state.counters[gang] >= target:
-                yield bool(thread), at((step, WAIT_BARRIER if protocol.wait_barrier else READ), [i])
+            if not protocol.wait or thread or state.counters[gang][counter] >= target:
+                yield bool(thread), at((turn, WAIT_BARRIER if protocol.wait_barrier else READ), [i])
         elif doing in (WAIT_BARRIER, PUBLISH_BARRIER):
-            if thread == 0 and all(state.places[j] == (step, doing) for j in siblings):
-                yield True, at((step, doing + 1), siblings)
+            if thread == 0 and all(state.places[j] == (turn, doing) for j in siblings):
+                yield True, at((turn, doing + 1), siblings)
         elif doing == READ:
             for other in range(protocol.programs if step else 0):
                 for half in range(THREADS):
                     own = other == program and half == thread
-                    there = protocol.bypass_l1 and (gang, other, half, step - 1) in state.memory
+                    row = (gang, other, half, block, step - 1)
+                    there = protocol.bypass_l1 and row in state.memory
                     if not own and not there:
                         raise StaleReadError(f"{threads[i]} reads step {step - 1} of {other}")
-            yield True, at((step, STORE), [i])
+            yield True, at((turn, STORE), [i])
         elif doing == STORE:
-            row = (gang, program, thread, step)
+            row = (gang, program, thread, block, step)
             after = PUBLISH_BARRIER if protocol.publish_barrier else ADD
-            yield True, at((step, after), [i], buffered=state.buffered | {row})
+            yield True, at((turn, after), [i], buffered=state.buffered | {row})
         elif doing == ADD:
             answers_for = siblings if protocol.publish_barrier else [i]
-            rows = {(*threads[j], step) for j in answers_for}
+            rows = {(*threads[j], block, step) for j in answers_for}
             if thread == 0 and protocol.release and rows & state.buffered:
                 continue
-            next_place = (step + 1, WAIT) if step + 1 < protocol.gangs[gang] else (step, DONE)
-            counters = list(state.counters)
+            next_place = (turn + 1, WAIT) if turn + 1 < len(order) else (turn, DONE)
+            counters = [list(of_gang) for of_gang in state.counters]
             if thread == 0:
-                counters[gang] += 1
-            yield bool(thread), at(next_place, [i], counters=tuple(counters))
+                counters[gang][counter] += 1
+            after_all = tuple(map(tuple, counters))
+            yield bool(thread), at(next_place, [i], counters=after_all)
 
 
 @pytest.mark.parametrize(
     ("programs", "gangs"),
-    [(2, (STEPS,)), (3, (STEPS,)), (2, (2, 1))],
-    ids=["2-programs", "3-programs", "2-programs-ragged"],
+    [
+        (2, ((STEPS,),)),
+        (3, ((STEPS,),)),
+        (2, ((2,), (1,))),
+        (2, ((STEPS, STEPS),)),
+        (2, ((STEPS, 1),)),
+        (2, ((1, STEPS),)),
+        (3, ((2, 2),)),
+    ],
+    ids=[
+        "2-programs",
+        "3-programs",
+        "2-gangs-ragged",
+        "2-blocks",
+        "2-blocks-second-shorter",
+        "2-blocks-second-longer",
+        "3-programs-2-blocks",
+    ],
 )
 def test_cooperative_protocol_holds_in_every_state(programs, gangs):
     assert search(Protocol(gangs, programs)) > 100
@@ -166,6 +199,14 @@ FAULTS = {
 def test_cooperative_protocol_needs_all_its_parts(fault):
     with pytest.raises(StaleReadError):
         search(Protocol(**FAULTS[fault]))
+    with pytest.raises(StaleReadError):
+        search(Protocol(((2, 2),), **FAULTS[fault]))
+
+
+def test_cooperative_protocol_needs_a_counter_for_each_turn():
+    """A program that is ahead adds for the second block what others wait for in the first."""
+    with pytest.raises(StaleReadError):
+        search(Protocol(((2, 2),), counters_of_their_own=False))
 
 
 def test_cooperative_protocol_waits_for_ever_for_a_count_too_many():

@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 
 from tritonrnn.kernels.plan import (
     DEVICES,
+    HANDOFF_US,
     Declined,
     DeviceLimits,
     LaunchPlan,
     Problem,
     choose_plan,
     cooperative_plan,
+    cooperative_step_us,
     resident_plan,
     stepwise_plan,
 )
@@ -67,6 +69,18 @@ def test_cooperative_plans_are_co_resident(problem, device):
 def test_cooperative_gang_takes_several_blocks_in_one_launch():
     plan = choose_plan(Problem(T=512, B=256, G=2, H=1024, dtype="bf16"), SM_90)
     assert (plan.name, plan.programs, plan.launches) == ("cooperative", 128, 1)
+    assert plan.turns == 2
+    assert "4 warps, two blocks in turn, 128 programs" in str(plan)
+
+
+def test_cooperative_blocks_in_turn_hide_a_handoff():
+    def step_us(B: int) -> float:
+        problem = Problem(T=512, B=B, G=2, H=1024, dtype="bf16")
+        return cooperative_step_us(problem, cooperative_plan(problem, SM_90))
+
+    # Four gangs of sixteen sequences; then each takes another block in turn, then a third one.
+    assert step_us(128) == pytest.approx(2 * step_us(64) - 2 * HANDOFF_US)
+    assert step_us(192) == pytest.approx(step_us(128) + step_us(64))
 
 
 @given(problems, devices)

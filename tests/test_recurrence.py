@@ -300,9 +300,7 @@ def test_recurrence_walks_past_step_65536():
         case.a[last:], v_0, case.M, None, tail, epilogue="tanh", reverse=(False,)
     )
     for step in range(last, T):
-        recurrence_kernel[launch.grid(problem, plan)](
-            first_step=step, last_step=step + 1, **arguments
-        )
+        recurrence_kernel[launch.grid(problem, plan)](step=step, **arguments)
     torch.testing.assert_close(case.a[last:].double(), expected, rtol=1e-6, atol=1e-6)
 
 

@@ -173,8 +173,9 @@ def test_cooperative_publishes_and_reads_in_order():
     assert first_of(lines, poll, [read], before=add)
     # No way leads from the addition to the next read but through a poll.
     assert not first_of(lines, add, [read], before=poll)
-    # The state comes through L2 alone: every wide load in the time loop is of this kind.
-    assert len(re.findall(read, ptx)) == 8
+    # The state comes through L2 alone: every wide load in the time loop is of this kind, eight for
+    # each of the two blocks that are walked by turns.
+    assert len(re.findall(read, ptx)) == 2 * 8
 
 
 def first_of(lines: list[str], start: str, targets: list[str], before: str) -> bool:

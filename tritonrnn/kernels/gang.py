@@ -1,7 +1,8 @@
-"""How the programs of a gang wait for one another: a counter that only grows.
+"""How the programs of a gang wait for one another: counters that only grow.
 
 A gang is the programs that walk the same sequences of one group, each with other hidden units. In
-every step each of them publishes its slice of the state, and reads all slices in the next:
+every step each of them publishes its slice of the state, and reads all slices in the next. For each
+of the batch blocks that they walk by turns there is a counter:
 
     publish   store the slice        every thread
               barrier                ... all stores of the block are before
@@ -10,14 +11,15 @@ every step each of them publishes its slice of the state, and reads all slices i
               barrier
               read the state         from L2: L1 may hold what was there before
 
-The counter is never reset, for who resets it may undo an addition. It counts modulo 2³².
+A counter is never reset, for who resets it may undo an addition. It counts modulo 2³².
 
 No schedule can deadlock. All programs of a launch run at the same time, or the driver refuses it
-(a cooperative launch). A program waits for additions of the step before only, which none of its
-gang makes depend on anything but additions of the step before that: of those that wait, one that
-is in the earliest step has all it waits for, or waits for one that runs. No gang waits for another
-one. And should a program fail, those that wait for it lose patience, say so and run to the end
-without waiting any more: a walk ends whatever happens.
+(a cooperative launch). All of a gang take the same turns in the same order, for which sequences
+there are and how long they are is the same for all, and a program waits only for additions that
+others make in earlier turns: of those that wait, one that is in the earliest turn has all it waits
+for, or waits for one that runs. No gang waits for another one. And should a program fail, those
+that wait for it lose patience, say so and run to the end without waiting any more: a walk ends
+whatever happens.
 
 Patience is a number of polls, not a time: a poll costs a round trip to L2, half a microsecond,
 only while the program runs, so that neither a debugger nor another process on the GPU wears it

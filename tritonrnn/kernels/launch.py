@@ -67,11 +67,9 @@ def recurrence(
     with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
         if plan.name == "stepwise":
             for step in range(layout.T):
-                recurrence_kernel[grid(problem, plan)](
-                    first_step=step, last_step=step + 1, **arguments
-                )
+                recurrence_kernel[grid(problem, plan)](step=step, **arguments)
         else:
-            recurrence_kernel[grid(problem, plan)](first_step=0, last_step=layout.T, **arguments)
+            recurrence_kernel[grid(problem, plan)](step=0, **arguments)
         if plan.name == "cooperative":
             check_gangs(arguments["gang_ptr"], plan)
 
@@ -125,13 +123,13 @@ def grid(problem: Problem, plan: LaunchPlan) -> tuple[int, int, int]:
 
 
 def gang_words(problem: Problem, plan: LaunchPlan, device: torch.device) -> Tensor:
-    """Whether all waited in time, and each gang's counter: new ones for every launch.
+    """Whether all waited in time, and each gang's counters: new ones for every launch.
 
     So calls on two streams share none, and a captured graph makes its own anew in every replay.
     Everything starts at 1, for the sake of one fill, and of a word that is true if not written.
     """
     lanes, _, groups = grid(problem, plan)
-    return torch.ones(1 + lanes * groups, 32, dtype=torch.int32, device=device)
+    return torch.ones(1 + plan.turns * lanes * groups, 32, dtype=torch.int32, device=device)
 
 
 def check_gangs(words: Tensor, plan: LaunchPlan) -> None:
@@ -162,7 +160,7 @@ def kernel_arguments(
     reverse: tuple[bool, ...],
     plan: LaunchPlan,
 ) -> dict[str, Any]:
-    """Every argument of the kernel but the steps to walk, and the compiler's options."""
+    """Every argument of the kernel but the step to walk, and the compiler's options."""
     B, G, H = problem.B, problem.G, problem.H
     assert a.shape == (layout.N, G * H)
     assert M.shape == (G, H, H)
@@ -211,6 +209,7 @@ def kernel_arguments(
         "BLOCK_B": plan.block_b,
         "BLOCK_K": plan.block_k,
         "BLOCK_READ": plan.block_read,
+        "TURNS": plan.turns,
         **options,
     }
 

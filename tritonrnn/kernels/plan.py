@@ -33,6 +33,10 @@ MEMORY_BYTES_PER_US = 4.3e6
 # few; but as many as let Triton choose wgmma, whose narrowest tile it takes to be 16 wide.
 BLOCK_B = {"16-bit": 16, "tf32": 8, "fp32": 8}
 
+# Tiles of M up to which ptxas (12.8, for sm_90) leaves the descriptors of two blocks' matrix
+# instructions where they are used: 10 take 166 registers; with 12 it keeps them all, and spills.
+MOST_TILES_IN_TURN = 10
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -127,6 +131,8 @@ class LaunchPlan:
             accuracy) or ``ieee`` (as they are).
         programs: programs a launch.
         launches: launches a pass.
+        turns: batch blocks that a cooperative program walks at the same time, by turns in each
+            step; 1 or 2.
         shared_bytes: an upper bound on the shared memory of a program.
         device: the limits that the plan was made for.
     """
@@ -143,11 +149,13 @@ class LaunchPlan:
     launches: int
     shared_bytes: int
     device: DeviceLimits
+    turns: int = 1
 
     def __str__(self) -> str:
         return (
             f"{self.name}: tiles of {self.block_h} hidden units x {self.block_b} sequences "
             f"(products of {self.block_k}, {self.precision}), {self.num_warps} warps, "
+            f"{'two blocks in turn, ' if self.turns == 2 else ''}"
             f"{self.programs} programs on {self.device.multiprocessors} multiprocessors, "
             f"{self.launches} launch{'es' if self.launches > 1 else ''}, "
             f"{self.shared_bytes / 1024:.0f} of {self.device.shared_bytes / 1024:.0f} KiB of "
@@ -237,6 +245,9 @@ def cooperative_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Non
     if at_once == 0 or lanes == 0 or shared_bytes > device.shared_bytes:
         return None
     lanes = min(lanes, _cdiv(problem.B, block_b))
+    # Two blocks want the registers of two, which large numbers and odd rows leave too few of.
+    spacious = problem.dtype != "fp32" and not _is_narrow(problem)
+    turns = 2 if spacious and tiles <= MOST_TILES_IN_TURN else 1
     return LaunchPlan(
         name="cooperative",
         block_h=block_h,
@@ -250,6 +261,7 @@ def cooperative_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Non
         launches=1,
         shared_bytes=shared_bytes,
         device=device,
+        turns=turns,
     )
 
 
@@ -260,9 +272,13 @@ def cooperative_step_us(problem: Problem, plan: LaunchPlan) -> float:
         + problem.item_bytes * problem.H * plan.block_b / L2_BYTES_PER_CLOCK
         + problem.item_bytes * problem.H * plan.block_h / SHARED_BYTES_PER_CLOCK
     )
+    busy_us = clocks / CLOCKS_PER_US
     lanes = plan.programs // (_cdiv(problem.H, plan.block_h) * problem.G)
-    turns = _cdiv(_cdiv(problem.B, plan.block_b), lanes)
-    return turns * (HANDOFF_US + clocks / CLOCKS_PER_US)
+    blocks = _cdiv(_cdiv(problem.B, plan.block_b), lanes)
+    in_turn, alone = divmod(blocks, plan.turns)
+    # Of blocks in turn, one is handed over while a gang is busy with the others.
+    in_turn_us = max(plan.turns * busy_us, HANDOFF_US + busy_us)
+    return in_turn * in_turn_us + alone * (HANDOFF_US + busy_us)
 
 
 def torch_step_us(problem: Problem) -> float:

@@ -20,37 +20,45 @@ has replaced it.
     cooperative   BLOCK_H does not. A program's BLOCK_H rows of M stay in shared memory for the
                   whole walk, in tiles of BLOCK_K columns; the state goes from step to step through
                   ``a``, and a program waits until all that share its sequences have stored the
-                  step before (``gang.py``). A gang walks its batch blocks one after the other.
+                  step before (``gang.py``). Of its batch blocks a gang walks two at the same time,
+                  one's slices on their way while the other's product is made, and two after two.
     stepwise      A launch walks one step. M and the previous state, which other programs wrote in
                   the launch before, come from global memory in tiles of BLOCK_K.
-
-A step of a sequence that has not yet joined, or has ended, is dead: it loads nothing, stores
-nothing, and its state is a true zero, chosen and never multiplied, so that a NaN stays in its own
-sequence. Row offsets are 64-bit: rows times hidden units passes 2³¹ in real use.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from tritonrnn.kernels.arithmetic import apply_epilogue, multiply_add, narrow, operands, prepare_aux
+from tritonrnn.kernels.arithmetic import multiply_add, operands
+from tritonrnn.kernels.block import (
+    Batch,
+    block_of,
+    has_state_before,
+    load_and_prepare_step,
+    load_step,
+    prepare_step,
+    row_at,
+    state_of,
+    store_step,
+)
 from tritonrnn.kernels.gang import publish, wait
 
 
-@triton.jit
-def time_at(step, longest, is_reverse):
-    """Give the time step that is walked as number ``step``: outside [0, T) before and after."""
-    return tl.where(is_reverse, longest - 1 - step, step)
+class Moment(NamedTuple):
+    """What a cooperative walk carries from step to step of a batch block.
 
+    drive, aux  what the step's product starts from, and what its epilogue takes
+    row_before, row, row_1
+                offsets of the rows of the step before, the step, and the one after it
+    """
 
-@triton.jit
-def row_offset_at(step, stop, longest, is_reverse, row_map_ptr, stride_time, WIDTH: tl.constexpr):
-    """Give the offset of time step ``time_at(step)`` in a row-major ``[N, WIDTH]`` matrix."""
-    t = time_at(step, longest, is_reverse)
-    if row_map_ptr is None:
-        row = t.to(tl.int64) * stride_time
-    else:
-        row = tl.load(row_map_ptr + t, mask=(step >= 0) & (step < stop), other=0)
-    return row * WIDTH
+    drive: Any
+    aux: Any
+    row_before: Any
+    row: Any
+    row_1: Any
 
 
 @triton.jit
@@ -80,269 +88,242 @@ def load_weights(
 
 
 @triton.jit
-def prepare_step(
-    step,
-    a,
-    aux,
-    s,
-    v_0,
-    lengths,
-    joins,
-    longest,
-    is_reverse,
-    aux_ptr,
-    v_0_ptr,
-    row_map_ptr,
-    EPILOGUE: tl.constexpr,
-):
-    """Turn the numbers loaded for a step into what its product starts from and its epilogue takes.
-
-    They are filled up from the state where a sequence is dead, whose number does not count: a value
-    that meets the state is carried in the accumulator's layout, so that the product need not wait
-    for a change of layouts.
-    """
-    t = time_at(step, longest, is_reverse)
-    live = (t < lengths)[None, :]
-    drive = tl.where(live, a, s).to(tl.float32)
-    if v_0_ptr is not None and row_map_ptr is not None:
-        # Where every sequence has all T tokens, none joins later than the first step.
-        drive = tl.where((t == joins)[None, :], drive + v_0, drive)
-    prepared = drive
-    if aux_ptr is not None:
-        prepared = prepare_aux(tl.where(live, aux, s), EPILOGUE)
-    return drive, prepared
-
-
-@triton.jit
-def walk(
+def walk_resident(
+    batch,
     block,
-    tiles,
-    tiles_small,
-    m_ptrs,
-    counter_ptr,
-    target,
-    patience,
-    a_ptr,
-    v_0_ptr,
-    aux_ptr,
-    row_map_ptr,
-    T,
-    B,
-    stride_time,
-    stride_batch,
-    stride_m_column,
-    reverse_groups,
-    first_step,
-    last_step,
+    m,
+    m_small,
     G: tl.constexpr,
     H: tl.constexpr,
     EPILOGUE: tl.constexpr,
-    PLAN: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr,
+):
+    """Walk a batch block, all of M and of its state at hand.
+
+    What a step takes of global memory is loaded two steps ahead.
+    """
+    WIDTH: tl.constexpr = G * H
+    row_before = tl.zeros([], tl.int64)
+    row = row_at(0, batch, block, WIDTH)
+    row_1 = row_at(1, batch, block, WIDTH)
+    row_2 = row_at(2, batch, block, WIDTH)
+    drive, aux = load_and_prepare_step(0, row, batch, block, EPILOGUE)
+    a_1, aux_1 = load_step(1, row_1, batch, block)
+    s = tl.zeros([BLOCK_H, BLOCK_B], batch.a_ptr.dtype.element_ty)
+    for step in tl.range(0, block.longest, num_stages=1):
+        row_3 = row_at(step + 3, batch, block, WIDTH)
+        a_2, aux_2 = load_step(step + 2, row_2, batch, block)
+        state, state_small = operands(s, PRECISION, INTERPRETED)
+        z = multiply_add(m, m_small, state, state_small, drive, PRECISION)
+        # The store of the step before waits in the shadow of the product.
+        store_step(step - 1, row_before, s, batch, block)
+        aux_now = aux
+        drive, aux = prepare_step(step + 1, a_1, aux_1, s, batch, block, EPILOGUE)
+        s = state_of(step, z, aux_now, batch, block, EPILOGUE, INTERPRETED)
+        row_before, row, row_1, row_2 = row, row_1, row_2, row_3
+        a_1, aux_1 = a_2, aux_2
+    store_step(block.longest - 1, row_before, s, batch, block)
+
+
+@triton.jit
+def walk_gang(
+    batch,
+    tiles,
+    tiles_small,
+    gang_ptr,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    PATIENCE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_READ: tl.constexpr,
+    TURNS: tl.constexpr,
+):
+    """Walk every ``lanes``-th batch block, TURNS of them at the same time, by turns in each step.
+
+    All programs of a gang do so in the same order.
+    """
+    WIDTH: tl.constexpr = G * H
+    lane, lanes = tl.program_id(0), tl.num_programs(0)
+    # Counters 128 bytes apart, so that no two meet in one cache line: one for each turn.
+    counter_ptr = gang_ptr + 32 * (1 + TURNS * (tl.program_id(2) * lanes + lane))
+    target = 1
+    other_target = 1
+    patience = PATIENCE
+    for number in tl.range(lane, tl.cdiv(batch.B, BLOCK_B), TURNS * lanes, num_stages=1):
+        block = block_of(number, batch, G, H, BLOCK_H, BLOCK_B)
+        moment = before_first_step(batch, block, WIDTH, EPILOGUE)
+        steps = block.longest
+        if TURNS == 2:
+            # There may be none of this number: then it has no steps.
+            other_block = block_of(number + lanes, batch, G, H, BLOCK_H, BLOCK_B)
+            other_moment = before_first_step(batch, other_block, WIDTH, EPILOGUE)
+            steps = tl.maximum(steps, other_block.longest)
+        # The pipeliner would move reads of the state above the stores that other programs wait for.
+        # And LLVM would hoist the descriptor of every matrix instruction out of the loop, two
+        # registers each, where a program has a hundred of them.
+        for step in tl.range(0, steps, num_stages=1, disable_licm=True):
+            if step < block.longest:
+                moment, target, patience = advance(
+                    step,
+                    batch,
+                    block,
+                    moment,
+                    tiles,
+                    tiles_small,
+                    counter_ptr,
+                    target,
+                    patience,
+                    G,
+                    H,
+                    EPILOGUE,
+                    PRECISION,
+                    INTERPRETED,
+                    BLOCK_H,
+                    BLOCK_K,
+                    BLOCK_READ,
+                )
+            if TURNS == 2:  # noqa: SIM102 (Triton evaluates both sides of an "and")
+                if step < other_block.longest:
+                    other_moment, other_target, patience = advance(
+                        step,
+                        batch,
+                        other_block,
+                        other_moment,
+                        tiles,
+                        tiles_small,
+                        counter_ptr + 32,
+                        other_target,
+                        patience,
+                        G,
+                        H,
+                        EPILOGUE,
+                        PRECISION,
+                        INTERPRETED,
+                        BLOCK_H,
+                        BLOCK_K,
+                        BLOCK_READ,
+                    )
+    # By every thread, for each has polled for itself.
+    in_time_ptrs = gang_ptr + tl.zeros([BLOCK_H, BLOCK_B], tl.int32)
+    tl.store(in_time_ptrs, 0, mask=patience == 0)
+
+
+@triton.jit
+def before_first_step(batch, block, WIDTH: tl.constexpr, EPILOGUE: tl.constexpr):
+    """Give the moment at which a gang's walk of a batch block begins."""
+    row = row_at(0, batch, block, WIDTH)
+    drive, aux = load_and_prepare_step(0, row, batch, block, EPILOGUE)
+    return Moment(
+        drive=drive,
+        aux=aux,
+        row_before=tl.zeros([], tl.int64),
+        row=row,
+        row_1=row_at(1, batch, block, WIDTH),
+    )
+
+
+@triton.jit
+def advance(
+    step,
+    batch,
+    block,
+    moment,
+    tiles,
+    tiles_small,
+    counter_ptr,
+    target,
+    patience,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_READ: tl.constexpr,
 ):
-    """Walk one batch block; the arguments are the kernel's and what it holds for all blocks.
+    """Walk one step of a batch block as one of a gang.
 
-    Gives what the counter of the gang will be once all of it have walked the block, and the
-    patience left.
+    Gives the next moment, what the counter will be once all of the gang have walked the step, and
+    the patience left.
     """
-    WIDTH: tl.constexpr = G * H
     GANG: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    # Steps from the load of the drive to its use. A wait is between them in the cooperative plan,
-    # which has no registers to spare.
-    AHEAD: tl.constexpr = 1 if PLAN == "cooperative" else 2
-    dtype: tl.constexpr = a_ptr.dtype.element_ty
+    row_2 = row_at(step + 2, batch, block, G * H)
+    a_1, aux_1 = load_step(step + 1, moment.row_1, batch, block)
 
-    group = tl.program_id(2)
-    is_reverse = ((reverse_groups >> group) & 1) != 0
-    offs_b = block * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    patience = wait(counter_ptr, target, patience, INTERPRETED)
+    # One address and constant distances from it: an address a tile costs registers.
     offs_k = tl.arange(0, BLOCK_K)
-    mask_b = offs_b < B
-    mask_h = (offs_h < H)[:, None]
-
-    if row_map_ptr is None:
-        lengths = tl.where(mask_b, T, 0)
-        batch_base = offs_b.to(tl.int64) * stride_batch
-    else:
-        batch_base = tl.load(row_map_ptr + T + offs_b, mask=mask_b, other=0)
-        lengths = tl.load(row_map_ptr + T + B + offs_b, mask=mask_b, other=0).to(tl.int32)
-    longest = tl.max(lengths, axis=0)
-    stop = tl.minimum(last_step, longest)
-    # The time step at which a sequence joins the walk.
-    joins = tl.where(is_reverse, lengths - 1, 0)
-
-    # Offsets of the program's tile from column 0 of a time step's row, in a, aux and s.
-    base = (batch_base * WIDTH + group * H)[None, :]
-    tile = base + offs_h[:, None]
-    s = tl.zeros([BLOCK_H, BLOCK_B], dtype)
-
-    # The first two steps' drive is fetched before the walk, every other one two steps ahead of its
-    # use, and a time step's row a step before that.
-    row_before = tl.zeros([], tl.int64)
-    row = row_offset_at(first_step, stop, longest, is_reverse, row_map_ptr, stride_time, WIDTH)
-    row_1 = row_offset_at(
-        first_step + 1, stop, longest, is_reverse, row_map_ptr, stride_time, WIDTH
-    )
-    row_2 = row_offset_at(
-        first_step + 2, stop, longest, is_reverse, row_map_ptr, stride_time, WIDTH
-    )
-    if PLAN == "stepwise":
-        row_before = row_offset_at(
-            first_step - 1, stop, longest, is_reverse, row_map_ptr, stride_time, WIDTH
-        )
-
-    t = time_at(first_step, longest, is_reverse)
-    mask = mask_h & ((t < lengths) & (first_step < stop))[None, :]
-    drive = tl.load(a_ptr + row + tile, mask=mask, other=0.0).to(tl.float32)
-    v_0 = 0.0
-    if v_0_ptr is not None:
-        v_0_tile = (group.to(tl.int64) * B + offs_b)[None, :] * H + offs_h[:, None]
-        v_0 = tl.load(v_0_ptr + v_0_tile, mask=mask_h & mask_b[None, :], other=0.0)
-        drive += tl.where((t == joins)[None, :], v_0, 0.0)
-    aux = drive
-    if aux_ptr is not None:
-        aux = prepare_aux(tl.load(aux_ptr + row + tile, mask=mask, other=0.0), EPILOGUE)
-
-    t_1 = time_at(first_step + 1, longest, is_reverse)
-    mask_1 = mask_h & ((t_1 < lengths) & (first_step + 1 < stop))[None, :]
-    a_1 = tl.load(a_ptr + row_1 + tile, mask=mask_1, other=0.0)
-    aux_1 = a_1
-    if aux_ptr is not None:
-        aux_1 = tl.load(aux_ptr + row_1 + tile, mask=mask_1, other=0.0)
-
-    # The pipeliner would move reads of the state above the stores that other programs wait for.
-    # And LLVM would hoist the descriptor of every matrix instruction out of the loop, two registers
-    # each, where a cooperative program has a hundred of them: 255 registers and spills become 128.
-    for step in tl.range(first_step, stop, num_stages=1, disable_licm=PLAN == "cooperative"):
-        row_3 = row_offset_at(step + 3, stop, longest, is_reverse, row_map_ptr, stride_time, WIDTH)
-        row_ahead = row_2
-        if AHEAD == 1:
-            row_ahead = row_1
-        t_2 = time_at(step + AHEAD, longest, is_reverse)
-        mask_2 = mask_h & ((t_2 < lengths) & (step + AHEAD < stop))[None, :]
-        a_2 = tl.load(a_ptr + row_ahead + tile, mask=mask_2, other=0.0)
-        aux_2 = a_2
-        if aux_ptr is not None:
-            aux_2 = tl.load(aux_ptr + row_ahead + tile, mask=mask_2, other=0.0)
-
-        t = time_at(step, longest, is_reverse)
-        live = (t < lengths)[None, :]
-        walking = live & (t != joins)[None, :]
-        z = drive
-        if PLAN == "resident":
-            state, state_small = operands(s, PRECISION, INTERPRETED)
-            z = multiply_add(tiles[0], tiles_small[0], state, state_small, z, PRECISION)
-            # The store of the step before waits in the shadow of the product.
-            t_before = time_at(step - 1, longest, is_reverse)
-            was_live = ((t_before < lengths) & (step > first_step))[None, :]
-            tl.store(a_ptr + row_before + tile, s, mask=mask_h & was_live)
-        elif PLAN == "cooperative":
-            patience = wait(counter_ptr, target, patience, INTERPRETED)
-            target += GANG
-            # One address and constant distances from it: an address a tile costs registers.
-            state_ptrs = a_ptr + row_before + base + offs_k[:, None]
-            # As many reads at once as shared memory has room for: each takes a round trip to L2.
-            for first in tl.static_range(0, H, BLOCK_READ):
-                states = ()
-                for k in tl.static_range(first, first + BLOCK_READ, BLOCK_K):
-                    if k < H:
-                        mask_state = walking
-                        if k + BLOCK_K > H:
-                            mask_state = (k + offs_k < H)[:, None] & walking
-                        state = tl.load(
-                            state_ptrs + k, mask=mask_state, other=0.0, cache_modifier=".cg"
-                        )
-                        states = states + (state,)  # type: ignore[assignment]  # noqa: RUF005
-                for k in tl.static_range(first, first + BLOCK_READ, BLOCK_K):
-                    if k < H:
-                        state = states[(k - first) // BLOCK_K]
-                        state, state_small = operands(state, PRECISION, INTERPRETED)
-                        m, m_small = tiles[k // BLOCK_K], tiles_small[k // BLOCK_K]
-                        z = multiply_add(m, m_small, state, state_small, z, PRECISION)
-        else:
-            for k in tl.range(0, H, BLOCK_K, disable_licm=True):
-                mask_k = k + offs_k < H
-                m = tl.load(m_ptrs + k * stride_m_column, mask=mask_h & mask_k[None, :], other=0.0)
-                state = tl.load(
-                    a_ptr + row_before + base + (k + offs_k)[:, None],
-                    mask=mask_k[:, None] & walking,
-                    other=0.0,
-                )
-                m, m_small = operands(m, PRECISION, INTERPRETED)
+    state_ptrs = batch.a_ptr + moment.row_before + block.base + offs_k[:, None]
+    mask_b = has_state_before(step, block)
+    z = moment.drive
+    # As many reads at once as shared memory has room for: each takes a round trip to L2.
+    for first in tl.static_range(0, H, BLOCK_READ):
+        states = ()
+        for k in tl.static_range(first, first + BLOCK_READ, BLOCK_K):
+            if k < H:
+                mask = mask_b
+                if k + BLOCK_K > H:
+                    mask = (k + offs_k < H)[:, None] & mask_b
+                state = tl.load(state_ptrs + k, mask=mask, other=0.0, cache_modifier=".cg")
+                states = states + (state,)  # type: ignore[assignment]  # noqa: RUF005
+        for k in tl.static_range(first, first + BLOCK_READ, BLOCK_K):
+            if k < H:
+                state = states[(k - first) // BLOCK_K]
                 state, state_small = operands(state, PRECISION, INTERPRETED)
+                m, m_small = tiles[k // BLOCK_K], tiles_small[k // BLOCK_K]
                 z = multiply_add(m, m_small, state, state_small, z, PRECISION)
 
-        aux_now = aux
-        if PLAN != "cooperative":
-            drive, aux = prepare_step(
-                step + 1,
-                a_1,
-                aux_1,
-                s,
-                v_0,
-                lengths,
-                joins,
-                longest,
-                is_reverse,
-                aux_ptr,
-                v_0_ptr,
-                row_map_ptr,
-                EPILOGUE,
-            )
-
-        s = tl.where(live, apply_epilogue(z, aux_now, EPILOGUE), 0.0)
-        s = narrow(s, dtype, INTERPRETED)
-        if PLAN != "resident":
-            tl.store(a_ptr + row + tile, s, mask=mask_h & live)
-        if PLAN == "cooperative":
-            publish(counter_ptr)
-            # Here, while the others' slices are on their way.
-            drive, aux = prepare_step(
-                step + 1,
-                a_2,
-                aux_2,
-                s,
-                v_0,
-                lengths,
-                joins,
-                longest,
-                is_reverse,
-                aux_ptr,
-                v_0_ptr,
-                row_map_ptr,
-                EPILOGUE,
-            )
-
-        row_before = row
-        row = row_1
-        row_1 = row_2
-        row_2 = row_3
-        a_1 = a_2
-        aux_1 = aux_2
-
-    if PLAN == "resident":
-        t = time_at(stop - 1, longest, is_reverse)
-        was_live = ((t >= 0) & (t < lengths) & (first_step < stop))[None, :]
-        tl.store(a_ptr + row_before + tile, s, mask=mask_h & was_live)
-    return target, patience
+    s = state_of(step, z, moment.aux, batch, block, EPILOGUE, INTERPRETED)
+    store_step(step, moment.row, s, batch, block)
+    publish(counter_ptr)
+    # Here, while the others' slices are on their way.
+    drive, aux = prepare_step(step + 1, a_1, aux_1, s, batch, block, EPILOGUE)
+    next_moment = Moment(drive=drive, aux=aux, row_before=moment.row, row=moment.row_1, row_1=row_2)
+    return next_moment, target + GANG, patience
 
 
-@triton.jit(
-    do_not_specialize=[
-        "T",
-        "B",
-        "stride_time",
-        "stride_batch",
-        "reverse_groups",
-        "first_step",
-        "last_step",
-    ]
-)
+@triton.jit
+def walk_step(
+    step,
+    batch,
+    block,
+    m_ptrs,
+    stride_m_column,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Walk one step of a batch block, M and the state before in global memory."""
+    WIDTH: tl.constexpr = G * H
+    row = row_at(step, batch, block, WIDTH)
+    z, aux = load_and_prepare_step(step, row, batch, block, EPILOGUE)
+    offs_k = tl.arange(0, BLOCK_K)
+    state_ptrs = batch.a_ptr + row_at(step - 1, batch, block, WIDTH) + block.base + offs_k[:, None]
+    mask_b = has_state_before(step, block)
+    for k in tl.range(0, H, BLOCK_K, disable_licm=True):
+        mask_k = k + offs_k < H
+        m = tl.load(m_ptrs + k * stride_m_column, mask=block.mask_h & mask_k[None, :], other=0.0)
+        state = tl.load(state_ptrs + k, mask=mask_k[:, None] & mask_b, other=0.0)
+        m, m_small = operands(m, PRECISION, INTERPRETED)
+        state, state_small = operands(state, PRECISION, INTERPRETED)
+        z = multiply_add(m, m_small, state, state_small, z, PRECISION)
+    s = state_of(step, z, aux, batch, block, EPILOGUE, INTERPRETED)
+    store_step(step, row, s, batch, block)
+
+
+@triton.jit(do_not_specialize=["T", "B", "stride_time", "stride_batch", "reverse_groups", "step"])
 def recurrence_kernel(
     a_ptr,
     v_0_ptr,
@@ -358,8 +339,7 @@ def recurrence_kernel(
     stride_m_row,
     stride_m_column,
     reverse_groups,
-    first_step,
-    last_step,
+    step,
     G: tl.constexpr,
     H: tl.constexpr,
     EPILOGUE: tl.constexpr,
@@ -371,8 +351,9 @@ def recurrence_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_READ: tl.constexpr,
+    TURNS: tl.constexpr,
 ):
-    """Walk steps ``[first_step, last_step)`` of every sequence of a program's batch blocks.
+    """Walk every step, or by the stepwise plan one, of every sequence of a program's batch blocks.
 
     a_ptr           [N, G * H], overwritten by s
     v_0_ptr         [G, B, H] fp32, or None for zero
@@ -380,73 +361,85 @@ def recurrence_kernel(
     aux_ptr         [N, G * H], or None where the epilogue takes none
     row_map_ptr     int64 time_base[T], batch_base[B], lengths[B]; or None where token (t, b) is
                     in row t * stride_time + b * stride_batch and every length is T
-    gang_ptr        int32 [1 + gangs, 32] of ones; row 0 turns 0 if a wait was in vain, the others
-                    are the counters of the gangs. None where there are no gangs
+    gang_ptr        int32 [1 + TURNS * gangs, 32] of ones; row 0 turns 0 if a wait was in vain, the
+                    others are the counters of the gangs. None where there are no gangs
     reverse_groups  bit g is set where group g walks from the last step to the first
+    step            what a stepwise launch walks
     INTERPRETED     whether Triton's interpreter runs this, whose bf16 needs a hand
-    BLOCK_READ      hidden units of the state before that a cooperative program reads at once
     PATIENCE        polls after which a program gives up waiting for its gang
+    BLOCK_READ      hidden units of the state before that a cooperative program reads at once
+    TURNS           batch blocks, one or two, that a cooperative program walks at the same time
     """
-    group = tl.program_id(2)
+    batch = Batch(
+        a_ptr=a_ptr,
+        v_0_ptr=v_0_ptr,
+        aux_ptr=aux_ptr,
+        row_map_ptr=row_map_ptr,
+        T=T,
+        B=B,
+        stride_time=stride_time,
+        stride_batch=stride_batch,
+        reverse_groups=reverse_groups,
+    )
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_h = (offs_h < H)[:, None]
-    m_ptr += group.to(tl.int64) * stride_m_group
     rows_h = offs_h[:, None]
     if PLAN == "stepwise":
         # Elsewhere M fits multiprocessors, and so do its offsets 32 bits.
         rows_h = rows_h.to(tl.int64)
+    m_ptr += tl.program_id(2).to(tl.int64) * stride_m_group
     m_ptrs = m_ptr + (rows_h * stride_m_row + offs_k[None, :] * stride_m_column)
-    tiles = ()
-    tiles_small = ()
-    if PLAN != "stepwise":
+    if PLAN == "stepwise":
+        block = block_of(tl.program_id(0), batch, G, H, BLOCK_H, BLOCK_B)
+        if step < block.longest:
+            walk_step(
+                step,
+                batch,
+                block,
+                m_ptrs,
+                stride_m_column,
+                G,
+                H,
+                EPILOGUE,
+                PRECISION,
+                INTERPRETED,
+                BLOCK_K,
+            )
+    else:
+        mask_h = (offs_h < H)[:, None]
         tiles, tiles_small = load_weights(
             m_ptrs, mask_h, stride_m_column, H, PRECISION, INTERPRETED, BLOCK_K
         )
-
-    # Batch blocks that this program walks, one after the other.
-    lane, lanes = tl.program_id(0), tl.num_programs(0)
-    blocks = 1
-    counter_ptr = gang_ptr
-    if PLAN == "cooperative":
-        blocks = tl.cdiv(tl.cdiv(B, BLOCK_B) - lane, lanes)
-        # Counters 128 bytes apart, so that no two gangs meet in one cache line.
-        counter_ptr += 32 * (1 + group * lanes + lane)
-    target = 1
-    patience = PATIENCE
-    for i in tl.range(0, blocks, num_stages=1):
-        target, patience = walk(
-            lane + i * lanes,
-            tiles,
-            tiles_small,
-            m_ptrs,
-            counter_ptr,
-            target,
-            patience,
-            a_ptr,
-            v_0_ptr,
-            aux_ptr,
-            row_map_ptr,
-            T,
-            B,
-            stride_time,
-            stride_batch,
-            stride_m_column,
-            reverse_groups,
-            first_step,
-            last_step,
-            G,
-            H,
-            EPILOGUE,
-            PLAN,
-            PRECISION,
-            INTERPRETED,
-            BLOCK_H,
-            BLOCK_B,
-            BLOCK_K,
-            BLOCK_READ,
-        )
-    if PLAN == "cooperative":
-        # By every thread, for each has polled for itself.
-        in_time_ptrs = gang_ptr + tl.zeros([BLOCK_H, BLOCK_B], tl.int32)
-        tl.store(in_time_ptrs, 0, mask=patience == 0)
+        if PLAN == "resident":
+            block = block_of(tl.program_id(0), batch, G, H, BLOCK_H, BLOCK_B)
+            walk_resident(
+                batch,
+                block,
+                tiles[0],
+                tiles_small[0],
+                G,
+                H,
+                EPILOGUE,
+                PRECISION,
+                INTERPRETED,
+                BLOCK_H,
+                BLOCK_B,
+            )
+        else:
+            walk_gang(
+                batch,
+                tiles,
+                tiles_small,
+                gang_ptr,
+                G,
+                H,
+                EPILOGUE,
+                PRECISION,
+                INTERPRETED,
+                PATIENCE,
+                BLOCK_H,
+                BLOCK_B,
+                BLOCK_K,
+                BLOCK_READ,
+                TURNS,
+            )

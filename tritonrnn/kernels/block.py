@@ -1,0 +1,176 @@
+"""The tokens of a program: where their numbers lie, and when they are loaded and stored.
+
+A step of a sequence that has not yet joined, or has ended, is dead: it loads nothing, stores
+nothing, and its state is a true zero, chosen and never multiplied, so that a NaN stays in its own
+sequence. Row offsets are 64-bit: rows times hidden units passes 2³¹ in real use.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from tritonrnn.kernels.arithmetic import apply_epilogue, narrow, prepare_aux
+
+
+class Batch(NamedTuple):
+    """What is walked: arguments of ``recurrence_kernel``, which says what they are."""
+
+    a_ptr: Any
+    v_0_ptr: Any
+    aux_ptr: Any
+    row_map_ptr: Any
+    T: Any
+    B: Any
+    stride_time: Any
+    stride_batch: Any
+    reverse_groups: Any
+
+
+class Block(NamedTuple):
+    """A program's hidden units of one batch block: what is the same in every step.
+
+    is_reverse  whether the walk goes from the last time step to the first
+    lengths     tokens of each sequence, 0 where there is none
+    longest     the most of them: steps of the walk
+    joins       the time step at which each sequence joins the walk
+    base        offset of a sequence in a time step's row, to the first hidden unit of the group
+    tile        offsets of the program's hidden units
+    mask_h      hidden units that there are
+    v_0         v at the steps at which sequences join, or 0.0
+    """
+
+    is_reverse: Any
+    lengths: Any
+    longest: Any
+    joins: Any
+    base: Any
+    tile: Any
+    mask_h: Any
+    v_0: Any
+
+
+@triton.jit
+def block_of(number, batch, G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B):
+    """Give the program's part of the batch block of this number, empty past the last one."""
+    group = tl.program_id(2)
+    offs_b = number * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask_b = offs_b < batch.B
+    mask_h = (offs_h < H)[:, None]
+    if batch.row_map_ptr is None:
+        lengths = tl.where(mask_b, batch.T, 0)
+        batch_base = offs_b.to(tl.int64) * batch.stride_batch
+    else:
+        sequences_ptr = batch.row_map_ptr + batch.T
+        batch_base = tl.load(sequences_ptr + offs_b, mask=mask_b, other=0)
+        lengths = tl.load(sequences_ptr + batch.B + offs_b, mask=mask_b, other=0).to(tl.int32)
+    is_reverse = ((batch.reverse_groups >> group) & 1) != 0
+    base = (batch_base * G * H + group * H)[None, :]
+    v_0 = 0.0
+    if batch.v_0_ptr is not None:
+        v_0_tile = (group.to(tl.int64) * batch.B + offs_b)[None, :] * H + offs_h[:, None]
+        v_0 = tl.load(batch.v_0_ptr + v_0_tile, mask=mask_h & mask_b[None, :], other=0.0)
+    return Block(
+        is_reverse=is_reverse,
+        lengths=lengths,
+        longest=tl.max(lengths, axis=0),
+        joins=tl.where(is_reverse, lengths - 1, 0),
+        base=base,
+        tile=base + offs_h[:, None],
+        mask_h=mask_h,
+        v_0=v_0,
+    )
+
+
+@triton.jit
+def time_at(step, block):
+    """Give the time step that is walked as number ``step``: outside [0, T) before and after."""
+    return tl.where(block.is_reverse, block.longest - 1 - step, step)
+
+
+@triton.jit
+def is_walked(step, block):
+    """Tell whether a step is neither before the walk nor after it."""
+    return (step >= 0) & (step < block.longest)
+
+
+@triton.jit
+def row_at(step, batch, block, WIDTH: tl.constexpr):
+    """Give the offset of a step's row in a row-major ``[N, WIDTH]`` matrix, outside the walk any.
+
+    It is loaded a step before it is used, where it is loaded at all.
+    """
+    t = time_at(step, block)
+    if batch.row_map_ptr is None:
+        row = t.to(tl.int64) * batch.stride_time
+    else:
+        row = tl.load(batch.row_map_ptr + t, mask=is_walked(step, block), other=0)
+    return row * WIDTH
+
+
+@triton.jit
+def load_step(step, row, batch, block):
+    """Load a and aux of a step; a again where there is no aux."""
+    live = (time_at(step, block) < block.lengths) & is_walked(step, block)
+    mask = block.mask_h & live[None, :]
+    a = tl.load(batch.a_ptr + row + block.tile, mask=mask, other=0.0)
+    aux = a
+    if batch.aux_ptr is not None:
+        aux = tl.load(batch.aux_ptr + row + block.tile, mask=mask, other=0.0)
+    return a, aux
+
+
+@triton.jit
+def prepare_step(step, a, aux, s, batch, block, EPILOGUE: tl.constexpr):
+    """Turn the numbers loaded for a step into what its product starts from and its epilogue takes.
+
+    They are filled up from a state where a sequence is dead, whose number does not count: a value
+    that meets the state is carried in the accumulator's layout, so that the product need not wait
+    for a change of layouts.
+    """
+    t = time_at(step, block)
+    live = (t < block.lengths)[None, :]
+    drive = tl.where(live, a, s).to(tl.float32)
+    if batch.v_0_ptr is not None and batch.row_map_ptr is not None:
+        # Where every sequence has all T tokens, none joins later than the first step.
+        drive = tl.where((t == block.joins)[None, :], drive + block.v_0, drive)
+    prepared = drive
+    if batch.aux_ptr is not None:
+        prepared = prepare_aux(tl.where(live, aux, s), EPILOGUE)
+    return drive, prepared
+
+
+@triton.jit
+def load_and_prepare_step(step, row, batch, block, EPILOGUE: tl.constexpr):
+    """Give the same of a step that no other one is before, where v_0 always counts."""
+    a, aux = load_step(step, row, batch, block)
+    drive = a.to(tl.float32)
+    if batch.v_0_ptr is not None:
+        drive += tl.where((time_at(step, block) == block.joins)[None, :], block.v_0, 0.0)
+    prepared = drive
+    if batch.aux_ptr is not None:
+        prepared = prepare_aux(aux, EPILOGUE)
+    return drive, prepared
+
+
+@triton.jit
+def state_of(step, z, aux, batch, block, EPILOGUE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Give the state of a step from its pre-activation, in the dtype of a."""
+    live = (time_at(step, block) < block.lengths)[None, :]
+    s = tl.where(live, apply_epilogue(z, aux, EPILOGUE), 0.0)
+    return narrow(s, batch.a_ptr.dtype.element_ty, INTERPRETED)
+
+
+@triton.jit
+def store_step(step, row, s, batch, block):
+    """Overwrite a by the state of a step, of one before the walk by nothing."""
+    live = (time_at(step, block) < block.lengths) & (step >= 0)
+    tl.store(batch.a_ptr + row + block.tile, s, mask=block.mask_h & live[None, :])
+
+
+@triton.jit
+def has_state_before(step, block):
+    """Tell which sequences have walked the step before, too."""
+    t = time_at(step, block)
+    return ((t < block.lengths) & (t != block.joins))[None, :]
