@@ -70,7 +70,7 @@ def test_cooperative_gang_takes_several_blocks_in_one_launch():
     plan = choose_plan(Problem(T=512, B=256, G=2, H=1024, dtype="bf16"), SM_90)
     assert (plan.name, plan.programs, plan.launches) == ("cooperative", 128, 1)
     assert plan.turns == 2
-    assert "4 warps, two blocks in turn, 128 programs" in str(plan)
+    assert "tanh_approx, two blocks in turn, 4 warps, 128 programs" in str(plan)
 
 
 def test_cooperative_blocks_in_turn_hide_a_handoff():
@@ -139,6 +139,21 @@ def test_fp32_products_are_ieee_where_there_is_no_tf32(arch):
         assert mi300 == ("tf32" if tf32 else "tf32x3")
 
 
+def test_only_bf16_takes_the_hardwares_tanh():
+    for dtype, epilogue, arch, expected in [
+        ("bf16", "tanh", "sm_90", "tanh_approx"),
+        ("bf16", "tanh", "sm_80", "tanh_approx"),
+        ("bf16", "tanh_grad", "sm_90", "tanh_grad"),
+        ("bf16", "relu", "sm_90", "relu"),
+        ("fp16", "tanh", "sm_90", "tanh"),
+        ("fp32", "tanh", "sm_90", "tanh"),
+        ("bf16", "tanh", "gfx942", "tanh"),
+        ("bf16", "tanh", "interpreter", "tanh"),
+    ]:
+        problem = Problem(T=9, B=8, G=1, H=512, dtype=dtype, epilogue=epilogue)
+        assert stepwise_plan(problem, DEVICES[arch]).epilogue == expected
+
+
 def test_choose_plan_heeds_a_smaller_device():
     small = DeviceLimits("sm_86", multiprocessors=20, shared_bytes=99 * 1024)
     assert isinstance(choose_plan(Problem(9, 8, 1, 128, "bf16"), small), LaunchPlan)
@@ -148,6 +163,6 @@ def test_choose_plan_heeds_a_smaller_device():
 def test_plan_prints_what_it_launches_and_its_limits():
     text = str(choose_plan(Problem(T=50, B=64, G=2, H=100, dtype="fp32", tf32=True), SM_90))
     assert text == (
-        "resident: tiles of 128 hidden units x 8 sequences (products of 128, tf32), 8 warps, "
+        "resident: tiles of 128 hidden units x 8 sequences (products of 128, tf32), tanh, 8 warps, "
         "16 programs on 132 multiprocessors, 1 launch, 77 of 227 KiB of shared memory (sm_90)"
     )

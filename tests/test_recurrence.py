@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from tritonrnn.kernels import launch
-from tritonrnn.kernels.arithmetic import round_to_tf32, tanh
+from tritonrnn.kernels.arithmetic import round_to_tf32, tanh, tanh_of_hardware
 from tritonrnn.kernels.plan import PLANS, LaunchPlan
 from tritonrnn.kernels.recurrence import recurrence_kernel
 from tritonrnn.layout import SequenceLayout
@@ -241,6 +241,41 @@ def test_tanh_is_accurate_near_zero_and_safe_far_out():
     assert actual.nan_to_num().abs().max() == 1
     assert torch.equal(actual.sign().nan_to_num(), x.sign().nan_to_num())
     torch.testing.assert_close(tf32, oracle.round_to_tf32(x), rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def tanh_of_hardware_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < n)
+    tl.store(y_ptr + offs, tanh_of_hardware(x), mask=offs < n)
+
+
+@pytest.mark.gpu
+def test_tanh_of_hardware_is_as_accurate_as_documented():
+    size = torch.cat([torch.logspace(-37, 2, 50_001), torch.tensor([0.0, 1e30, torch.inf])])
+    x = torch.cat([size, -size, torch.tensor([torch.nan])]).to(DEVICE)
+    y = torch.empty_like(x)
+    tanh_of_hardware_kernel[(triton.cdiv(len(x), 1024),)](x, y, len(x), BLOCK=1024)
+    expected = torch.tanh(x.double())
+    torch.testing.assert_close(y.double(), expected, rtol=2**-11, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("error", [2**-11, -(2**-11)])
+def test_bf16_recurrence_bears_the_error_of_the_hardwares_tanh(error, monkeypatch):
+    """Also if every tanh were as wrong as it may be, and all in the same direction."""
+    case = make_case(SequenceLayout.time_major(50, 4), 64, "tanh", torch.bfloat16)
+
+    def approximate(z: Tensor, y: Tensor | None) -> Tensor:
+        exact = torch.tanh(z.double())
+        return (exact * (1 + error)).clamp(-1, 1).to(z.dtype)
+
+    monkeypatch.setitem(oracle.EPILOGUES, "tanh_approx", approximate)
+    expected = case.expected()
+    errors = []
+    for epilogue in ("tanh", "tanh_approx"):
+        case.epilogue = epilogue
+        errors.append((case.expected(torch.bfloat16).double() - expected).square().mean().sqrt())
+    assert errors[0] < errors[1] < 1.1 * errors[0]
 
 
 @pytest.mark.parametrize("plan", PLANS)

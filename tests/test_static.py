@@ -70,6 +70,19 @@ def test_static_plans_multiply_with_matrix_instructions(rows):
     assert [row for row in sixteen_bit if row["arch"] == "sm_90" and not row["hgmma"]] == []
 
 
+def test_bf16_takes_tanh_from_the_hardware_and_fp16_does_not():
+    counts = compile_in_a_fresh_process(
+        "from perf.static import *\n"
+        "for dtype in ('bf16', 'fp16'):\n"
+        "    problem = Problem(T, 16, 1, 64, dtype)\n"
+        "    plan = PLANS['resident'](problem, DEVICES['sm_90'])\n"
+        "    sass = compile_plan(problem, plan, DTYPES[dtype][0]).sass\n"
+        "    print(count(sass, 'MUFU.TANH'), count(sass, 'MUFU.EX2'))"
+    )
+    # Sixteen sequences of 64 hidden units by four warps: eight numbers a thread.
+    assert counts.splitlines() == ["8 0", "0 8"]
+
+
 @pytest.mark.parametrize("arch", ["sm_100", "gfx942"])
 def test_static_plans_compile_elsewhere(arch):
     rows = static_rows(

@@ -14,11 +14,27 @@ def tanh(x):
     near = near * square + 1.33314422036e-1
     near = near * square - 3.33332819422e-1
     near = near * square * x + x
-    # exp(2 |x|) may overflow to inf, and 1 - 2 / inf is the right answer.
+    # exp(2 |x|), to base 2, may overflow to inf, and 1 - 2 / inf is the right answer.
     magnitude = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
-    far = tl.where(x < 0, -far, far)
+    far = 1.0 - 2.0 / (tl.exp2(2.8853900817779268 * magnitude) + 1.0)
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    far = (far.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     return tl.where(magnitude < 0.625, near, far)
+
+
+@triton.jit
+def tanh_of_hardware(x):
+    """Give tanh of an fp32 tile that is to be rounded to bf16, by one instruction of NVIDIA's.
+
+    Its relative error is at most 2⁻¹¹ (PTX ISA, ``tanh.approx.f32``; others measured 1.12e-5,
+    https://stackoverflow.com/q/41251698), an eighth to a quarter of what rounding to bf16 may add.
+    Were it 2⁻¹¹ throughout, 10 % of the outputs of z ~ N(0, 4) would be the next bf16 number, and
+    the error of a bf16 recurrence against float64 5 % larger (``test_recurrence.py``); of 1.12e-5,
+    0.2 % would. It replaces some twenty instructions a number, half of a resident step's.
+    """
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -78,6 +94,8 @@ def apply_epilogue(z, aux, EPILOGUE: tl.constexpr):
     """E(z, aux), in fp32, of what :func:`prepare_aux` made of aux."""
     if EPILOGUE == "tanh":
         return tanh(z)
+    elif EPILOGUE == "tanh_approx":
+        return tanh_of_hardware(z)
     elif EPILOGUE == "relu":
         # Not a maximum, which would lose a NaN.
         return tl.where(z < 0, 0.0, z)

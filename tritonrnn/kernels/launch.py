@@ -200,7 +200,7 @@ def kernel_arguments(
         "reverse_groups": sum(1 << group for group, backwards in enumerate(reverse) if backwards),
         "G": G,
         "H": H,
-        "EPILOGUE": problem.epilogue,
+        "EPILOGUE": plan.epilogue,
         "PLAN": plan.name,
         "PRECISION": plan.precision,
         "INTERPRETED": triton.knobs.runtime.interpret,

@@ -98,6 +98,11 @@ class DeviceLimits:
         return self.arch == "sm_90"
 
     @property
+    def has_tanh(self) -> bool:
+        """Whether there is an instruction for it: in NVIDIA's since sm_75."""
+        return self.arch.startswith("sm_") and int(self.arch.removeprefix("sm_")) >= 75
+
+    @property
     def has_tf32(self) -> bool:
         """Whether matrix instructions multiply TF32 numbers: of AMD's, on the MI300 only."""
         return not self.is_amd or self.arch == "gfx942"
@@ -129,6 +134,7 @@ class LaunchPlan:
         num_stages: tiles that the stepwise product keeps in flight.
         precision: of the products: ``tf32``, ``tf32x3`` (three products of TF32 parts, of fp32
             accuracy) or ``ieee`` (as they are).
+        epilogue: the problem's, or ``tanh_approx`` for ``tanh`` by the hardware's instruction.
         programs: programs a launch.
         launches: launches a pass.
         turns: batch blocks that a cooperative program walks at the same time, by turns in each
@@ -145,6 +151,7 @@ class LaunchPlan:
     num_warps: int
     num_stages: int
     precision: str
+    epilogue: str
     programs: int
     launches: int
     shared_bytes: int
@@ -154,8 +161,8 @@ class LaunchPlan:
     def __str__(self) -> str:
         return (
             f"{self.name}: tiles of {self.block_h} hidden units x {self.block_b} sequences "
-            f"(products of {self.block_k}, {self.precision}), {self.num_warps} warps, "
-            f"{'two blocks in turn, ' if self.turns == 2 else ''}"
+            f"(products of {self.block_k}, {self.precision}), {self.epilogue}, "
+            f"{'two blocks in turn, ' if self.turns == 2 else ''}{self.num_warps} warps, "
             f"{self.programs} programs on {self.device.multiprocessors} multiprocessors, "
             f"{self.launches} launch{'es' if self.launches > 1 else ''}, "
             f"{self.shared_bytes / 1024:.0f} of {self.device.shared_bytes / 1024:.0f} KiB of "
@@ -210,6 +217,7 @@ def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
         num_warps=_num_warps(problem, block_h, device),
         num_stages=1,
         precision=precision,
+        epilogue=_epilogue(problem, device),
         programs=_cdiv(problem.B, block_b) * problem.G,
         launches=1,
         shared_bytes=shared_bytes,
@@ -257,6 +265,7 @@ def cooperative_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Non
         num_warps=_num_warps(problem, block_h, device),
         num_stages=1,
         precision=precision,
+        epilogue=_epilogue(problem, device),
         programs=lanes * gang * problem.G,
         launches=1,
         shared_bytes=shared_bytes,
@@ -310,6 +319,7 @@ def stepwise_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan:
         num_warps=_num_warps(problem, block_h, device),
         num_stages=num_stages,
         precision=precision,
+        epilogue=_epilogue(problem, device),
         programs=_cdiv(problem.B, block_b) * _cdiv(problem.H, block_h) * problem.G,
         launches=problem.T,
         shared_bytes=tiles + 1024,
@@ -346,6 +356,12 @@ def _precision(problem: Problem, device: DeviceLimits) -> str:
         return "ieee"
     # Without matrix instructions, fp32 products spill and take twice the instructions.
     return {"16-bit": "ieee", "tf32": "tf32", "fp32": "tf32x3"}[_arithmetic(problem)]
+
+
+def _epilogue(problem: Problem, device: DeviceLimits) -> str:
+    # Its error is lost in what rounding to bf16 adds, not so in fp16.
+    approximate = problem.epilogue == "tanh" and problem.dtype == "bf16" and device.has_tanh
+    return "tanh_approx" if approximate else problem.epilogue
 
 
 def _num_warps(problem: Problem, block_h: int, device: DeviceLimits) -> int:
