@@ -1,8 +1,9 @@
 """The tokens of a program: where their numbers lie, and when they are loaded and stored.
 
-A step of a sequence that has not yet joined, or has ended, is dead: it loads nothing, stores
-nothing, and its state is a true zero, chosen and never multiplied, so that a NaN stays in its own
-sequence. Row offsets are 64-bit: rows times hidden units passes 2³¹ in real use.
+A step of a sequence that has not yet joined, or has ended, is dead: it loads nothing and stores
+nothing. Before a sequence joins, its state is a true zero, chosen and never multiplied, so that a
+NaN of M stays away from its first step; after it has ended, nobody reads it. Row offsets are
+64-bit: rows times hidden units passes 2³¹ in real use.
 """
 
 from typing import Any, NamedTuple
@@ -157,16 +158,20 @@ def load_and_prepare_step(step, row, batch, block, EPILOGUE: tl.constexpr):
 @triton.jit
 def state_of(step, z, aux, batch, block, EPILOGUE: tl.constexpr, INTERPRETED: tl.constexpr):
     """Give the state of a step from its pre-activation, in the dtype of a."""
-    live = (time_at(step, block) < block.lengths)[None, :]
-    s = tl.where(live, apply_epilogue(z, aux, EPILOGUE), 0.0)
+    if batch.row_map_ptr is not None:
+        # Here, where numbers have 32 bits: a choice between halves of registers takes three times
+        # the instructions. Where every sequence has all T tokens, nobody sees a dead one's state.
+        live = (time_at(step, block) < block.lengths)[None, :]
+        z = tl.where(live, z, 0.0)
+    s = apply_epilogue(z, aux, EPILOGUE)
     return narrow(s, batch.a_ptr.dtype.element_ty, INTERPRETED)
 
 
 @triton.jit
 def store_step(step, row, s, batch, block):
-    """Overwrite a by the state of a step, of one before the walk by nothing."""
-    live = (time_at(step, block) < block.lengths) & (step >= 0)
-    tl.store(batch.a_ptr + row + block.tile, s, mask=block.mask_h & live[None, :])
+    """Overwrite a by the state of a step of the walk."""
+    live = (time_at(step, block) < block.lengths)[None, :]
+    tl.store(batch.a_ptr + row + block.tile, s, mask=block.mask_h & live)
 
 
 @triton.jit

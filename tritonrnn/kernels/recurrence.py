@@ -106,7 +106,6 @@ def walk_resident(
     What a step takes of global memory is loaded two steps ahead.
     """
     WIDTH: tl.constexpr = G * H
-    row_before = tl.zeros([], tl.int64)
     row = row_at(0, batch, block, WIDTH)
     row_1 = row_at(1, batch, block, WIDTH)
     row_2 = row_at(2, batch, block, WIDTH)
@@ -118,14 +117,14 @@ def walk_resident(
         a_2, aux_2 = load_step(step + 2, row_2, batch, block)
         state, state_small = operands(s, PRECISION, INTERPRETED)
         z = multiply_add(m, m_small, state, state_small, drive, PRECISION)
-        # The store of the step before waits in the shadow of the product.
-        store_step(step - 1, row_before, s, batch, block)
         aux_now = aux
         drive, aux = prepare_step(step + 1, a_1, aux_1, s, batch, block, EPILOGUE)
         s = state_of(step, z, aux_now, batch, block, EPILOGUE, INTERPRETED)
-        row_before, row, row_1, row_2 = row, row_1, row_2, row_3
+        # At once: a store that waits for the next product takes registers, and does not overlap it,
+        # as Triton waits for a product where it is written.
+        store_step(step, row, s, batch, block)
+        row, row_1, row_2 = row_1, row_2, row_3
         a_1, aux_1 = a_2, aux_2
-    store_step(block.longest - 1, row_before, s, batch, block)
 
 
 @triton.jit
