@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -19,6 +20,7 @@ from tritonrnn.ragged import RaggedLayout
 HIDDEN = {"resident": 100, "cooperative": 200, "stepwise": 100}
 LAYOUTS = {
     "packed": SequenceLayout.packed([11, 9, 9, 5, 2, 1, 1], 38),
+    "many": SequenceLayout.packed([40, 33, 9, 1], 83),
     "jagged": RaggedLayout.jagged(torch.tensor([0, 1, 1, 8, 10, 11, 15, 16, 16, 22, 23]), 23),
 }
 EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
@@ -49,6 +51,9 @@ def walk(name: str, device: torch.device) -> int:
         plan = PLANS[name](problem, launch.device_limits(device))
         if plan is None:
             continue
+        if plan.name == "cooperative":
+            # One gang a direction, so that it takes several blocks: two by turns, and one alone.
+            plan = replace(plan, programs=G * -(-H // plan.block_h))
         launch.recurrence(
             a,
             normal(G, layout.B, H, dtype=torch.float32),

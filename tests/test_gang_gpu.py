@@ -1,6 +1,7 @@
 """What only a GPU shows of the cooperative plan: its memory order, its streams, its graphs."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,11 +22,15 @@ def ragged_case(seed: int, H: int = 512) -> Case:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_cooperative_random_ragged_calls(seed):
+    """Also of one gang a direction, which walks its blocks by turns: the numbers are the same."""
     case = ragged_case(seed)
     first = case.run("cooperative")
     assert_close(case, first)
-    for _ in range(500):
-        assert torch.equal(case.run("cooperative"), first)
+    plan = plan_of(case, "cooperative")
+    gang = -(-case.M.shape[-1] // plan.block_h)
+    plans = [plan, replace(plan, programs=gang * len(case.reverse))]
+    for turn in range(500):
+        assert torch.equal(case.run(plans[turn % 2]), first)
 
 
 def test_cooperative_calls_on_two_streams():
