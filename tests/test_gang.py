@@ -52,6 +52,7 @@ SEVERAL_BLOCKS = {
     "second-longer": jagged([2, 1, 2, 0, 1, 2, 2, 1, 7, 3, 5]),
     "second-empty": jagged([2, 1, 3, 0, 1, 2, 2, 1, 0, 0]),
     "three": jagged([1, 2, 3, 1, 2, 3, 1, 2, 4, 4, 4, 4, 4, 4, 4, 4, 2, 3, 5]),
+    "four": jagged([2, 3] * 4 + [4, 5] * 4 + [3, 2, 5, 1] * 2 + [6, 4, 3]),
 }
 
 
@@ -66,7 +67,8 @@ def test_cooperative_gang_takes_several_blocks(layout):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_cooperative_gang_survives_any_schedule(seed):
-    case = make_case(LAYOUTS["packed"], H, "tanh", reverse=(True,))
+    epilogue, reverse = [("tanh", (True,)), ("relu_grad", (False, True))][seed // 2]
+    case = make_case(LAYOUTS["packed"], H, epilogue, reverse=reverse)
     plan = gang_plan(case, programs=3, lanes=1 + seed % 2)
     s = gangs.run(case, plan, seed=seed, delay_s=0.05)
     assert_close(case, s)
@@ -88,24 +90,29 @@ def test_cooperative_gang_gives_up_on_a_lost_program():
 
 
 WAIT = "    patience = wait(counter_ptr, target, patience, INTERPRETED)\n"
-AFTER_READ = "    s = state_of(step, z, moment.aux, batch, block, EPILOGUE, INTERPRETED)\n"
 STORE = "    store_step(step, moment.row, s, batch, block)\n"
 PUBLISH = "    publish(counter_ptr)\n"
+NEXT_BLOCKS = (
+    "    for number in tl.range(lane, tl.cdiv(batch.B, BLOCK_B), TURNS * lanes, num_stages=1):\n"
+)
 BROKEN = {
     "no-wait": [(WAIT, "")],
     "target-one-less": [(WAIT, WAIT.replace("target,", "target - 1,"))],
     "target-one-step-less": [(WAIT, WAIT.replace("target,", "target - GANG,"))],
-    "read-before-wait": [(WAIT, ""), (AFTER_READ, WAIT + AFTER_READ)],
+    "read-before-wait": [(WAIT, ""), (STORE, WAIT + STORE)],
     "publish-before-store": [(STORE + PUBLISH, PUBLISH + STORE)],
     "a-counter-for-all": [("32 * (1 + TURNS * (tl.program_id(2) * lanes + lane))", "32")],
     "a-counter-for-both-turns": [("counter_ptr + 32,", "counter_ptr,")],
+    "target-anew-with-each-block": [(NEXT_BLOCKS, NEXT_BLOCKS + "        target = 1\n")],
+    "other-target-anew": [(NEXT_BLOCKS, NEXT_BLOCKS + "        other_target = 1\n")],
 }
 
 
 @pytest.mark.parametrize("change", BROKEN)
 def test_cooperative_gang_notices_a_broken_protocol(change, tmp_path):
     """What is wrong in the kernel's text shows in one of few schedules, most of it in the first."""
-    case = make_case(LAYOUTS["packed"], H, "tanh")
+    layout = SEVERAL_BLOCKS["four"] if "anew" in change else LAYOUTS["packed"]
+    case = make_case(layout, H, "tanh")
     kernel = gangs.broken(tmp_path, *BROKEN[change])
     plan = gang_plan(case, lanes=1)
     expected = gangs.run(case, plan)

@@ -17,8 +17,9 @@ that the barrier counts; in the kernel every thread polls, which is more. L1 hol
 the start, which is the worst it can do. A row of the state is written once: a read finds that, or
 the drive that lay there before.
 
-A gang walks its batch blocks by turns in each step, each as far as it goes and with a counter of
-its own.
+A gang walks its batch blocks in pairs, one pair after the other, and those of a pair by turns in
+each step, each as far as it goes. There is a counter for either turn, which goes on from pair to
+pair.
 """
 
 from collections.abc import Iterator
@@ -33,10 +34,11 @@ STEPS = 3
 class Protocol:
     """What the kernel does, and what can be left out of it."""
 
-    # Steps of each batch block that each gang walks, and programs a gang.
+    # Steps of each batch block that each gang walks, two by two, and programs a gang.
     gangs: tuple[tuple[int, ...], ...] = ((STEPS,),)
     programs: int = 2
     counters_of_their_own: bool = True
+    targets_go_on: bool = True
     release: bool = True
     publish_barrier: bool = True
     wait: bool = True
@@ -52,7 +54,7 @@ THREADS = 2
 
 @dataclass(frozen=True)
 class State:
-    """Places of threads; rows in buffers and in L2; a counter for each (gang, block).
+    """Places of threads; rows in buffers and in L2; a counter for either turn of each gang.
 
     A row is (gang, program, thread, block, step): a thread's half of a program's slice.
     """
@@ -69,7 +71,14 @@ class StaleReadError(Exception):
 
 def turns(steps: tuple[int, ...]) -> list[tuple[int, int]]:
     """Blocks and steps in the order in which a gang walks them."""
-    return [(b, step) for step in range(max(steps)) for b in range(len(steps)) if step < steps[b]]
+    pairs = [range(len(steps))[first : first + 2] for first in range(0, len(steps), 2)]
+    return [
+        (block, step)
+        for pair in pairs
+        for step in range(max(steps[block] for block in pair))
+        for block in pair
+        if step < steps[block]
+    ]
 
 
 def search(protocol: Protocol) -> int:
@@ -89,7 +98,7 @@ def search(protocol: Protocol) -> int:
         tuple((0, WAIT) for _ in threads),
         frozenset(),
         frozenset(),
-        tuple((0,) * len(blocks) for blocks in protocol.gangs),
+        ((0, 0),) * len(protocol.gangs),
     )
     seen = {first}
     pending = [first]
@@ -118,7 +127,9 @@ def _successors(protocol: Protocol, threads: list, state: State) -> Iterator[tup
         turn, doing = state.places[i]
         order = turns(protocol.gangs[gang])
         block, step = order[turn]
-        counter = block if protocol.counters_of_their_own else 0
+        counter = block % 2 if protocol.counters_of_their_own else 0
+        # Steps that were walked on the turn's counter before the block's first.
+        before = sum(protocol.gangs[gang][block % 2 : block : 2]) if protocol.targets_go_on else 0
         siblings = [j for j, other in enumerate(threads) if other[:2] == (gang, program)]
 
         def at(place: tuple[int, int], among: list[int], **changes) -> State:
@@ -128,7 +139,7 @@ def _successors(protocol: Protocol, threads: list, state: State) -> Iterator[tup
             return replace(state, places=tuple(places), **changes)
 
         if doing == WAIT:
-            target = step * protocol.programs + protocol.target_off
+            target = (before + step) * protocol.programs + protocol.target_off
             if not protocol.wait or thread or state.counters[gang][counter] >= target:
                 yield bool(thread), at((turn, WAIT_BARRIER if protocol.wait_barrier else READ), [i])
         elif doing in (WAIT_BARRIER, PUBLISH_BARRIER):
@@ -170,6 +181,9 @@ def _successors(protocol: Protocol, threads: list, state: State) -> Iterator[tup
         (2, ((STEPS, 1),)),
         (2, ((1, STEPS),)),
         (3, ((2, 2),)),
+        (3, ((STEPS, 1),)),
+        (2, ((2, 1, 2, 2),)),
+        (2, ((1, 2, 2),)),
     ],
     ids=[
         "2-programs",
@@ -179,6 +193,9 @@ def _successors(protocol: Protocol, threads: list, state: State) -> Iterator[tup
         "2-blocks-second-shorter",
         "2-blocks-second-longer",
         "3-programs-2-blocks",
+        "3-programs-ragged",
+        "4-blocks",
+        "3-blocks",
     ],
 )
 def test_cooperative_protocol_holds_in_every_state(programs, gangs):
@@ -207,6 +224,12 @@ def test_cooperative_protocol_needs_a_counter_for_each_turn():
     """A program that is ahead adds for the second block what others wait for in the first."""
     with pytest.raises(StaleReadError):
         search(Protocol(((2, 2),), counters_of_their_own=False))
+
+
+def test_cooperative_protocol_needs_targets_that_go_on():
+    """A counter that has been counted on says nothing of a block that has only begun."""
+    with pytest.raises(StaleReadError):
+        search(Protocol(((2, 2, 2, 2),), targets_go_on=False))
 
 
 def test_cooperative_protocol_waits_for_ever_for_a_count_too_many():
