@@ -43,8 +43,8 @@ EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
 # Round sizes, and odd ones between them: rows that are no whole number of vectors are loaded and
 # stored number by number, with other layouts and more registers.
 HIDDEN_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 50, 97, 100, 201, 333)
-# The kernel of least means and the one of most: a layout, and groups.
-BATCHES = (("padded", 1), ("packed", 2))
+# The kernel of least means and the one of most: a layout, groups, and whether v_0 is given.
+BATCHES = (("padded", 1, False), ("packed", 2, True))
 # dtype of the tensors, and whether fp32 products may be TF32.
 DTYPES = {
     "bf16": (torch.bfloat16, False),
@@ -81,6 +81,7 @@ class Specimen:
     dtype: str
     problem: Problem
     layout: str
+    has_v_0: bool
     plan: LaunchPlan
 
 
@@ -123,9 +124,13 @@ def listing_of(cubin: bytes) -> str:
 
 
 def compile_plan(
-    problem: Problem, plan: LaunchPlan, dtype: torch.dtype, layout: str = "padded"
+    problem: Problem,
+    plan: LaunchPlan,
+    dtype: torch.dtype,
+    layout: str = "padded",
+    has_v_0: bool = True,
 ) -> Compiled:
-    """Compile a plan as a launch with v_0 given would."""
+    """Compile a plan as a launch would."""
     T, B, G, H = problem.T, problem.B, problem.G, problem.H
     rows = (
         SequenceLayout.time_major(T, B)
@@ -146,7 +151,7 @@ def compile_plan(
         grid=launch.grid(problem, plan),
         **launch.kernel_arguments(
             a,
-            meta(G, B, H, dtype=torch.float32),
+            meta(G, B, H, dtype=torch.float32) if has_v_0 else None,
             M.transpose(1, 2) if backward else M,
             meta(*a.shape) if backward else None,
             rows,
@@ -192,19 +197,19 @@ def specimens(
     dtypes: Iterable[str] = tuple(DTYPES),
     sizes: Iterable[int] = HIDDEN_SIZES,
     epilogues: Iterable[str] = EPILOGUES,
-    batches: Iterable[tuple[str, int]] = BATCHES,
+    batches: Iterable[tuple[str, int, bool]] = BATCHES,
     plans: Iterable[str] = tuple(PLANS),
     B: int = 16,
 ) -> list[Specimen]:
     """Every plan that fits the device, over a spread of shapes."""
     device = DEVICES[arch]
     made = []
-    for name, H, epilogue, (layout, G) in product(dtypes, sizes, epilogues, batches):
+    for name, H, epilogue, (layout, G, has_v_0) in product(dtypes, sizes, epilogues, batches):
         dtype, tf32 = DTYPES[name]
         problem = Problem(T, B, G, H, launch.DTYPES[dtype], tf32, epilogue)
         for plan in (PLANS[choice](problem, device) for choice in plans):
             if plan is not None:
-                made.append(Specimen(name, problem, layout, plan))
+                made.append(Specimen(name, problem, layout, has_v_0, plan))
     return made
 
 
@@ -241,7 +246,9 @@ def _row(specimen: Specimen) -> dict[str, Any]:
     problem, plan = specimen.problem, specimen.plan
     # Else a kernel that is in the cache would be said to compile in no time.
     triton.knobs.compilation.always_compile = True
-    compiled = compile_plan(problem, plan, DTYPES[specimen.dtype][0], specimen.layout)
+    compiled = compile_plan(
+        problem, plan, DTYPES[specimen.dtype][0], specimen.layout, specimen.has_v_0
+    )
     registers, spill_bytes = compiled.resources
     row = {
         "arch": plan.device.arch,
@@ -249,8 +256,9 @@ def _row(specimen: Specimen) -> dict[str, Any]:
         "H": problem.H,
         "G": problem.G,
         "layout": specimen.layout,
+        "v_0": specimen.has_v_0,
         "plan": plan.name,
-        "epilogue": problem.epilogue,
+        "epilogue": plan.epilogue,
         "block_h": plan.block_h,
         "block_b": plan.block_b,
         "num_warps": plan.num_warps,

@@ -39,7 +39,7 @@ def rows(request) -> list[dict]:
     The rest of what ``perf static`` shows takes fewer registers.
     """
     few = (
-        "sizes=({},), epilogues=({!r},), dtypes=[{!r}], batches=[('packed', 2)], "
+        "sizes=({},), epilogues=({!r},), dtypes=[{!r}], batches=[('packed', 2, True)], "
         "plans=('resident', 'stepwise')"
     )
     return static_rows(
@@ -88,7 +88,7 @@ def test_static_plans_compile_elsewhere(arch):
     rows = static_rows(
         arch,
         "dtypes=['bf16', 'fp32'], sizes=(64, 128), epilogues=('tanh_grad',), "
-        "batches=[('packed', 2)]",
+        "batches=[('packed', 2, True)]",
     )
     assert [row for row in rows if row["shared_bytes"] > row["planned_bytes"]] == []
     assert {row["H"] for row in rows if row["plan"] == "resident"} == {64, 128}
@@ -149,18 +149,15 @@ def test_fp32_compiles_for_amd_devices_without_tf32():
 
 
 def test_cooperative_static_plans_keep_their_promises():
-    spread = (
-        "sizes=({},), epilogues=({!r},), dtypes=[{!r}], batches=[({!r}, {})], "
-        "plans=('cooperative',)"
-    )
+    spread = "sizes=({},), epilogues=({!r},), dtypes=[{!r}], batches=[{!r}], plans=('cooperative',)"
     rows = static_rows(
         "sm_90",
-        spread.format(512, "tanh", "bf16", "padded", 1),
-        spread.format(1536, "tanh", "bf16", "padded", 1),
-        spread.format(1536, "tanh_grad", "bf16", "packed", 2),
-        spread.format(1023, "tanh", "fp16", "packed", 2),
-        spread.format(768, "tanh_grad", "tf32", "packed", 2),
-        spread.format(333, "tanh_grad", "fp32", "packed", 2),
+        spread.format(512, "tanh", "bf16", ("padded", 1, False)),
+        spread.format(1536, "tanh", "bf16", ("padded", 1, False)),
+        spread.format(1536, "tanh_grad", "bf16", ("packed", 2, True)),
+        spread.format(1023, "tanh", "fp16", ("packed", 2, True)),
+        spread.format(768, "tanh_grad", "tf32", ("packed", 2, True)),
+        spread.format(333, "tanh_grad", "fp32", ("packed", 2, True)),
     )
     assert [row["H"] for row in rows] == [512, 1536, 1536, 1023, 768, 333]
     for row in rows:

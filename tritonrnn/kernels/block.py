@@ -1,9 +1,9 @@
 """The tokens of a program: where their numbers lie, and when they are loaded and stored.
 
 A step of a sequence that has not yet joined, or has ended, is dead: it loads nothing and stores
-nothing. Before a sequence joins, its state is a true zero, chosen and never multiplied, so that a
-NaN of M stays away from its first step; after it has ended, nobody reads it. Row offsets are
-64-bit: rows times hidden units passes 2³¹ in real use.
+nothing. Before a sequence joins, its state is a true zero, chosen and never multiplied; after it
+has ended, nobody reads it. Sequences are columns of the product, so that a NaN stays in its own.
+Row offsets are 64-bit: rows times hidden units passes 2³¹ in real use.
 """
 
 from typing import Any, NamedTuple
@@ -98,10 +98,7 @@ def is_walked(step, block):
 
 @triton.jit
 def row_at(step, batch, block, WIDTH: tl.constexpr):
-    """Give the offset of a step's row in a row-major ``[N, WIDTH]`` matrix, outside the walk any.
-
-    It is loaded a step before it is used, where it is loaded at all.
-    """
+    """Give the offset of a step's row in a row-major ``[N, WIDTH]`` matrix; outside a walk any."""
     t = time_at(step, block)
     if batch.row_map_ptr is None:
         row = t.to(tl.int64) * batch.stride_time
@@ -123,18 +120,16 @@ def load_step(step, row, batch, block):
 
 
 @triton.jit
-def prepare_step(step, a, aux, s, batch, block, EPILOGUE: tl.constexpr):
+def prepare_step(step, a, aux, s, batch, block, EPILOGUE: tl.constexpr, MAY_JOIN: tl.constexpr):
     """Turn the numbers loaded for a step into what its product starts from and its epilogue takes.
 
-    They are filled up from a state where a sequence is dead, whose number does not count: a value
-    that meets the state is carried in the accumulator's layout, so that the product need not wait
-    for a change of layouts.
+    Dead sequences take the state's numbers, which nobody uses. The point is the choice: Triton
+    keeps what is chosen in the state's layout, that of the product, and so changes layouts here.
     """
     t = time_at(step, block)
     live = (t < block.lengths)[None, :]
     drive = tl.where(live, a, s).to(tl.float32)
-    if batch.v_0_ptr is not None and batch.row_map_ptr is not None:
-        # Where every sequence has all T tokens, none joins later than the first step.
+    if batch.v_0_ptr is not None and MAY_JOIN:
         drive = tl.where((t == block.joins)[None, :], drive + block.v_0, drive)
     prepared = drive
     if batch.aux_ptr is not None:
@@ -144,11 +139,12 @@ def prepare_step(step, a, aux, s, batch, block, EPILOGUE: tl.constexpr):
 
 @triton.jit
 def load_and_prepare_step(step, row, batch, block, EPILOGUE: tl.constexpr):
-    """Give the same of a step that no other one is before, where v_0 always counts."""
+    """Load a step and prepare it at once, v_0 added where a sequence joins."""
     a, aux = load_step(step, row, batch, block)
-    drive = a.to(tl.float32)
-    if batch.v_0_ptr is not None:
-        drive += tl.where((time_at(step, block) == block.joins)[None, :], block.v_0, 0.0)
+    joining = (time_at(step, block) == block.joins)[None, :]
+    # Also where v_0 is 0.0: the sum is fp32, and so Triton carries the drive in fp32, not in the
+    # dtype of a, which it would widen in front of the product.
+    drive = a.to(tl.float32) + tl.where(joining, block.v_0, 0.0)
     prepared = drive
     if batch.aux_ptr is not None:
         prepared = prepare_aux(aux, EPILOGUE)
@@ -159,8 +155,8 @@ def load_and_prepare_step(step, row, batch, block, EPILOGUE: tl.constexpr):
 def state_of(step, z, aux, batch, block, EPILOGUE: tl.constexpr, INTERPRETED: tl.constexpr):
     """Give the state of a step from its pre-activation, in the dtype of a."""
     if batch.row_map_ptr is not None:
-        # Here, where numbers have 32 bits: a choice between halves of registers takes three times
-        # the instructions. Where every sequence has all T tokens, nobody sees a dead one's state.
+        # Before the epilogue, while z is fp32: a choice between halves of registers takes three
+        # times the instructions. Where every sequence has all T tokens, nobody sees a dead state.
         live = (time_at(step, block) < block.lengths)[None, :]
         z = tl.where(live, z, 0.0)
     s = apply_epilogue(z, aux, EPILOGUE)

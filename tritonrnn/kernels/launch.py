@@ -170,8 +170,13 @@ def kernel_arguments(
     assert v_0 is None or v_0.dtype == torch.float32
     assert all(matrix is None or matrix.dtype == a.dtype for matrix in (M, aux))
     assert all(rows is None or rows.is_contiguous() for rows in (a, v_0, aux))
+    assert plan.epilogue in (problem.epilogue, f"{problem.epilogue}_approx")
     # One bit a group, in an argument of 32 bits.
     assert G < 32
+    if plan.name != "stepwise":
+        # All of M fits multiprocessors, but as a view it may lie in a larger matrix.
+        last = sum((size - 1) * stride for size, stride in zip(M.shape[1:], M.stride()[1:]))
+        assert last < 2**31
     if plan.name != "stepwise" and a.dtype == torch.float32:
         # Shared memory is read in wide pieces along rows only where numbers have 16 bits: a
         # transposed M would be read number by number in every step.

@@ -49,12 +49,14 @@ from tritonrnn.kernels.gang import publish, wait
 class Moment(NamedTuple):
     """What a cooperative walk carries from step to step of a batch block.
 
-    drive, aux  what the step's product starts from, and what its epilogue takes
+    s           the state of the step before
+    a, aux      the step's numbers as they were loaded
     row_before, row, row_1
                 offsets of the rows of the step before, the step, and the one after it
     """
 
-    drive: Any
+    s: Any
+    a: Any
     aux: Any
     row_before: Any
     row: Any
@@ -103,28 +105,33 @@ def walk_resident(
 ):
     """Walk a batch block, all of M and of its state at hand.
 
-    What a step takes of global memory is loaded two steps ahead.
+    What a step takes of global memory, whose latency may be that of two steps, is loaded three
+    steps ahead, and goes where the product takes it one step ahead.
     """
     WIDTH: tl.constexpr = G * H
+    # Where every sequence has all T tokens, none joins later than the first step.
+    MAY_JOIN: tl.constexpr = batch.row_map_ptr is not None
     row = row_at(0, batch, block, WIDTH)
     row_1 = row_at(1, batch, block, WIDTH)
     row_2 = row_at(2, batch, block, WIDTH)
+    row_3 = row_at(3, batch, block, WIDTH)
     drive, aux = load_and_prepare_step(0, row, batch, block, EPILOGUE)
     a_1, aux_1 = load_step(1, row_1, batch, block)
+    a_2, aux_2 = load_step(2, row_2, batch, block)
     s = tl.zeros([BLOCK_H, BLOCK_B], batch.a_ptr.dtype.element_ty)
     for step in tl.range(0, block.longest, num_stages=1):
-        row_3 = row_at(step + 3, batch, block, WIDTH)
-        a_2, aux_2 = load_step(step + 2, row_2, batch, block)
+        row_4 = row_at(step + 4, batch, block, WIDTH)
+        a_3, aux_3 = load_step(step + 3, row_3, batch, block)
         state, state_small = operands(s, PRECISION, INTERPRETED)
         z = multiply_add(m, m_small, state, state_small, drive, PRECISION)
         aux_now = aux
-        drive, aux = prepare_step(step + 1, a_1, aux_1, s, batch, block, EPILOGUE)
+        drive, aux = prepare_step(step + 1, a_1, aux_1, s, batch, block, EPILOGUE, MAY_JOIN)
         s = state_of(step, z, aux_now, batch, block, EPILOGUE, INTERPRETED)
         # At once: a store that waits for the next product takes registers, and does not overlap it,
         # as Triton waits for a product where it is written.
         store_step(step, row, s, batch, block)
-        row, row_1, row_2 = row_1, row_2, row_3
-        a_1, aux_1 = a_2, aux_2
+        row, row_1, row_2, row_3 = row_1, row_2, row_3, row_4
+        a_1, aux_1, a_2, aux_2 = a_2, aux_2, a_3, aux_3
 
 
 @triton.jit
@@ -158,12 +165,12 @@ def walk_gang(
     patience = PATIENCE
     for number in tl.range(lane, tl.cdiv(batch.B, BLOCK_B), TURNS * lanes, num_stages=1):
         block = block_of(number, batch, G, H, BLOCK_H, BLOCK_B)
-        moment = before_first_step(batch, block, WIDTH, EPILOGUE)
+        moment = before_first_step(batch, block, WIDTH, BLOCK_H, BLOCK_B)
         steps = block.longest
         if TURNS == 2:
             # There may be none of this number: then it has no steps.
             other_block = block_of(number + lanes, batch, G, H, BLOCK_H, BLOCK_B)
-            other_moment = before_first_step(batch, other_block, WIDTH, EPILOGUE)
+            other_moment = before_first_step(batch, other_block, WIDTH, BLOCK_H, BLOCK_B)
             steps = tl.maximum(steps, other_block.longest)
         # The pipeliner would move reads of the state above the stores that other programs wait for.
         # And LLVM would hoist the descriptor of every matrix instruction out of the loop, two
@@ -216,16 +223,31 @@ def walk_gang(
 
 
 @triton.jit
-def before_first_step(batch, block, WIDTH: tl.constexpr, EPILOGUE: tl.constexpr):
+def before_first_step(batch, block, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B):
     """Give the moment at which a gang's walk of a batch block begins."""
     row = row_at(0, batch, block, WIDTH)
-    drive, aux = load_and_prepare_step(0, row, batch, block, EPILOGUE)
+    a, aux = load_step(0, row, batch, block)
     return Moment(
-        drive=drive,
+        s=tl.zeros([BLOCK_H, BLOCK_B], a.dtype),
+        a=a,
         aux=aux,
         row_before=tl.zeros([], tl.int64),
         row=row,
         row_1=row_at(1, batch, block, WIDTH),
+    )
+
+
+@triton.jit
+def keep_place(x, INTERPRETED: tl.constexpr):
+    """Give x, as an instruction that the compiler leaves where it stands.
+
+    Triton moves the store of a loaded number to shared memory up to its load, between the loads.
+    """
+    if INTERPRETED:
+        return x
+    PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=PACK
     )
 
 
@@ -255,6 +277,9 @@ def advance(
     the patience left.
     """
     GANG: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    # Before the wait: the step's numbers, loaded in the step before, go where the product takes
+    # them, and the next step's are asked for.
+    drive, aux = prepare_step(step, moment.a, moment.aux, moment.s, batch, block, EPILOGUE, True)
     row_2 = row_at(step + 2, batch, block, G * H)
     a_1, aux_1 = load_step(step + 1, moment.row_1, batch, block)
 
@@ -263,7 +288,7 @@ def advance(
     offs_k = tl.arange(0, BLOCK_K)
     state_ptrs = batch.a_ptr + moment.row_before + block.base + offs_k[:, None]
     mask_b = has_state_before(step, block)
-    z = moment.drive
+    z = drive
     # As many reads at once as shared memory has room for: each takes a round trip to L2.
     for first in tl.static_range(0, H, BLOCK_READ):
         states = ()
@@ -274,19 +299,24 @@ def advance(
                     mask = (k + offs_k < H)[:, None] & mask_b
                 state = tl.load(state_ptrs + k, mask=mask, other=0.0, cache_modifier=".cg")
                 states = states + (state,)  # type: ignore[assignment]  # noqa: RUF005
-        for k in tl.static_range(first, first + BLOCK_READ, BLOCK_K):
-            if k < H:
-                state = states[(k - first) // BLOCK_K]
-                state, state_small = operands(state, PRECISION, INTERPRETED)
-                m, m_small = tiles[k // BLOCK_K], tiles_small[k // BLOCK_K]
-                z = multiply_add(m, m_small, state, state_small, z, PRECISION)
+        # All have been sent before any is waited for: else ptxas, short of nothing, takes a few
+        # registers in turn, and a step several round trips.
+        tl.debug_barrier()
+        arrived = ()
+        for i in tl.static_range(len(states)):
+            state = keep_place(states[i], INTERPRETED)
+            arrived = arrived + (state,)  # type: ignore[assignment]  # noqa: RUF005
+        for i in tl.static_range(len(arrived)):
+            state, state_small = operands(arrived[i], PRECISION, INTERPRETED)
+            m, m_small = tiles[first // BLOCK_K + i], tiles_small[first // BLOCK_K + i]
+            z = multiply_add(m, m_small, state, state_small, z, PRECISION)
 
-    s = state_of(step, z, moment.aux, batch, block, EPILOGUE, INTERPRETED)
+    s = state_of(step, z, aux, batch, block, EPILOGUE, INTERPRETED)
     store_step(step, moment.row, s, batch, block)
     publish(counter_ptr)
-    # Here, while the others' slices are on their way.
-    drive, aux = prepare_step(step + 1, a_1, aux_1, s, batch, block, EPILOGUE)
-    next_moment = Moment(drive=drive, aux=aux, row_before=moment.row, row=moment.row_1, row_1=row_2)
+    next_moment = Moment(
+        s=s, a=a_1, aux=aux_1, row_before=moment.row, row=moment.row_1, row_1=row_2
+    )
     return next_moment, target + GANG, patience
 
 
@@ -311,10 +341,12 @@ def walk_step(
     offs_k = tl.arange(0, BLOCK_K)
     state_ptrs = batch.a_ptr + row_at(step - 1, batch, block, WIDTH) + block.base + offs_k[:, None]
     mask_b = has_state_before(step, block)
+    stride_tile = BLOCK_K * tl.cast(stride_m_column, tl.int64)
     for k in tl.range(0, H, BLOCK_K, disable_licm=True):
         mask_k = k + offs_k < H
-        m = tl.load(m_ptrs + k * stride_m_column, mask=block.mask_h & mask_k[None, :], other=0.0)
+        m = tl.load(m_ptrs, mask=block.mask_h & mask_k[None, :], other=0.0)
         state = tl.load(state_ptrs + k, mask=mask_k[:, None] & mask_b, other=0.0)
+        m_ptrs += stride_tile
         m, m_small = operands(m, PRECISION, INTERPRETED)
         state, state_small = operands(state, PRECISION, INTERPRETED)
         z = multiply_add(m, m_small, state, state_small, z, PRECISION)
@@ -382,12 +414,12 @@ def recurrence_kernel(
     )
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_k = tl.arange(0, BLOCK_K)
-    rows_h = offs_h[:, None]
+    m_ptr += tl.program_id(2).to(tl.int64) * stride_m_group
+    rows_h, columns_k = offs_h[:, None], offs_k[None, :]
     if PLAN == "stepwise":
         # Elsewhere M fits multiprocessors, and so do its offsets 32 bits.
-        rows_h = rows_h.to(tl.int64)
-    m_ptr += tl.program_id(2).to(tl.int64) * stride_m_group
-    m_ptrs = m_ptr + (rows_h * stride_m_row + offs_k[None, :] * stride_m_column)
+        rows_h, columns_k = rows_h.to(tl.int64), columns_k.to(tl.int64)
+    m_ptrs = m_ptr + (rows_h * stride_m_row + columns_k * stride_m_column)
     if PLAN == "stepwise":
         block = block_of(tl.program_id(0), batch, G, H, BLOCK_H, BLOCK_B)
         if step < block.longest:
