@@ -1,5 +1,6 @@
 """Plans are computed from shape, dtype and limits: they fit, and every problem has one."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,8 +16,8 @@ from tritonrnn.kernels.plan import (
     Problem,
     choose_plan,
     cooperative_plan,
-    cooperative_step_us,
     resident_plan,
+    step_us,
     stepwise_plan,
 )
 
@@ -24,8 +25,8 @@ SM_90 = DEVICES["sm_90"]
 
 problems = st.builds(
     Problem,
-    T=st.integers(1, 10**6),
-    B=st.integers(1, 10**6),
+    T=st.integers(0, 10**6),
+    B=st.integers(0, 10**6),
     G=st.integers(1, 8),
     H=st.integers(1, 4096),
     dtype=st.sampled_from(["bf16", "fp16", "fp32"]),
@@ -74,13 +75,27 @@ def test_cooperative_gang_takes_several_blocks_in_one_launch():
 
 
 def test_cooperative_blocks_in_turn_hide_a_handoff():
-    def step_us(B: int) -> float:
+    def us(B: int) -> float:
         problem = Problem(T=512, B=B, G=2, H=1024, dtype="bf16")
-        return cooperative_step_us(problem, cooperative_plan(problem, SM_90))
+        return step_us(problem, cooperative_plan(problem, SM_90))
 
     # Four gangs of sixteen sequences; then each takes another block in turn, then a third one.
-    assert step_us(128) == pytest.approx(2 * step_us(64) - 2 * HANDOFF_US)
-    assert step_us(192) == pytest.approx(step_us(128) + step_us(64))
+    assert us(128) == pytest.approx(2 * us(64) - 2 * HANDOFF_US)
+    assert us(192) == pytest.approx(us(128) + us(64))
+
+
+@pytest.mark.parametrize(
+    ("H", "largest", "too_large"), [(1024, 256, 512), (512, 1024, 2048), (256, 8192, 2**16)]
+)
+def test_choose_plan_leaves_to_torch_what_torch_does_faster(H, largest, too_large):
+    """A launch that has to take a batch in many turns loses to torch's large products."""
+    few, many = (Problem(512, B, 2, H, "bf16") for B in (largest, too_large))
+    plan = choose_plan(few, SM_90)
+    assert isinstance(plan, LaunchPlan)
+    assert plan.launches == 1
+    declined = choose_plan(many, SM_90)
+    assert isinstance(declined, Declined)
+    assert re.search(rf"{plan.name} [\d.]+ us.* [\d.]+ us on torch's own path", declined.reason)
 
 
 @given(problems, devices)
@@ -118,7 +133,7 @@ def test_choose_plan_keeps_weights_resident_while_they_fit(dtype, tf32, device, 
     assert declined.reason.startswith(f"W_hh of {largest + 1} x {largest + 1} {dtype}")
 
 
-@given(problems, devices, st.integers(1, 10**6), st.integers(1, 10**6))
+@given(problems, devices, st.integers(0, 10**6), st.integers(0, 10**6))
 def test_plans_compile_alike_whatever_the_batch(problem, device, T, B):
     """Only what a launch counts follows T and B: no tile, hence no kernel, does."""
     other = replace(problem, T=T, B=B)

@@ -28,14 +28,14 @@ CLOCKS_PER_US = 1980
 TFLOPS = {"16-bit": 989, "tf32": 495, "fp32": 67}
 MEMORY_BYTES_PER_US = 4.3e6
 
-# Sequences a program where weights stay. Never a function of B, which would compile a kernel for
-# every few batch sizes. The epilogue is a good part of a step and costs what the tile is large, so
+# Sequences a resident program. Never a function of B, which would compile a kernel for every few
+# batch sizes. The epilogue is a good part of a step and costs what the tile is large, so
 # few; but as many as let Triton choose wgmma, whose narrowest tile it takes to be 16 wide.
 BLOCK_B = {"16-bit": 16, "tf32": 8, "fp32": 8}
 
-# Tiles of M up to which ptxas (12.8, for sm_90) leaves the descriptors of two blocks' matrix
-# instructions where they are used: 10 take 166 registers; with 12 it keeps them all, and spills.
-MOST_TILES_IN_TURN = 10
+# Hidden units up to which ptxas (12.8, for sm_90) leaves the descriptors of two blocks' matrix
+# instructions where they are used: of 1280, up to 250 registers; of 1536 it keeps all, and spills.
+MOST_UNITS_IN_TURN = 1280
 
 
 @dataclass(frozen=True)
@@ -180,21 +180,26 @@ class Declined:
 def choose_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Declined:
     """The plan that the limits call for, or why torch's own path is the better one."""
     resident = resident_plan(problem, device)
-    if resident is not None:
-        return resident
-    cooperative = cooperative_plan(problem, device)
-    if cooperative is not None and not device.is_interpreter:
-        other_us = min(TRITON_LAUNCH_US, torch_step_us(problem))
-        if cooperative_step_us(problem, cooperative) < other_us:
-            return cooperative
-    if device.is_interpreter or TRITON_LAUNCH_US <= TORCH_STEP_US:
+    if device.is_interpreter:
+        # Which is for tests, not for speed.
+        return stepwise_plan(problem, device) if resident is None else resident
+    one_launch = [plan for plan in (resident, cooperative_plan(problem, device)) if plan]
+    stepwise_us, torch_us = stepwise_step_us(problem), torch_step_us(problem)
+    for plan in one_launch:
+        if step_us(problem, plan) <= min(stepwise_us, torch_us):
+            return plan
+    if stepwise_us < torch_us:
         return stepwise_plan(problem, device)
     kib = problem.H * problem.H * problem.item_bytes / 1024
-    return Declined(
+    too_large = (
         f"W_hh of {problem.H} x {problem.H} {problem.dtype} ({kib:.0f} KiB) does not fit one "
-        f"multiprocessor of {device.arch} ({device.shared_bytes / 1024:.0f} KiB), and a Triton "
-        f"launch a step (about {TRITON_LAUNCH_US:g} us) costs more than torch's own "
-        f"(about {TORCH_STEP_US:g} us)"
+        f"multiprocessor of {device.arch} ({device.shared_bytes / 1024:.0f} KiB); "
+    )
+    times = [f"{plan.name} {step_us(problem, plan):.1f} us" for plan in one_launch]
+    times.append(f"a Triton launch a step {stepwise_us:.1f} us")
+    return Declined(
+        f"{'' if one_launch else too_large}by the limits, a step takes {', '.join(times)}, and "
+        f"{torch_us:.1f} us on torch's own path"
     )
 
 
@@ -233,7 +238,11 @@ def cooperative_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Non
     # interpreter, where programs take turns, a gang is one program.
     block_h = _power_of_two(problem.H, at_least=64) if device.is_interpreter else 64
     precision = _precision(problem, device)
-    block_b, block_k = 16, 128
+    # 16 sequences make the most of the weights that a step reads and, for wgmma, are the fewest.
+    block_b = 16
+    # Each tile of the state is a product of its own that is waited for: the fewer the better, but
+    # 512 are no faster to issue than 256, and what H is no multiple of is padded.
+    block_k = 256 if problem.dtype != "fp32" and problem.H % 256 == 0 else 128
     if _is_narrow(problem):
         # Every number in a register with an address of its own, and of two parts each.
         block_k = 32 if precision == "tf32x3" else 64
@@ -252,10 +261,10 @@ def cooperative_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Non
     lanes = device.multiprocessors // (gang * problem.G) if not device.is_interpreter else 1
     if at_once == 0 or lanes == 0 or shared_bytes > device.shared_bytes:
         return None
-    lanes = min(lanes, _cdiv(problem.B, block_b))
+    lanes = min(lanes, max(1, _cdiv(problem.B, block_b)))
     # Two blocks want the registers of two, which large numbers and odd rows leave too few of.
-    spacious = problem.dtype != "fp32" and not _is_narrow(problem)
-    turns = 2 if spacious and tiles <= MOST_TILES_IN_TURN else 1
+    spacious = problem.dtype != "fp32" and problem.H * problem.item_bytes % 16 == 0
+    turns = 2 if spacious and problem.H <= MOST_UNITS_IN_TURN else 1
     return LaunchPlan(
         name="cooperative",
         block_h=block_h,
@@ -274,29 +283,44 @@ def cooperative_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Non
     )
 
 
-def cooperative_step_us(problem: Problem, plan: LaunchPlan) -> float:
-    """What the limits let a step of a cooperative plan take, all batch blocks of a gang in it."""
-    clocks = (
-        STEP_CLOCKS
-        + problem.item_bytes * problem.H * plan.block_b / L2_BYTES_PER_CLOCK
-        + problem.item_bytes * problem.H * plan.block_h / SHARED_BYTES_PER_CLOCK
-    )
-    busy_us = clocks / CLOCKS_PER_US
+def step_us(problem: Problem, plan: LaunchPlan) -> float:
+    """What the limits let a step of one launch take, all batch blocks in it."""
+    blocks = _cdiv(problem.B, plan.block_b)
+    # Three products of parts each read weights and state once.
+    reads = 3 if plan.precision == "tf32x3" else 1
+    weights = reads * problem.item_bytes * problem.H * plan.block_h / SHARED_BYTES_PER_CLOCK
+    if plan.name == "resident":
+        # One block a multiprocessor: others wait until it has walked all its steps.
+        waves = _cdiv(blocks * problem.G, plan.device.multiprocessors)
+        return max(waves * (STEP_CLOCKS + weights) / CLOCKS_PER_US, _memory_us(problem))
+    state = problem.item_bytes * problem.H * plan.block_b / L2_BYTES_PER_CLOCK
+    busy_us = (STEP_CLOCKS + weights + state) / CLOCKS_PER_US
     lanes = plan.programs // (_cdiv(problem.H, plan.block_h) * problem.G)
-    blocks = _cdiv(_cdiv(problem.B, plan.block_b), lanes)
-    in_turn, alone = divmod(blocks, plan.turns)
-    # Of blocks in turn, one is handed over while a gang is busy with the others.
-    in_turn_us = max(plan.turns * busy_us, HANDOFF_US + busy_us)
-    return in_turn * in_turn_us + alone * (HANDOFF_US + busy_us)
+    pairs, alone = divmod(_cdiv(blocks, lanes), plan.turns)
+    # Of two blocks by turns, one is handed over while the gang is busy with the other.
+    pair_us = max(plan.turns * busy_us, HANDOFF_US + busy_us)
+    return max(pairs * pair_us + alone * (HANDOFF_US + busy_us), _memory_us(problem))
+
+
+def stepwise_step_us(problem: Problem) -> float:
+    """What the limits let a step take that is a Triton launch: the launch, product or memory."""
+    return max(TRITON_LAUNCH_US, _dense_step_us(problem))
 
 
 def torch_step_us(problem: Problem) -> float:
-    """What the limits let a step of torch's path take: launches, products or memory."""
-    states = problem.G * problem.B * problem.H
-    product = 2 * states * problem.H / (TFLOPS[_arithmetic(problem)] * 1e6)
+    """What the limits let a step of torch's path take: its launches, product or memory."""
+    return max(TORCH_STEP_US, _dense_step_us(problem))
+
+
+def _dense_step_us(problem: Problem) -> float:
+    flops = 2 * problem.G * problem.B * problem.H**2
+    return max(flops / (TFLOPS[_arithmetic(problem)] * 1e6), _memory_us(problem))
+
+
+def _memory_us(problem: Problem) -> float:
     # The drive is read and the state written; what the next step reads is in the cache.
-    memory = 2 * states * problem.item_bytes / MEMORY_BYTES_PER_US
-    return max(TORCH_STEP_US, product, memory)
+    moved_bytes = 2 * problem.G * problem.B * problem.H * problem.item_bytes
+    return moved_bytes / MEMORY_BYTES_PER_US
 
 
 def stepwise_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan:
