@@ -42,7 +42,7 @@ from tritonrnn.layout import SequenceLayout
 EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
 # Round sizes, and odd ones between them: rows that are no whole number of vectors are loaded and
 # stored number by number, with other layouts and more registers.
-HIDDEN_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 50, 97, 100, 201, 333)
+HIDDEN_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1272, 1536, 50, 97, 100, 201, 333)
 # The kernel of least means and the one of most: a layout, groups, and whether v_0 is given.
 BATCHES = (("padded", 1, False), ("packed", 2, True))
 # dtype of the tensors, and whether fp32 products may be TF32.
