@@ -20,7 +20,7 @@ from tritonrnn.ragged import RaggedLayout
 HIDDEN = {"resident": 100, "cooperative": 200, "stepwise": 100}
 LAYOUTS = {
     "packed": SequenceLayout.packed([11, 9, 9, 5, 2, 1, 1], 38),
-    "many": SequenceLayout.packed([40, 33, 9, 1], 83),
+    "many": SequenceLayout.packed([60, 33, 9, 1], 103),
     "jagged": RaggedLayout.jagged(torch.tensor([0, 1, 1, 8, 10, 11, 15, 16, 16, 22, 23]), 23),
 }
 EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
@@ -52,7 +52,8 @@ def walk(name: str, device: torch.device) -> int:
         if plan is None:
             continue
         if plan.name == "cooperative":
-            # One gang a direction, so that it takes several blocks: two by turns, and one alone.
+            # One gang a direction, so that it takes several blocks: of many sequences two by turns,
+            # in bf16, and then two more.
             plan = replace(plan, programs=G * -(-H // plan.block_h))
         launch.recurrence(
             a,

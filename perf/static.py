@@ -87,10 +87,14 @@ class Specimen:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One plan, compiled: the compiler's listings and what they say."""
+    """One plan, compiled: the compiler's listings and what they say.
+
+    ``launches_at_once`` tells whether the driver is to run all programs at the same time or none.
+    """
 
     plan: LaunchPlan
     shared_bytes: int
+    launches_at_once: bool
     compile_s: float
     assembly: dict[str, Any]
 
@@ -160,7 +164,13 @@ def compile_plan(
             plan,
         ),
     )
-    return Compiled(plan, kernel.metadata.shared, time.perf_counter() - started, kernel.asm)
+    return Compiled(
+        plan,
+        kernel.metadata.shared,
+        kernel.metadata.launch_cooperative_grid,
+        time.perf_counter() - started,
+        kernel.asm,
+    )
 
 
 def time_loop(sass: list[str], nested: bool = False) -> list[str]:

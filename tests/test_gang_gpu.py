@@ -1,50 +1,123 @@
 """What only a GPU shows of the cooperative plan: its memory order, its streams, its graphs."""
 
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from test_recurrence import Case, assert_close, make_case, plan_of
 
 from tritonrnn.kernels import launch
+from tritonrnn.kernels.plan import LaunchPlan
 from tritonrnn.layout import SequenceLayout
 
 pytestmark = pytest.mark.gpu
 
 
-def ragged_case(seed: int, H: int = 512) -> Case:
+def walk(case: Case, s: torch.Tensor, plan: LaunchPlan) -> None:
+    """Launch a recurrence over s, and wait for nothing."""
+    launch.recurrence(
+        s,
+        case.v_0,
+        case.M,
+        case.aux,
+        case.layout,
+        epilogue=case.epilogue,
+        reverse=case.reverse,
+        tf32=case.tf32,
+        plan=plan,
+    )
+
+
+def ragged_case(
+    seed: int, epilogue: str = "tanh", dtype: torch.dtype = torch.bfloat16, H: int = 512
+) -> Case:
     chance = random.Random(seed)
-    sizes = sorted((chance.randint(1, 40) for _ in range(chance.randint(1, 60))), reverse=True)
+    sizes = sorted((chance.randint(1, 90) for _ in range(chance.randint(1, 60))), reverse=True)
     layout = SequenceLayout.packed(sizes, sum(sizes))
-    return make_case(layout, H, "tanh", torch.bfloat16)
+    return make_case(layout, H, epilogue, dtype, tf32=True)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_cooperative_random_ragged_calls(seed):
-    """Also of one gang a direction, which walks its blocks by turns: the numbers are the same."""
-    case = ragged_case(seed)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("epilogue", ["tanh", "tanh_grad"])
+@pytest.mark.parametrize("seed", range(5))
+def test_cooperative_random_ragged_calls(seed, epilogue, dtype):
+    """Also of one gang a direction, which walks its blocks by turns: the numbers are the same.
+
+    A kernel on another stream, of random length, takes some of the multiprocessors for a while, so
+    that programs do not start together.
+    """
+    case = ragged_case(seed, epilogue, dtype)
     first = case.run("cooperative")
     assert_close(case, first)
     plan = plan_of(case, "cooperative")
     gang = -(-case.M.shape[-1] // plan.block_h)
     plans = [plan, replace(plan, programs=gang * len(case.reverse))]
-    for turn in range(500):
-        assert torch.equal(case.run(plans[turn % 2]), first)
+    chance = random.Random(seed)
+    busy, square = torch.cuda.Stream(), torch.ones(2048, 2048, device="cuda")
+    for call in range(500):
+        with torch.cuda.stream(busy):
+            for _ in range(chance.randrange(3)):
+                size = chance.randrange(64, 2048)
+                torch.mm(square[:size], square, out=torch.empty_like(square[:size]))
+        assert torch.equal(case.run(plans[call % 2]), first)
 
 
 def test_cooperative_calls_on_two_streams():
+    """Each waits until all of its programs can run, and has counters of its own."""
     cases = [ragged_case(seed) for seed in (0, 1)]
     expected = [case.run("cooperative") for case in cases]
+    plans = [plan_of(case, "cooperative") for case in cases]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    calls = [[case.a.clone() for _ in range(100)] for case in cases]
     torch.cuda.synchronize()
-    for _ in range(100):
-        results = []
-        for case, stream in zip(cases, streams):
-            with torch.cuda.stream(stream):
-                results.append(case.run("cooperative"))
-        torch.cuda.synchronize()
-        assert all(map(torch.equal, results, expected))
+    # Nothing here waits for the device, so that both streams have launches to run at any time.
+    for turn in range(100):
+        for which, case in enumerate(cases):
+            with torch.cuda.stream(streams[which]):
+                walk(case, calls[which][turn], plans[which])
+    torch.cuda.synchronize()
+    for which, results in enumerate(calls):
+        assert all(torch.equal(s, expected[which]) for s in results)
+
+
+def test_cooperative_grid_that_can_not_run_at_once_is_refused():
+    case = ragged_case(0)
+    plan = plan_of(case, "cooperative")
+    with pytest.raises(RuntimeError, match="cooperative launch"):
+        walk(case, case.a.clone(), replace(plan, programs=1000 * plan.programs))
+
+
+def test_cooperative_program_that_is_lost_fails_the_next_synchronising_call():
+    """In a process of its own, whose context does not survive it."""
+    code = (
+        "import test_gang_gpu, torch\n"
+        "from tritonrnn.kernels import launch\n"
+        "case = test_gang_gpu.ragged_case(0)\n"
+        "plan = test_gang_gpu.plan_of(case, 'cooperative')\n"
+        # Counters that begin too low: every program waits for one addition more than there is.
+        "words = launch.gang_words\n"
+        "def too_low(*of):\n"
+        "    counters = words(*of)\n"
+        "    counters[1:] -= 1\n"
+        "    return counters\n"
+        "launch.gang_words = too_low\n"
+        "launch.PATIENCE = 1000\n"
+        "s = case.a.clone()\n"
+        "test_gang_gpu.walk(case, s, plan)\n"
+        "try:\n"
+        "    torch.cuda.synchronize()\n"
+        "except RuntimeError as error:\n"
+        "    print('raised')"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    assert "raised" in process.stdout, process.stderr
+    assert "waited in vain" in process.stderr
 
 
 def test_cooperative_capture_and_replay():
@@ -52,24 +125,10 @@ def test_cooperative_capture_and_replay():
     expected = case.run("cooperative")
     plan = plan_of(case, "cooperative")
     s = case.a.clone()
-
-    def walk() -> None:
-        s.copy_(case.a)
-        launch.recurrence(
-            s,
-            case.v_0,
-            case.M,
-            None,
-            case.layout,
-            epilogue="tanh",
-            reverse=case.reverse,
-            tf32=False,
-            plan=plan,
-        )
-
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        walk()
+        s.copy_(case.a)
+        walk(case, s, plan)
     for _ in range(20):
         s.fill_(torch.nan)
         graph.replay()
