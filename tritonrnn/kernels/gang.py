@@ -1,8 +1,8 @@
 """How the programs of a gang wait for one another: counters that only grow.
 
 A gang is the programs that walk the same sequences of one group, each with other hidden units. In
-every step each of them publishes its slice of the state, and reads all slices in the next. For each
-of the batch blocks that they walk by turns there is a counter:
+every step each of them publishes its slice of the state, and reads all slices in the next. There is
+a counter for each of the one or two batch blocks that they walk by turns:
 
     publish   store the slice        every thread
               barrier                ... all stores of the block are before
@@ -21,9 +21,9 @@ for, or waits for one that runs. No gang waits for another one. And should a pro
 that wait for it lose patience, say so and run to the end without waiting any more: a walk ends
 whatever happens.
 
-Patience is a number of polls, not a time: a poll costs a round trip to L2, half a microsecond,
-only while the program runs, so that neither a debugger nor another process on the GPU wears it
-out, and it means the same in Triton's interpreter.
+Patience is a number of polls, not a time. A poll is a round trip to L2, of half a microsecond or
+so, and a program polls only while it runs: neither a debugger nor another process on the GPU wears
+its patience out, as they would a clock's. And it means the same in Triton's interpreter.
 """
 
 import triton

@@ -20,8 +20,9 @@ has replaced it.
     cooperative   BLOCK_H does not. A program's BLOCK_H rows of M stay in shared memory for the
                   whole walk, in tiles of BLOCK_K columns; the state goes from step to step through
                   ``a``, and a program waits until all that share its sequences have stored the
-                  step before (``gang.py``). A gang walks two of its batch blocks at the same time,
-                  one's slices on their way while the other's product is made, then the next two.
+                  step before (``gang.py``). Where registers allow, a gang walks two of its batch
+                  blocks at the same time, one's slices on their way while the other's product is
+                  made, and then the next two.
     stepwise      A launch walks one step. M and the previous state, which other programs wrote in
                   the launch before, come from global memory in tiles of BLOCK_K.
 """
