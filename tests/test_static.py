@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# What ``perf static`` made of every plan, by device.
+TABLES = sorted((ROOT / "perf/results/static").glob("*.jsonl"))
 
 
 def compile_in_a_fresh_process(code: str) -> str:
@@ -82,6 +84,17 @@ def test_bf16_takes_tanh_from_the_hardware_and_fp16_does_not():
     )
     # Sixteen sequences of 64 hidden units by four warps: eight numbers a thread.
     assert counts.splitlines() == ["8 0", "0 8"]
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_static_tables_that_are_kept_keep_their_promises(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row for row in rows if row["spill_bytes"]] == []
+    assert [row for row in rows if row["shared_bytes"] > row["planned_bytes"]] == []
+    large = [row for row in rows if row["dtype"] in ("bf16", "fp16") and row["H"] >= 64]
+    gangs = [row for row in rows if row["plan"] == "cooperative"]
+    assert len(large) > 100
+    assert path.stem != "sm_90" or [row for row in large + gangs if not row["hgmma"]] == []
 
 
 @pytest.mark.parametrize("arch", ["sm_100", "gfx942"])
