@@ -16,6 +16,7 @@ from tritonrnn.kernels.plan import (
     Problem,
     choose_plan,
     cooperative_plan,
+    plan_without_torch,
     resident_plan,
     step_us,
     stepwise_plan,
@@ -95,7 +96,15 @@ def test_choose_plan_leaves_to_torch_what_torch_does_faster(H, largest, too_larg
     assert plan.launches == 1
     declined = choose_plan(many, SM_90)
     assert isinstance(declined, Declined)
+    assert plan_without_torch(many, SM_90).name == "stepwise"
     assert re.search(rf"{plan.name} [\d.]+ us.* [\d.]+ us on torch's own path", declined.reason)
+
+
+def test_plan_without_torch_keeps_one_launch_while_it_is_faster_than_many():
+    """Of 6.9 us a step, where torch's own path takes 5 and a launch a step 8."""
+    problem = Problem(T=100, B=8192, G=1, H=128, dtype="fp32")
+    assert isinstance(choose_plan(problem, SM_90), Declined)
+    assert plan_without_torch(problem, SM_90).name == "resident"
 
 
 @given(problems, devices)

@@ -147,7 +147,7 @@ def choose_now(
             obstacle = f"the {chosen.name} plan has yet to be run on a GPU."
         elif asked == "triton" or ragged:
             why = "triton was asked for." if asked == "triton" else "cuDNN takes no such batch."
-            return Choice("triton", plan.stepwise_plan(problem, limits), why)
+            return Choice("triton", plan.plan_without_torch(problem, limits), why)
         else:
             obstacle = chosen.reason
     if recorded:

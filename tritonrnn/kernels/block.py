@@ -52,7 +52,9 @@ class Block(NamedTuple):
 
 
 @triton.jit
-def block_of(number, batch, G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B):
+def block_of(
+    number, batch, G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr
+):
     """Give the program's part of the batch block of this number, empty past the last one."""
     group = tl.program_id(2)
     offs_b = number * BLOCK_B + tl.arange(0, BLOCK_B)

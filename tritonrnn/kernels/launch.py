@@ -18,7 +18,7 @@ from tritonrnn.kernels.plan import (
     LaunchPlan,
     Problem,
     choose_plan,
-    stepwise_plan,
+    plan_without_torch,
 )
 from tritonrnn.kernels.recurrence import recurrence_kernel
 from tritonrnn.layout import SequenceLayout
@@ -56,7 +56,7 @@ def recurrence(
         reverse: for each group, whether it walks from a sequence's last step to its first.
         tf32: whether fp32 products may round their operands to TF32.
         plan: the plan to launch, whatever :func:`choose_plan` says. Without one, a problem that
-            torch's own path would serve better is walked step by step.
+            torch's own path would serve better has the next best, :func:`plan_without_torch`'s.
     """
     if a.numel() == 0:
         return
@@ -101,7 +101,7 @@ def forced_plan(name: str) -> Iterator[None]:
 def _plan_for(problem: Problem, device: DeviceLimits) -> LaunchPlan:
     if _forced is None:
         choice = choose_plan(problem, device)
-        return choice if isinstance(choice, LaunchPlan) else stepwise_plan(problem, device)
+        return choice if isinstance(choice, LaunchPlan) else plan_without_torch(problem, device)
     plan = PLANS[_forced](problem, device)
     if plan is None:
         raise RuntimeError(f"the plan {_forced} does not fit {problem} on {device.arch}")

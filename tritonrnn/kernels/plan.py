@@ -203,6 +203,14 @@ def choose_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Declined
     )
 
 
+def plan_without_torch(problem: Problem, device: DeviceLimits) -> LaunchPlan:
+    """What to launch where torch's own path would be faster, but is not wanted or can't serve."""
+    resident = resident_plan(problem, device)
+    if resident is not None and step_us(problem, resident) <= stepwise_step_us(problem):
+        return resident
+    return stepwise_plan(problem, device)
+
+
 def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
     """W_hh in one multiprocessor for the whole walk, or None where it does not fit."""
     block_h = _power_of_two(problem.H, at_least=16)

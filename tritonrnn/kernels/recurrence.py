@@ -224,7 +224,9 @@ def walk_gang(
 
 
 @triton.jit
-def before_first_step(batch, block, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B):
+def before_first_step(
+    batch, block, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr
+):
     """Give the moment at which a gang's walk of a batch block begins."""
     row = row_at(0, batch, block, WIDTH)
     a, aux = load_step(0, row, batch, block)
