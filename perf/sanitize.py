@@ -52,8 +52,8 @@ def walk(name: str, device: torch.device) -> int:
         if plan is None:
             continue
         if plan.name == "cooperative":
-            # One gang a direction, so that it takes several blocks: of many sequences two by turns,
-            # in bf16, and then two more.
+            # One gang a direction, so that it takes several blocks: of "many", in bf16, the first
+            # two by turns, then the other two.
             plan = replace(plan, programs=G * -(-H // plan.block_h))
         launch.recurrence(
             a,

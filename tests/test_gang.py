@@ -7,7 +7,8 @@ import pytest
 import torch
 from test_recurrence import LAYOUTS, Case, assert_close, make_case, plan_of
 
-from tritonrnn.kernels.plan import LaunchPlan
+from tritonrnn.kernels import launch
+from tritonrnn.kernels.plan import DEVICES, LaunchPlan, Problem, cooperative_plan
 from tritonrnn.ragged import RaggedLayout
 
 pytestmark = [
@@ -87,6 +88,19 @@ def test_cooperative_gang_gives_up_on_a_lost_program():
     case = make_case(LAYOUTS["packed"], H, "tanh")
     with pytest.raises(RuntimeError, match="waited in vain for the others of its gang"):
         gangs.run(case, gang_plan(case), lost=(0, 1, 0), patience=200)
+
+
+def test_cooperative_plans_all_fit_the_text_of_their_assertion(monkeypatch):
+    """On CUDA torch takes 254 characters, whether or not the assertion holds; here any number."""
+    texts = []
+    monkeypatch.setattr(torch, "_assert_async", lambda word, text: texts.append(text))
+    device = DEVICES["sm_90"]
+    for H, B in [(16, 1), (512, 64), (1024, 10**6), (1664, 10**6)]:
+        plan = cooperative_plan(Problem(T=10**6, B=B, G=8, H=H, dtype="bf16"), device)
+        if plan is not None:
+            launch.check_gangs(torch.ones(1, 1), plan)
+    assert len(texts) >= 3
+    assert max(map(len, texts)) < 255
 
 
 WAIT = "    patience = wait(counter_ptr, target, patience, INTERPRETED)\n"

@@ -1,5 +1,6 @@
 """What only a GPU shows of the cooperative plan: its memory order, its streams, its graphs."""
 
+import os
 import random
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_recurrence import Case, assert_close, make_case, plan_of
+from test_recurrence import DEVICE, Case, assert_close, make_case, plan_of
 
 from tritonrnn.kernels import launch
 from tritonrnn.kernels.plan import LaunchPlan
@@ -45,7 +46,7 @@ def ragged_case(
 @pytest.mark.parametrize("epilogue", ["tanh", "tanh_grad"])
 @pytest.mark.parametrize("seed", range(5))
 def test_cooperative_random_ragged_calls(seed, epilogue, dtype):
-    """Also of one gang a direction, which walks its blocks by turns: the numbers are the same.
+    """Also of one gang a direction, which walks all blocks, in bf16 by turns: the same numbers.
 
     A kernel on another stream, of random length, takes some of the multiprocessors for a while, so
     that programs do not start together.
@@ -68,14 +69,24 @@ def test_cooperative_random_ragged_calls(seed, epilogue, dtype):
 
 def test_cooperative_calls_on_two_streams():
     """Each waits until all of its programs can run, and has counters of its own."""
-    cases = [ragged_case(seed) for seed in (0, 1)]
+    layout = SequenceLayout.packed([40] * 200 + [9] * 100, 40 * 200 + 9 * 100)
+    cases = [make_case(layout, 512, epilogue, torch.bfloat16) for epilogue in ("tanh", "relu")]
     expected = [case.run("cooperative") for case in cases]
     plans = [plan_of(case, "cooperative") for case in cases]
+    calls = [[case.a.clone() for _ in range(50)] for case in cases]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-    calls = [[case.a.clone() for _ in range(100)] for case in cases]
+    for stream in streams:
+        # Its copy of the row map, for which the host may wait.
+        with torch.cuda.stream(stream):
+            layout.row_map(DEVICE)
     torch.cuda.synchronize()
-    # Nothing here waits for the device, so that both streams have launches to run at any time.
-    for turn in range(100):
+    # Both begin when all has been queued, so that each has a launch to run at any time.
+    torch.cuda._sleep(10**9)
+    queued = torch.cuda.Event()
+    queued.record()
+    for stream in streams:
+        stream.wait_event(queued)
+    for turn in range(50):
         for which, case in enumerate(cases):
             with torch.cuda.stream(streams[which]):
                 walk(case, calls[which][turn], plans[which])
@@ -91,7 +102,7 @@ def test_cooperative_grid_that_can_not_run_at_once_is_refused():
         walk(case, case.a.clone(), replace(plan, programs=1000 * plan.programs))
 
 
-def test_cooperative_program_that_is_lost_fails_the_next_synchronising_call():
+def test_cooperative_wait_in_vain_fails_the_next_synchronising_call():
     """In a process of its own, whose context does not survive it."""
     code = (
         "import test_gang_gpu, torch\n"
@@ -111,10 +122,16 @@ def test_cooperative_program_that_is_lost_fails_the_next_synchronising_call():
         "try:\n"
         "    torch.cuda.synchronize()\n"
         "except RuntimeError as error:\n"
-        "    print('raised')"
+        "    print('raised', flush=True)"
     )
+    tests = Path(__file__).parent
     process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(tests.parent)},
+        cwd=tests,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert "raised" in process.stdout, process.stderr
     assert "waited in vain" in process.stderr

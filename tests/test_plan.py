@@ -65,6 +65,11 @@ def test_cooperative_plans_are_co_resident(problem, device):
         gang = -(-problem.H // plan.block_h)
         assert plan.shared_bytes <= device.shared_bytes
         assert plan.programs % (gang * problem.G) == 0
+        assert is_power_of_two(plan.block_h)
+        assert is_power_of_two(plan.block_k)
+        assert plan.block_read % plan.block_k == 0
+        assert plan.num_warps * device.warp_size <= 1024
+        assert plan.turns == 1 or (plan.turns == 2 and problem.dtype != "fp32")
         assert device.is_interpreter or 0 < plan.programs <= device.multiprocessors
 
 

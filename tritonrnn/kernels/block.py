@@ -35,8 +35,8 @@ class Block(NamedTuple):
     lengths     tokens of each sequence, 0 where there is none
     longest     the most of them: steps of the walk
     joins       the time step at which each sequence joins the walk
-    base        offset of a sequence in a time step's row, to the first hidden unit of the group
-    tile        offsets of the program's hidden units
+    base        offset of each sequence from a time step's row, to the group's first hidden unit
+    tile        offsets of the program's hidden units of each sequence
     mask_h      hidden units that there are
     v_0         v at the steps at which sequences join, or 0.0
     """
@@ -88,7 +88,7 @@ def block_of(
 
 @triton.jit
 def time_at(step, block):
-    """Give the time step that is walked as number ``step``: outside [0, T) before and after."""
+    """Give the time step that is walked as number ``step``; outside the walk any."""
     return tl.where(block.is_reverse, block.longest - 1 - step, step)
 
 

@@ -143,10 +143,12 @@ def check_gangs(words: Tensor, plan: LaunchPlan) -> None:
     Raises:
         RuntimeError: on the CPU, a program gave up.
     """
+    # On CUDA torch takes no text of more than 254 characters.
     torch._assert_async(
         words[0, 0],
         "tritonrnn: a program of a recurrence waited in vain for the others of its gang; what was "
-        f"computed is wrong. The launch was {plan}",
+        f"computed is wrong. Launched: {plan.programs} programs of {plan.block_h} hidden units on "
+        f"{plan.device.multiprocessors} multiprocessors ({plan.device.arch})",
     )
 
 
@@ -173,11 +175,10 @@ def kernel_arguments(
     assert plan.epilogue in (problem.epilogue, f"{problem.epilogue}_approx")
     # One bit a group, in an argument of 32 bits.
     assert G < 32
-    if plan.name != "stepwise":
-        # All of M fits multiprocessors, but as a view it may lie in a larger matrix.
-        last = sum((size - 1) * stride for size, stride in zip(M.shape[1:], M.stride()[1:]))
-        assert last < 2**31
-    if plan.name != "stepwise" and a.dtype == torch.float32:
+    # A matrix that fits multiprocessors may be a view into a larger one; the kernel counts what
+    # lies between its numbers in 32 bits there.
+    too_wide = (H - 1) * (abs(M.stride(1)) + abs(M.stride(2))) >= 2**31
+    if plan.name != "stepwise" and (a.dtype == torch.float32 or too_wide):
         # Shared memory is read in wide pieces along rows only where numbers have 16 bits: a
         # transposed M would be read number by number in every step.
         M = M.contiguous()

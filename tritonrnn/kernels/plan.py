@@ -24,6 +24,7 @@ HANDOFF_US = 0.16
 L2_BYTES_PER_CLOCK = 64
 SHARED_BYTES_PER_CLOCK = 128
 CLOCKS_PER_US = 1980
+THREADS_PER_MULTIPROCESSOR = 2048
 # What torch's step takes at least where it is large: dense products and memory, of an H200.
 TFLOPS = {"16-bit": 989, "tf32": 495, "fp32": 67}
 MEMORY_BYTES_PER_US = 4.3e6
@@ -34,7 +35,8 @@ MEMORY_BYTES_PER_US = 4.3e6
 BLOCK_B = {"16-bit": 16, "tf32": 8, "fp32": 8}
 
 # Hidden units up to which ptxas (12.8, for sm_90) leaves the descriptors of two blocks' matrix
-# instructions where they are used: of 1280, up to 250 registers; of 1536 it keeps all, and spills.
+# instructions where they are used: 1272 take up to 254 registers
+# (perf/results/static/sm_90.jsonl); of 1536 it keeps all descriptors, and spills.
 MOST_UNITS_IN_TURN = 1280
 
 
@@ -183,6 +185,7 @@ def choose_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Declined
     if device.is_interpreter:
         # Which is for tests, not for speed.
         return stepwise_plan(problem, device) if resident is None else resident
+    # The first that does, not the fastest: a resident program waits for nobody.
     one_launch = [plan for plan in (resident, cooperative_plan(problem, device)) if plan]
     stepwise_us, torch_us = stepwise_step_us(problem), torch_step_us(problem)
     for plan in one_launch:
@@ -195,11 +198,11 @@ def choose_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Declined
         f"W_hh of {problem.H} x {problem.H} {problem.dtype} ({kib:.0f} KiB) does not fit one "
         f"multiprocessor of {device.arch} ({device.shared_bytes / 1024:.0f} KiB); "
     )
-    times = [f"{plan.name} {step_us(problem, plan):.1f} us" for plan in one_launch]
-    times.append(f"a Triton launch a step {stepwise_us:.1f} us")
+    times = [f"{plan.name} {step_us(problem, plan):.3g} us" for plan in one_launch]
+    times.append(f"a Triton launch a step {stepwise_us:.3g} us")
     return Declined(
         f"{'' if one_launch else too_large}by the limits, a step takes {', '.join(times)}, and "
-        f"{torch_us:.1f} us on torch's own path"
+        f"{torch_us:.3g} us on torch's own path"
     )
 
 
@@ -296,10 +299,15 @@ def step_us(problem: Problem, plan: LaunchPlan) -> float:
     blocks = _cdiv(problem.B, plan.block_b)
     # Three products of parts each read weights and state once.
     reads = 3 if plan.precision == "tf32x3" else 1
-    weights = reads * problem.item_bytes * problem.H * plan.block_h / SHARED_BYTES_PER_CLOCK
+    columns = _cdiv(problem.H, plan.block_k) * plan.block_k
+    weights = reads * problem.item_bytes * columns * plan.block_h / SHARED_BYTES_PER_CLOCK
     if plan.name == "resident":
-        # One block a multiprocessor: others wait until it has walked all its steps.
-        waves = _cdiv(blocks * problem.G, plan.device.multiprocessors)
+        # Programs that find no room wait until others have walked all their steps.
+        together = min(
+            plan.device.shared_bytes // plan.shared_bytes,
+            THREADS_PER_MULTIPROCESSOR // (plan.device.warp_size * plan.num_warps),
+        )
+        waves = _cdiv(blocks * problem.G, plan.device.multiprocessors * together)
         return max(waves * (STEP_CLOCKS + weights) / CLOCKS_PER_US, _memory_us(problem))
     state = problem.item_bytes * problem.H * plan.block_b / L2_BYTES_PER_CLOCK
     busy_us = (STEP_CLOCKS + weights + state) / CLOCKS_PER_US

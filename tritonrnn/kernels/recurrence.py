@@ -395,8 +395,8 @@ def recurrence_kernel(
     aux_ptr         [N, G * H], or None where the epilogue takes none
     row_map_ptr     int64 time_base[T], batch_base[B], lengths[B]; or None where token (t, b) is
                     in row t * stride_time + b * stride_batch and every length is T
-    gang_ptr        int32 [1 + TURNS * gangs, 32] of ones; row 0 turns 0 if a wait was in vain, the
-                    others are the counters of the gangs. None where there are no gangs
+    gang_ptr        int32 [1 + TURNS * gangs, 32] of ones; the first word turns 0 if a wait was in
+                    vain, the other rows' are the counters of the gangs. None where there are none
     reverse_groups  bit g is set where group g walks from the last step to the first
     step            what a stepwise launch walks
     INTERPRETED     whether Triton's interpreter runs this, whose bf16 needs a hand
