@@ -344,12 +344,11 @@ def walk_step(
     offs_k = tl.arange(0, BLOCK_K)
     state_ptrs = batch.a_ptr + row_at(step - 1, batch, block, WIDTH) + block.base + offs_k[:, None]
     mask_b = has_state_before(step, block)
-    stride_tile = BLOCK_K * tl.cast(stride_m_column, tl.int64)
     for k in tl.range(0, H, BLOCK_K, disable_licm=True):
         mask_k = k + offs_k < H
-        m = tl.load(m_ptrs, mask=block.mask_h & mask_k[None, :], other=0.0)
+        m_k_ptrs = m_ptrs + tl.cast(k, tl.int64) * stride_m_column
+        m = tl.load(m_k_ptrs, mask=block.mask_h & mask_k[None, :], other=0.0)
         state = tl.load(state_ptrs + k, mask=mask_k[:, None] & mask_b, other=0.0)
-        m_ptrs += stride_tile
         m, m_small = operands(m, PRECISION, INTERPRETED)
         state, state_small = operands(state, PRECISION, INTERPRETED)
         z = multiply_add(m, m_small, state, state_small, z, PRECISION)
