@@ -11,26 +11,9 @@ import pytest
 import torch
 from test_recurrence import DEVICE, Case, assert_close, make_case, plan_of
 
-from tritonrnn.kernels import launch
-from tritonrnn.kernels.plan import LaunchPlan
 from tritonrnn.layout import SequenceLayout
 
 pytestmark = pytest.mark.gpu
-
-
-def walk(case: Case, s: torch.Tensor, plan: LaunchPlan) -> None:
-    """Launch a recurrence over s, and wait for nothing."""
-    launch.recurrence(
-        s,
-        case.v_0,
-        case.M,
-        case.aux,
-        case.layout,
-        epilogue=case.epilogue,
-        reverse=case.reverse,
-        tf32=case.tf32,
-        plan=plan,
-    )
 
 
 def ragged_case(
@@ -89,7 +72,7 @@ def test_cooperative_calls_on_two_streams():
     for turn in range(50):
         for which, case in enumerate(cases):
             with torch.cuda.stream(streams[which]):
-                walk(case, calls[which][turn], plans[which])
+                case.walk(calls[which][turn], plans[which])
     torch.cuda.synchronize()
     for which, results in enumerate(calls):
         assert all(torch.equal(s, expected[which]) for s in results)
@@ -99,7 +82,7 @@ def test_cooperative_grid_that_can_not_run_at_once_is_refused():
     case = ragged_case(0)
     plan = plan_of(case, "cooperative")
     with pytest.raises(RuntimeError, match="cooperative launch"):
-        walk(case, case.a.clone(), replace(plan, programs=1000 * plan.programs))
+        case.walk(case.a.clone(), replace(plan, programs=1000 * plan.programs))
 
 
 def test_cooperative_wait_in_vain_fails_the_next_synchronising_call():
@@ -118,7 +101,7 @@ def test_cooperative_wait_in_vain_fails_the_next_synchronising_call():
         "launch.gang_words = too_low\n"
         "launch.PATIENCE = 1000\n"
         "s = case.a.clone()\n"
-        "test_gang_gpu.walk(case, s, plan)\n"
+        "case.walk(s, plan)\n"
         "try:\n"
         "    torch.cuda.synchronize()\n"
         "except RuntimeError as error:\n"
@@ -145,7 +128,7 @@ def test_cooperative_capture_and_replay():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         s.copy_(case.a)
-        walk(case, s, plan)
+        case.walk(s, plan)
     for _ in range(20):
         s.fill_(torch.nan)
         graph.replay()
