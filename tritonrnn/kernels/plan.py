@@ -6,6 +6,7 @@ plan, and never one that does not fit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -179,30 +180,34 @@ class Declined:
     reason: str
 
 
+@functools.lru_cache(maxsize=1024)
 def choose_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Declined:
     """The plan that the limits call for, or why torch's own path is the better one."""
-    resident = resident_plan(problem, device)
     if device.is_interpreter:
         # Which is for tests, not for speed.
-        return stepwise_plan(problem, device) if resident is None else resident
-    # The first that does, not the fastest: a resident program waits for nobody.
-    one_launch = [plan for plan in (resident, cooperative_plan(problem, device)) if plan]
+        return resident_plan(problem, device) or stepwise_plan(problem, device)
     stepwise_us, torch_us = stepwise_step_us(problem), torch_step_us(problem)
-    for plan in one_launch:
-        if step_us(problem, plan) <= min(stepwise_us, torch_us):
-            return plan
+    times = []
+    # In this order, not by time: a resident program waits for nobody.
+    for plan_of in (resident_plan, cooperative_plan):
+        plan = plan_of(problem, device)
+        if plan is not None:
+            plan_us = step_us(problem, plan)
+            if plan_us <= min(stepwise_us, torch_us):
+                return plan
+            times.append(f"{plan.name} {plan_us:.3g} us")
     if stepwise_us < torch_us:
         return stepwise_plan(problem, device)
-    kib = problem.H * problem.H * problem.item_bytes / 1024
+    kib = _power_of_two(problem.H, at_least=16) ** 2 * problem.item_bytes / 1024
     too_large = (
-        f"W_hh of {problem.H} x {problem.H} {problem.dtype} ({kib:.0f} KiB) does not fit one "
-        f"multiprocessor of {device.arch} ({device.shared_bytes / 1024:.0f} KiB); "
+        f"W_hh of {problem.H} x {problem.H} {problem.dtype} (a tile of {kib:.0f} KiB) does not fit "
+        f"one multiprocessor of {device.arch} ({device.shared_bytes / 1024:.0f} KiB); "
     )
-    times = [f"{plan.name} {step_us(problem, plan):.3g} us" for plan in one_launch]
+    prefix = "" if times else too_large
     times.append(f"a Triton launch a step {stepwise_us:.3g} us")
     return Declined(
-        f"{'' if one_launch else too_large}by the limits, a step takes {', '.join(times)}, and "
-        f"{torch_us:.3g} us on torch's own path"
+        f"{prefix}by the limits, a step takes {', '.join(times)}, and {torch_us:.3g} us on torch's "
+        "own path"
     )
 
 
@@ -297,7 +302,7 @@ def cooperative_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Non
 def step_us(problem: Problem, plan: LaunchPlan) -> float:
     """What the limits let a step of one launch take, all batch blocks in it."""
     blocks = _cdiv(problem.B, plan.block_b)
-    # Three products of parts each read weights and state once.
+    # Three products of parts each read the weights.
     reads = 3 if plan.precision == "tf32x3" else 1
     columns = _cdiv(problem.H, plan.block_k) * plan.block_k
     weights = reads * problem.item_bytes * columns * plan.block_h / SHARED_BYTES_PER_CLOCK
