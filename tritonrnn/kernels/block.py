@@ -52,13 +52,15 @@ class Block(NamedTuple):
 
 
 @triton.jit
-def block_of(
-    number, batch, G: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr
-):
-    """Give the program's part of the batch block of this number, empty past the last one."""
+def block_of(number, units, sequences, batch, G: tl.constexpr, H: tl.constexpr):
+    """Give the program's part of the batch block of this number, empty past the last one.
+
+    units, sequences
+        ranges of as many as a program has
+    """
     group = tl.program_id(2)
-    offs_b = number * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_h = tl.program_id(1) * units.shape[0] + units
+    offs_b = number * sequences.shape[0] + sequences
     mask_b = offs_b < batch.B
     mask_h = (offs_h < H)[:, None]
     if batch.row_map_ptr is None:
@@ -110,10 +112,16 @@ def row_at(step, batch, block, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def tile_of(step, block):
+    """Tell which numbers of a program's tile there are in a step, in the walk or outside of it."""
+    live = (time_at(step, block) < block.lengths) & is_walked(step, block)
+    return block.mask_h & live[None, :]
+
+
+@triton.jit
 def load_step(step, row, batch, block):
     """Load a and aux of a step; a again where there is no aux."""
-    live = (time_at(step, block) < block.lengths) & is_walked(step, block)
-    mask = block.mask_h & live[None, :]
+    mask = tile_of(step, block)
     a = tl.load(batch.a_ptr + row + block.tile, mask=mask, other=0.0)
     aux = a
     if batch.aux_ptr is not None:

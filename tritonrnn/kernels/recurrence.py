@@ -158,6 +158,7 @@ def walk_gang(
     All programs of a gang do so in the same order.
     """
     WIDTH: tl.constexpr = G * H
+    units, sequences = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_B)
     lane, lanes = tl.program_id(0), tl.num_programs(0)
     # Counters 128 bytes apart, so that no two meet in one cache line: one for each turn.
     counter_ptr = gang_ptr + 32 * (1 + TURNS * (tl.program_id(2) * lanes + lane))
@@ -165,12 +166,12 @@ def walk_gang(
     other_target = 1
     patience = PATIENCE
     for number in tl.range(lane, tl.cdiv(batch.B, BLOCK_B), TURNS * lanes, num_stages=1):
-        block = block_of(number, batch, G, H, BLOCK_H, BLOCK_B)
+        block = block_of(number, units, sequences, batch, G, H)
         moment = before_first_step(batch, block, WIDTH, BLOCK_H, BLOCK_B)
         steps = block.longest
         if TURNS == 2:
             # There may be none of this number: then it has no steps.
-            other_block = block_of(number + lanes, batch, G, H, BLOCK_H, BLOCK_B)
+            other_block = block_of(number + lanes, units, sequences, batch, G, H)
             other_moment = before_first_step(batch, other_block, WIDTH, BLOCK_H, BLOCK_B)
             steps = tl.maximum(steps, other_block.longest)
         # The pipeliner would move reads of the state above the stores that other programs wait for.
@@ -414,7 +415,8 @@ def recurrence_kernel(
         stride_batch=stride_batch,
         reverse_groups=reverse_groups,
     )
-    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    units, sequences = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_B)
+    offs_h = tl.program_id(1) * BLOCK_H + units
     offs_k = tl.arange(0, BLOCK_K)
     m_ptr += tl.program_id(2).to(tl.int64) * stride_m_group
     rows_h, columns_k = offs_h[:, None], offs_k[None, :]
@@ -423,7 +425,7 @@ def recurrence_kernel(
         rows_h, columns_k = rows_h.to(tl.int64), columns_k.to(tl.int64)
     m_ptrs = m_ptr + (rows_h * stride_m_row + columns_k * stride_m_column)
     if PLAN == "stepwise":
-        block = block_of(tl.program_id(0), batch, G, H, BLOCK_H, BLOCK_B)
+        block = block_of(tl.program_id(0), units, sequences, batch, G, H)
         if step < block.longest:
             walk_step(
                 step,
@@ -444,7 +446,7 @@ def recurrence_kernel(
             m_ptrs, mask_h, stride_m_column, H, PRECISION, INTERPRETED, BLOCK_K
         )
         if PLAN == "resident":
-            block = block_of(tl.program_id(0), batch, G, H, BLOCK_H, BLOCK_B)
+            block = block_of(tl.program_id(0), units, sequences, batch, G, H)
             walk_resident(
                 batch,
                 block,
