@@ -36,7 +36,6 @@ from tritonrnn.kernels.plan import (
     LaunchPlan,
     Problem,
 )
-from tritonrnn.kernels.recurrence import recurrence_kernel
 from tritonrnn.layout import SequenceLayout
 
 EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
@@ -53,6 +52,8 @@ DTYPES = {
     "fp32": (torch.float32, False),
 }
 T = 1024
+# Steps that a time loop has in one turn, where that is not one.
+STEPS_A_LOOP = {"registers": 2}
 
 
 class _Target:
@@ -150,8 +151,9 @@ def compile_plan(
     a = meta(rows.N, G * H)
     triton.runtime.driver.set_active(_Target(plan.device))
     started = time.perf_counter()
-    kernel = recurrence_kernel.warmup(
-        step=0,
+    step = {"step": 0} if plan.name == "stepwise" else {}
+    kernel = launch.kernel_of(plan).warmup(
+        **step,
         grid=launch.grid(problem, plan),
         **launch.kernel_arguments(
             a,
@@ -281,14 +283,15 @@ def _row(specimen: Specimen) -> dict[str, Any]:
     }
     if not plan.device.is_amd:
         # A stepwise launch is one step, from its first instruction to its last.
-        step = compiled.sass
+        loop = compiled.sass
         if plan.name != "stepwise":
-            step = time_loop(compiled.sass, nested=plan.name == "cooperative")
+            loop = time_loop(compiled.sass, nested=plan.name == "cooperative")
+        steps = STEPS_A_LOOP.get(plan.name, 1)
         row |= {
-            "sass_per_step": len(step),
-            "hgmma": count(step, "HGMMA"),
-            "hmma": count(step, "HMMA"),
-            "bar": count(step, "BAR"),
+            "sass_per_step": len(loop) // steps,
+            "hgmma": count(loop, "HGMMA") // steps,
+            "hmma": count(loop, "HMMA") // steps,
+            "bar": count(loop, "BAR") // steps,
         }
     return row | {"compile_s": round(compiled.compile_s, 2)}
 

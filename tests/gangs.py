@@ -89,12 +89,17 @@ def broken(folder: Path, *changes: tuple[str, str]) -> Any:
     text = (PACKAGE / "recurrence.py").read_text() + "\n\n"
     text += (PACKAGE / "gang.py").read_text().split("import triton.language as tl\n")[1]
     text = text.replace("from tritonrnn.kernels.gang import publish, wait\n", "")
+    return changed(text, folder, *changes).recurrence_kernel
+
+
+def changed(text: str, folder: Path, *changes: tuple[str, str]) -> ModuleType:
+    """A module of this text, with parts of it replaced that are there once."""
     for old, new in changes:
         assert text.count(old) == 1, f"{old!r} is there {text.count(old)} times"
         text = text.replace(old, new)
     path = folder / "broken.py"
     path.write_text(text)
-    return load(path).recurrence_kernel
+    return load(path)
 
 
 def load(path: Path) -> ModuleType:

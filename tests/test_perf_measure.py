@@ -22,6 +22,7 @@ from perf.peers.ours import forced_plan
 from perf.peers.peer import Runner
 from perf.switches import set_precision
 from perf.timing import EventClock, Job, WallClock, time_in_rounds
+from tritonrnn.kernels.plan import PLANS
 
 TINY = Case(T=8, B=4, I=2, H=3)
 
@@ -332,7 +333,7 @@ def test_peers_decline_what_they_cannot_do(device):
     declined = {name for name, peer in PEERS.items() if peer.supports(padded)}
     flash = {"flashrnn", "flashrnn-alternating"}
     here, there = {"nn_aten"}, {"nn_cudnn", "nn_native", "tritonrnn-resident", "tritonrnn-stepwise"}
-    there |= {"tritonrnn-cooperative", "loop_graphed"}
+    there |= {"tritonrnn-registers", "tritonrnn-cooperative", "loop_graphed"}
     assert declined == (there if device == "cpu" else here) | flash
     jagged = Case(T=5, B=3, I=2, H=4, device=device, layout="jagged")
     takers = {name for name, peer in PEERS.items() if not peer.supports(jagged)}
@@ -358,7 +359,7 @@ def test_unknown_peers_are_told(name):
         find(name)
 
 
-@pytest.mark.parametrize("name", ["resident", "cooperative", "stepwise"])
+@pytest.mark.parametrize("name", PLANS)
 def test_forced_plan_reaches_the_launch_and_is_undone(name, monkeypatch):
     from tritonrnn.kernels import launch
 
@@ -367,12 +368,13 @@ def test_forced_plan_reaches_the_launch_and_is_undone(name, monkeypatch):
     monkeypatch.setattr(
         launch, "grid", lambda problem, plan: launched.append(plan.name) or grid(problem, plan)
     )
-    rnn = tritonrnn.RNN(2, 16)
+    rnn = tritonrnn.RNN(2, 16, dtype=torch.bfloat16)
+    input = torch.randn(3, 2, 2, dtype=torch.bfloat16)
     with forced_plan(name):
-        output, _ = rnn(torch.randn(3, 2, 2))
+        output, _ = rnn(input)
         output.sum().backward()
     assert set(launched) == {name}
     launched.clear()
     with tritonrnn.backend("triton"):
-        rnn(torch.randn(3, 2, 2))
+        rnn(input)
     assert launched == ["resident"]

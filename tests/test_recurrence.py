@@ -90,8 +90,8 @@ def plan_of(case: Case, name: str) -> LaunchPlan:
         case.a, case.layout, G=len(case.reverse), epilogue=case.epilogue, tf32=case.tf32
     )
     plan = PLANS[name](problem, launch.device_limits(DEVICE))
-    if plan is None and name == "cooperative":
-        pytest.skip("this device has no cooperative plan for it")
+    if plan is None and name in ("registers", "cooperative"):
+        pytest.skip(f"this device has no {name} plan for it")
     assert isinstance(plan, LaunchPlan)
     return plan
 
@@ -171,8 +171,7 @@ def test_recurrence_without_v_0_starts_at_zero(layout, epilogue, plan):
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(
     ("T", "B", "H"),
-    [(1, 1, 1), (1, 9, 5), (2, 1, 17), (5, 3, 64), (3, 33, 31), (2, 2, 130)],
-    ids=["T1-B1-H1", "T1-B9-H5", "T2-B1-H17", "T5-B3-H64", "T3-B33-H31", "T2-B2-H130"],
+    [(1, 1, 1), (1, 9, 5), (2, 1, 17), (5, 3, 64), (3, 33, 31), (2, 2, 130), (4, 9, 200)],
 )
 def test_recurrence_takes_any_size(T, B, H, plan):
     for layout in (SequenceLayout.time_major(T, B), SequenceLayout.batch_major(B, T)):

@@ -150,7 +150,7 @@ def test_wgmma_reads_the_state_behind_a_barrier_and_a_proxy_fence():
     assert after.index("bar.sync") < after.index("fence.proxy.async") < after.index("wgmma.fence")
 
 
-@pytest.mark.parametrize("plan", ["resident", "cooperative", "stepwise"])
+@pytest.mark.parametrize("plan", PLANS)
 def test_new_lengths_and_batch_sizes_do_not_recompile(plan):
     """Whatever T and B are: 1, odd, multiples of 16, which Triton would each specialise on."""
     compiled = compile_in_a_fresh_process(
@@ -160,7 +160,8 @@ def test_new_lengths_and_batch_sizes_do_not_recompile(plan):
         f"    plan = PLANS[{plan!r}](problem, DEVICES['sm_90'])\n"
         "    for layout in ('padded', 'packed'):\n"
         "        compile_plan(problem, plan, torch.bfloat16, layout)\n"
-        "print(sum(len(caches[0]) for caches in recurrence_kernel.device_caches.values()))"
+        "caches = launch.kernel_of(plan).device_caches.values()\n"
+        "print(sum(len(cache[0]) for cache in caches))"
     )
     # One for padded batches, one for packed ones.
     assert compiled.split() == ["2"]

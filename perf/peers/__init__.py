@@ -9,7 +9,7 @@ import importlib
 
 from perf.peers.flash import FlashRNN, FlashRNNAlternating
 from perf.peers.loops import CompiledLoop, GraphedLoop, Loop
-from perf.peers.ours import Cooperative, OnTorch, Ours, Resident, Stepwise
+from perf.peers.ours import Cooperative, OnTorch, Ours, Registers, Resident, Stepwise
 from perf.peers.peer import Peer, Runner
 from perf.peers.torch_rnn import NNAgain, NNAten, NNCudnn, NNNative
 
@@ -20,6 +20,7 @@ PEERS: dict[str, Peer] = {
     for peer in (
         Ours(),
         OnTorch(),
+        Registers(),
         Resident(),
         Cooperative(),
         Stepwise(),

@@ -71,6 +71,13 @@ class Resident(Ours):
         return forced_plan(self.plan)
 
 
+class Registers(Resident):
+    """``tritonrnn.RNN`` with W_hh in one multiprocessor's registers, whatever it would choose."""
+
+    name = "tritonrnn-registers"
+    plan = "registers"
+
+
 class Stepwise(Resident):
     """``tritonrnn.RNN`` with a launch a step, whatever it would choose."""
 

@@ -56,7 +56,7 @@ def block_of(number, units, sequences, batch, G: tl.constexpr, H: tl.constexpr):
     """Give the program's part of the batch block of this number, empty past the last one.
 
     units, sequences
-        ranges of as many as a program has
+        ranges of as many as a program has; in a Gluon kernel, of the layout that tiles shall have
     """
     group = tl.program_id(2)
     offs_h = tl.program_id(1) * units.shape[0] + units

@@ -63,13 +63,14 @@ def recurrence(
     problem = problem_of(a, layout, G=len(reverse), epilogue=epilogue, tf32=tf32)
     if plan is None:
         plan = _plan_for(problem, device_limits(a.device))
+    kernel = kernel_of(plan)[grid(problem, plan)]
     arguments = kernel_arguments(a, v_0, M, aux, layout, problem, reverse, plan)
     with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
         if plan.name == "stepwise":
             for step in range(layout.T):
-                recurrence_kernel[grid(problem, plan)](step=step, **arguments)
+                kernel(step=step, **arguments)
         else:
-            recurrence_kernel[grid(problem, plan)](step=0, **arguments)
+            kernel(**arguments)
         if plan.name == "cooperative":
             check_gangs(arguments["gang_ptr"], plan)
 
@@ -82,7 +83,7 @@ def forced_plan(name: str) -> Iterator[None]:
     pass runs in a thread of its own.
 
     Args:
-        name: ``resident``, ``cooperative`` or ``stepwise``.
+        name: of :data:`tritonrnn.kernels.plan.PLANS`.
 
     Raises:
         ValueError: no plan has this name.
@@ -112,6 +113,16 @@ def problem_of(a: Tensor, layout: SequenceLayout, *, G: int, epilogue: str, tf32
     """What :func:`choose_plan` needs to know of a call."""
     H = a.shape[1] // G
     return Problem(layout.T, layout.B, G, H, DTYPES[a.dtype], tf32, epilogue)
+
+
+def kernel_of(plan: LaunchPlan) -> Any:
+    """The kernel that a plan launches."""
+    if plan.name == "registers":
+        # Only here: Gluon is not in every Triton, and takes its time to import.
+        from tritonrnn.kernels.registers import recurrence_in_registers_kernel
+
+        return recurrence_in_registers_kernel
+    return recurrence_kernel
 
 
 def grid(problem: Problem, plan: LaunchPlan) -> tuple[int, int, int]:
@@ -162,7 +173,10 @@ def kernel_arguments(
     reverse: tuple[bool, ...],
     plan: LaunchPlan,
 ) -> dict[str, Any]:
-    """Every argument of the kernel but the step to walk, and the compiler's options."""
+    """Every argument of the plan's kernel, and the compiler's options.
+
+    Of a stepwise plan all but ``step``, the one to walk.
+    """
     B, G, H = problem.B, problem.G, problem.H
     assert a.shape == (layout.N, G * H)
     assert M.shape == (G, H, H)
@@ -178,9 +192,10 @@ def kernel_arguments(
     # A matrix that fits multiprocessors may be a view into a larger one; the kernel counts what
     # lies between its numbers in 32 bits there.
     too_wide = (H - 1) * (abs(M.stride(1)) + abs(M.stride(2))) >= 2**31
-    if plan.name != "stepwise" and (a.dtype == torch.float32 or too_wide):
-        # Shared memory is read in wide pieces along rows only where numbers have 16 bits: a
-        # transposed M would be read number by number in every step.
+    # Shared memory is read in wide pieces along rows only where numbers have 16 bits: a transposed
+    # M would be read number by number in every step. Registers take pairs along rows.
+    along_rows = a.dtype == torch.float32 or plan.name == "registers"
+    if plan.name != "stepwise" and (along_rows or too_wide):
         M = M.contiguous()
     stride_m_group, stride_m_row, stride_m_column = M.stride()
     cooperative = plan.name == "cooperative"
@@ -188,14 +203,13 @@ def kernel_arguments(
     if cooperative and not triton.knobs.runtime.interpret:
         # The driver refuses a grid whose programs can't all run at the same time.
         options["launch_cooperative_grid"] = True
-    return {
+    arguments = {
         "a_ptr": a,
         "v_0_ptr": v_0,
         "m_ptr": M,
         "aux_ptr": aux,
         # The rows of a padded layout are computed from its two strides.
         "row_map_ptr": None if layout.is_padded else layout.row_map(a.device),
-        "gang_ptr": gang_words(problem, plan, a.device) if cooperative else None,
         "T": layout.T,
         "B": B,
         "stride_time": 1 if layout.batch_first else B,
@@ -207,16 +221,23 @@ def kernel_arguments(
         "G": G,
         "H": H,
         "EPILOGUE": plan.epilogue,
-        "PLAN": plan.name,
         "PRECISION": plan.precision,
         "INTERPRETED": triton.knobs.runtime.interpret,
-        "PATIENCE": PATIENCE if cooperative else 0,
         "BLOCK_H": plan.block_h,
         "BLOCK_B": plan.block_b,
+        **options,
+    }
+    if plan.name == "registers":
+        return arguments
+    if plan.name != "stepwise":
+        arguments["step"] = 0
+    return arguments | {
+        "gang_ptr": gang_words(problem, plan, a.device) if cooperative else None,
+        "PLAN": plan.name,
+        "PATIENCE": PATIENCE if cooperative else 0,
         "BLOCK_K": plan.block_k,
         "BLOCK_READ": plan.block_read,
         "TURNS": plan.turns,
-        **options,
     }
 
 

@@ -127,8 +127,8 @@ class LaunchPlan:
     """How the recurrence kernel is launched.
 
     Args:
-        name: ``resident``, ``cooperative`` or ``stepwise``; see ``recurrence.py`` for the tile
-            pictures.
+        name: ``registers``, ``resident``, ``cooperative`` or ``stepwise``; see ``registers.py``
+            and ``recurrence.py`` for the tile pictures.
         block_h: hidden units a program.
         block_b: sequences a program.
         block_k: hidden units of the previous state that one product takes.
@@ -242,6 +242,44 @@ def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
         programs=_cdiv(problem.B, block_b) * problem.G,
         launches=1,
         shared_bytes=shared_bytes,
+        device=device,
+    )
+
+
+def registers_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
+    """W_hh in one multiprocessor's registers, or None where it does not fit.
+
+    :func:`choose_plan` does not make it yet: what it compiles to is the shortest step of all, but
+    it has yet to run on a GPU.
+    """
+    if not (device.has_wgmma or device.is_interpreter):
+        return None
+    block_h = _power_of_two(problem.H, at_least=64)
+    precision = _precision(problem, device)
+    # Beyond, the registers of 2 block_h threads are too few: W_hh takes half of them, and odd rows,
+    # whose numbers come one by one, more than the other half.
+    most = {"ieee": 128 if _is_narrow(problem) else 256, "tf32": 128, "tf32x3": 64}[precision]
+    if block_h > most:
+        return None
+    # The narrowest product there is: a step's latency is that of its epilogue, too.
+    block_b = 8
+    # By parity of the step, the state, what is added to its product, and what the epilogue takes.
+    tiles = 6 if problem.epilogue.endswith("_grad") else 4
+    tiles += 2 if precision == "tf32x3" else 0
+    return LaunchPlan(
+        name="registers",
+        block_h=block_h,
+        block_b=block_b,
+        block_k=block_h,
+        block_read=block_h,
+        # Four warps to the 64 rows of a product.
+        num_warps=block_h // 16,
+        num_stages=1,
+        precision=precision,
+        epilogue=_epilogue(problem, device),
+        programs=_cdiv(problem.B, block_b) * problem.G,
+        launches=1,
+        shared_bytes=tiles * block_h * block_b * problem.item_bytes + 1024,
         device=device,
     )
 
@@ -374,6 +412,7 @@ def stepwise_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan:
 
 # What makes the plan of a name for a problem, or None where it does not fit.
 PLANS: dict[str, Callable[[Problem, DeviceLimits], LaunchPlan | None]] = {
+    "registers": registers_plan,
     "resident": resident_plan,
     "cooperative": cooperative_plan,
     "stepwise": stepwise_plan,

@@ -25,6 +25,8 @@ has replaced it.
                   made, and then the next two.
     stepwise      A launch walks one step. M and the previous state, which other programs wrote in
                   the launch before, come from global memory in tiles of BLOCK_K.
+
+For Hopper, ``registers.py`` has another kernel of the first kind.
 """
 
 from typing import Any, NamedTuple

@@ -1,0 +1,161 @@
+"""The walk with M in registers: what the imitation of Hopper notices, what the compiler makes."""
+
+import itertools
+import json
+import re
+
+import gangs
+import oracle
+import pytest
+import torch
+from test_recurrence import LAYOUTS, Case, assert_close, make_case
+from test_static import compile_in_a_fresh_process
+
+from tritonrnn.kernels import launch
+from tritonrnn.layout import SequenceLayout
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the imitation is not used")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "tf32"])
+@pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_registers_match_float64(layout, epilogue, dtype):
+    case = make_case(LAYOUTS[layout], 37, epilogue, dtype, tf32=dtype == torch.float32)
+    assert_close(case, case.run("registers"))
+
+
+@pytest.mark.parametrize("T", range(1, 9))
+@pytest.mark.parametrize("layout", [SequenceLayout.time_major, SequenceLayout.batch_major])
+def test_registers_walk_any_number_of_steps(T, layout):
+    """Steps are walked by twos, and what they take is under way for several."""
+    case = make_case(layout(T, 9), 20, "tanh_grad", torch.bfloat16)
+    assert_close(case, case.run("registers"))
+
+
+FENCE = "    hopper.fence_async_shared()\n"
+BARRIER = "    hopper.barrier()\n"
+STATE = "    shared.state.store(state.to(s.dtype))\n"
+KEEP = "    keep_state(s, there, PRECISION, INTERPRETED)\n"
+BROKEN = {
+    "no-fence": [(FENCE, "")],
+    "no-barrier": [(BARRIER, "")],
+    "fence-behind-the-barrier": [(FENCE + BARRIER, BARRIER + FENCE)],
+    "fence-before-the-state": [(FENCE, ""), (STATE, FENCE + STATE)],
+    "state-of-the-same-parity": [(KEEP, KEEP.replace("there", "here"))],
+    "state-overwritten-under-the-product": [
+        ("    # On the chain again.\n", "    here.state.store(moment.a_2)\n")
+    ],
+    "state-without-its-small-part": [("shared.state_small.store(state_small)", "pass")],
+    "no-small-part-of-m": [
+        (
+            "z = hopper.warpgroup_mma(m_small, shared.state, z,",
+            "hopper.warpgroup_mma(m_small, shared.state, z,",
+        )
+    ],
+    "first-state-not-zero": [("    keep_state(s, even, PRECISION, INTERPRETED)\n", "")],
+    "numbers-of-the-other-parity": [("here.a.store(moment.a_2)", "there.a.store(moment.a_2)")],
+    "numbers-a-step-late": [("a_2=moment.a_3,", "a_2=moment.a_2,")],
+    "store-of-no-step": [("store_state(step - 1, ", "store_state(step, ")],
+    "last-state-not-stored": [("block.longest + 1, 2", "block.longest, 2")],
+    "v_0-in-every-step": [("(time_at(step, block) == block.joins)", "(block.joins >= 0)")],
+}
+
+
+@on_cpu
+@pytest.mark.parametrize("change", BROKEN)
+def test_registers_notice_a_broken_walk(change, tmp_path, monkeypatch):
+    cases = [
+        make_case(LAYOUTS["packed"], 20, "tanh", torch.float16),
+        # Of an even number of steps, and in parts.
+        make_case(SequenceLayout.time_major(4, 3), 20, "tanh"),
+    ]
+    expected = [case.run("registers") for case in cases]
+    text = (gangs.PACKAGE / "registers.py").read_text()
+    broken = gangs.changed(text, tmp_path, *BROKEN[change])
+    monkeypatch.setattr(launch, "kernel_of", lambda plan: broken.recurrence_in_registers_kernel)
+
+    def is_right(case: Case, expected: torch.Tensor) -> bool:
+        try:
+            return torch.equal(case.run("registers"), expected)
+        except AssertionError:
+            # It stored in rows that are not its own.
+            return False
+
+    assert not all(map(is_right, cases, expected))
+
+
+# The kernels of most registers, and one of odd rows.
+DEAREST = [
+    ("fp16", 256, "tanh"),
+    ("bf16", 256, "tanh_grad"),
+    ("bf16", 97, "tanh_grad"),
+    ("fp16", 64, "relu_grad"),
+    ("tf32", 128, "tanh_grad"),
+    ("fp32", 64, "tanh"),
+]
+
+
+SPREAD = (
+    "specimens('sm_90', dtypes=[{!r}], sizes=[{}], epilogues=[{!r}], plans=['registers'], "
+    "batches=[('packed', 2, True)])"
+)
+SPECIMENS = " + ".join(SPREAD.format(*kernel) for kernel in DEAREST)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    code = (
+        "import json\n"
+        "from perf.static import *\n"
+        f"for specimen in {SPECIMENS}:\n"
+        "    problem, plan = specimen.problem, specimen.plan\n"
+        "    compiled = compile_plan(problem, plan, DTYPES[specimen.dtype][0], specimen.layout)\n"
+        "    spilled = compiled.resources[1]\n"
+        "    print(json.dumps({'H': problem.H, 'precision': plan.precision, 'spilled': spilled,\n"
+        "        'has_aux': problem.epilogue.endswith('_grad'), 'bits': 8 * problem.item_bytes,\n"
+        "        'shared': compiled.shared_bytes, 'planned': plan.shared_bytes,\n"
+        "        'loop': time_loop(compiled.sass)}))"
+    )
+    kernels = [json.loads(line) for line in compile_in_a_fresh_process(code).splitlines()]
+    assert len(kernels) == len(DEAREST)
+    return kernels
+
+
+def test_registers_suffice(compiled):
+    assert [kernel["spilled"] for kernel in compiled] == [0] * len(DEAREST)
+    assert [kernel for kernel in compiled if kernel["shared"] > kernel["planned"]] == []
+
+
+def test_registers_keep_memory_off_the_chain(compiled):
+    """In the SASS of the time loop: reads, stores and changes of layout run beside the product.
+
+    From a product's end to the next one's beginning there is the epilogue, the state's way to
+    shared memory, a fence and a barrier; then at once all matrix instructions, none of which is
+    waited for by itself, as ptxas has it wherever it is in doubt. (A load from global memory or a
+    store to it may be sent anywhere: nothing waits for it.)
+    """
+    # Waiting for a product leaves none under way; the other wait, which is none, leaves it.
+    event = r"HGMMA|DEPBAR\S* gsb0, 0x0|\b(?:LDS|STS|LDSM|STSM|LDL|STL|BAR|FENCE)\b"
+    for kernel in compiled:
+        loop = kernel["loop"]
+        # From a product on, for a loop has neither beginning nor end.
+        start = next(i for i, line in enumerate(loop) if "HGMMA" in line)
+        events = re.findall(event, "\n".join(loop[start:] + loop[:start]))
+        parts = [list(part) for _, part in itertools.groupby(events, lambda e: e == "HGMMA")]
+        assert len(parts) == 4, "two steps, in each of which the product is one block"
+        rows = max(64, 1 << (kernel["H"] - 1).bit_length())
+        products = 3 if kernel["precision"] == "tf32x3" else 1
+        changes = 2 if kernel["has_aux"] else 1
+        # Of 16 bits, matrices of 8 by 8 change their layout on the way; the state is read back.
+        if kernel["bits"] == 16:
+            aside, kept = ["LDS"] + changes * ["STS", "LDSM"], ["STSM"]
+        else:
+            aside, kept = changes * ["STS", *4 * ["LDS"]], 4 * (products // 2 + 1) * ["STS"]
+        for product, rest in (parts[:2], parts[2:]):
+            # 256 bits of a row of M each.
+            assert len(product) == products * rows * kernel["bits"] // 256
+            wait = next(i for i, name in enumerate(rest) if name.startswith("DEPBAR"))
+            assert sorted(rest[:wait]) == sorted(aside)
+            assert rest[wait + 1 :] == [*kept, "FENCE", "BAR"]
