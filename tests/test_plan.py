@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tritonrnn.kernels import plan as planning
 from tritonrnn.kernels.plan import (
     DEVICES,
     HANDOFF_US,
+    PLANS,
     Declined,
     DeviceLimits,
     LaunchPlan,
@@ -17,6 +19,7 @@ from tritonrnn.kernels.plan import (
     choose_plan,
     cooperative_plan,
     plan_without_torch,
+    registers_plan,
     resident_plan,
     step_us,
     stepwise_plan,
@@ -43,7 +46,8 @@ def is_power_of_two(n: int) -> bool:
 
 @given(problems, devices)
 def test_plans_fit_the_device(problem, device):
-    for plan in (resident_plan(problem, device), stepwise_plan(problem, device)):
+    for plan_of in (registers_plan, resident_plan, stepwise_plan):
+        plan = plan_of(problem, device)
         if plan is None:
             continue
         assert plan.shared_bytes <= device.shared_bytes
@@ -53,7 +57,7 @@ def test_plans_fit_the_device(problem, device):
         blocks_b = -(-problem.B // plan.block_b)
         blocks_h = -(-problem.H // plan.block_h)
         assert plan.programs == blocks_b * blocks_h * problem.G
-        if plan.name == "resident":
+        if plan.name != "stepwise":
             assert blocks_h == 1
             assert plan.block_k >= problem.H
 
@@ -147,11 +151,45 @@ def test_choose_plan_keeps_weights_resident_while_they_fit(dtype, tf32, device, 
     assert declined.reason.startswith(f"W_hh of {largest + 1} x {largest + 1} {dtype}")
 
 
+@pytest.fixture
+def nothing_is_untried(monkeypatch):
+    monkeypatch.setattr(planning, "UNTRIED", ())
+    choose_plan.cache_clear()
+    yield
+    choose_plan.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_is_untried")
+@pytest.mark.parametrize(
+    ("B", "H", "dtype", "tf32", "name"),
+    [
+        (16, 128, "bf16", False, "registers"),
+        (64, 256, "fp16", False, "registers"),
+        (16, 128, "fp32", True, "registers"),
+        (16, 64, "fp32", False, "registers"),
+        # Not in these registers.
+        (16, 201, "bf16", False, "resident"),
+        (16, 128, "fp32", False, "resident"),
+    ],
+)
+def test_choose_plan_keeps_weights_in_registers_once_that_is_tried(B, H, dtype, tf32, name):
+    problem = Problem(T=512, B=B, G=2, H=H, dtype=dtype, tf32=tf32)
+    assert choose_plan(problem, SM_90).name == name
+    assert choose_plan(problem, DEVICES["sm_80"]).name == "resident"
+
+
+@given(problems)
+def test_choose_plan_makes_no_plan_that_is_untried(problem):
+    choice = choose_plan(problem, SM_90)
+    assert isinstance(choice, Declined) or choice.name not in planning.UNTRIED
+    assert plan_without_torch(problem, SM_90).name not in planning.UNTRIED
+
+
 @given(problems, devices, st.integers(0, 10**6), st.integers(0, 10**6))
 def test_plans_compile_alike_whatever_the_batch(problem, device, T, B):
     """Only what a launch counts follows T and B: no tile, hence no kernel, does."""
     other = replace(problem, T=T, B=B)
-    for plan_of in (resident_plan, cooperative_plan, stepwise_plan):
+    for plan_of in PLANS.values():
         plan, its = plan_of(problem, device), plan_of(other, device)
         assert (plan is None) == (its is None)
         if plan is not None:

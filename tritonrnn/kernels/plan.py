@@ -26,6 +26,7 @@ L2_BYTES_PER_CLOCK = 64
 SHARED_BYTES_PER_CLOCK = 128
 CLOCKS_PER_US = 1980
 THREADS_PER_MULTIPROCESSOR = 2048
+REGISTER_BYTES_PER_MULTIPROCESSOR = 256 * 1024
 # What torch's step takes at least where it is large: dense products and memory, of an H200.
 TFLOPS = {"16-bit": 989, "tf32": 495, "fp32": 67}
 MEMORY_BYTES_PER_US = 4.3e6
@@ -39,6 +40,10 @@ BLOCK_B = {"16-bit": 16, "tf32": 8, "fp32": 8}
 # instructions where they are used: 1272 take up to 254 registers
 # (perf/results/static/sm_90.jsonl); of 1536 it keeps all descriptors, and spills.
 MOST_UNITS_IN_TURN = 1280
+
+# Plans that are not chosen, but launched where they are forced, until their tests have passed on a
+# GPU (perf/GPU.md).
+UNTRIED = ("registers",)
 
 
 @dataclass(frozen=True)
@@ -188,8 +193,8 @@ def choose_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Declined
         return resident_plan(problem, device) or stepwise_plan(problem, device)
     stepwise_us, torch_us = stepwise_step_us(problem), torch_step_us(problem)
     times = []
-    # In this order, not by time: a resident program waits for nobody.
-    for plan_of in (resident_plan, cooperative_plan):
+    # In this order, not by time: the programs of the first wait for nobody.
+    for plan_of in (independent_plan, cooperative_plan):
         plan = plan_of(problem, device)
         if plan is not None:
             plan_us = step_us(problem, plan)
@@ -213,14 +218,27 @@ def choose_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Declined
 
 def plan_without_torch(problem: Problem, device: DeviceLimits) -> LaunchPlan:
     """What to launch where torch's own path would be faster, but is not wanted or can't serve."""
-    resident = resident_plan(problem, device)
-    if resident is not None and step_us(problem, resident) <= stepwise_step_us(problem):
-        return resident
+    plan = independent_plan(problem, device)
+    if plan is not None and step_us(problem, plan) <= stepwise_step_us(problem):
+        return plan
     return stepwise_plan(problem, device)
 
 
+def independent_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
+    """W_hh in one multiprocessor, where it takes the least time there, or None if it does not fit.
+
+    Its programs wait for nobody.
+    """
+    plans = [
+        plan
+        for name in ("registers", "resident")
+        if name not in UNTRIED and (plan := PLANS[name](problem, device)) is not None
+    ]
+    return min(plans, key=lambda plan: step_us(problem, plan), default=None)
+
+
 def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
-    """W_hh in one multiprocessor for the whole walk, or None where it does not fit."""
+    """W_hh in one multiprocessor's shared memory for the whole walk, or None if it does not fit."""
     block_h = _power_of_two(problem.H, at_least=16)
     precision = _precision(problem, device)
     for block_b in (BLOCK_B[_arithmetic(problem)], 8):
@@ -247,11 +265,7 @@ def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
 
 
 def registers_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
-    """W_hh in one multiprocessor's registers, or None where it does not fit.
-
-    :func:`choose_plan` does not make it yet: what it compiles to is the shortest step of all, but
-    it has yet to run on a GPU.
-    """
+    """W_hh in one multiprocessor's registers for the whole walk, or None if it does not fit."""
     if not (device.has_wgmma or device.is_interpreter):
         return None
     block_h = _power_of_two(problem.H, at_least=64)
@@ -339,26 +353,45 @@ def cooperative_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Non
 
 def step_us(problem: Problem, plan: LaunchPlan) -> float:
     """What the limits let a step of one launch take, all batch blocks in it."""
+    walk_us = _gangs_step_us if plan.name == "cooperative" else _waves_step_us
+    return max(walk_us(problem, plan), _memory_us(problem))
+
+
+def _waves_step_us(problem: Problem, plan: LaunchPlan) -> float:
+    """What all programs take that find room only once others have walked all their steps."""
+    together = min(
+        plan.device.shared_bytes // plan.shared_bytes,
+        THREADS_PER_MULTIPROCESSOR // (plan.device.warp_size * plan.num_warps),
+    )
+    if plan.name == "registers":
+        # About a third of a program's registers hold weights.
+        parts = 2 if plan.precision == "tf32x3" else 1
+        weight_bytes = parts * problem.item_bytes * plan.block_h**2
+        together = min(together, max(1, REGISTER_BYTES_PER_MULTIPROCESSOR // (3 * weight_bytes)))
     blocks = _cdiv(problem.B, plan.block_b)
-    # Three products of parts each read the weights.
-    reads = 3 if plan.precision == "tf32x3" else 1
-    columns = _cdiv(problem.H, plan.block_k) * plan.block_k
-    weights = reads * problem.item_bytes * columns * plan.block_h / SHARED_BYTES_PER_CLOCK
-    if plan.name == "resident":
-        # Programs that find no room wait until others have walked all their steps.
-        together = min(
-            plan.device.shared_bytes // plan.shared_bytes,
-            THREADS_PER_MULTIPROCESSOR // (plan.device.warp_size * plan.num_warps),
-        )
-        waves = _cdiv(blocks * problem.G, plan.device.multiprocessors * together)
-        return max(waves * (STEP_CLOCKS + weights) / CLOCKS_PER_US, _memory_us(problem))
+    waves = _cdiv(blocks * problem.G, plan.device.multiprocessors * together)
+    return waves * (STEP_CLOCKS + _product_clocks(problem, plan)) / CLOCKS_PER_US
+
+
+def _gangs_step_us(problem: Problem, plan: LaunchPlan) -> float:
+    """What all batch blocks of a gang take, some of them by turns."""
     state = problem.item_bytes * problem.H * plan.block_b / L2_BYTES_PER_CLOCK
-    busy_us = (STEP_CLOCKS + weights + state) / CLOCKS_PER_US
+    busy_us = (STEP_CLOCKS + _product_clocks(problem, plan) + state) / CLOCKS_PER_US
     lanes = plan.programs // (_cdiv(problem.H, plan.block_h) * problem.G)
-    pairs, alone = divmod(_cdiv(blocks, lanes), plan.turns)
+    pairs, alone = divmod(_cdiv(_cdiv(problem.B, plan.block_b), lanes), plan.turns)
     # Of two blocks by turns, one is handed over while the gang is busy with the other.
     pair_us = max(plan.turns * busy_us, HANDOFF_US + busy_us)
-    return max(pairs * pair_us + alone * (HANDOFF_US + busy_us), _memory_us(problem))
+    return pairs * pair_us + alone * (HANDOFF_US + busy_us)
+
+
+def _product_clocks(problem: Problem, plan: LaunchPlan) -> float:
+    """What a program's weights cost a step: to be read or, from registers, to be multiplied."""
+    products = 3 if plan.precision == "tf32x3" else 1
+    weights = products * plan.block_h * _cdiv(problem.H, plan.block_k) * plan.block_k
+    if plan.name != "registers":
+        return problem.item_bytes * weights / SHARED_BYTES_PER_CLOCK
+    tflops = TFLOPS["tf32" if problem.dtype == "fp32" else "16-bit"] / plan.device.multiprocessors
+    return CLOCKS_PER_US * 2 * weights * plan.block_b / (tflops * 1e6)
 
 
 def stepwise_step_us(problem: Problem) -> float:
