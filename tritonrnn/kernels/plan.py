@@ -31,11 +31,6 @@ REGISTER_BYTES_PER_MULTIPROCESSOR = 256 * 1024
 TFLOPS = {"16-bit": 989, "tf32": 495, "fp32": 67}
 MEMORY_BYTES_PER_US = 4.3e6
 
-# Sequences a resident program. Never a function of B, which would compile a kernel for every few
-# batch sizes. The epilogue is a good part of a step and costs what the tile is large, so
-# few; but as many as let Triton choose wgmma, whose narrowest tile it takes to be 16 wide.
-BLOCK_B = {"16-bit": 16, "tf32": 8, "fp32": 8}
-
 # Hidden units up to which ptxas (12.8, for sm_90) leaves the descriptors of two blocks' matrix
 # instructions where they are used: 1272 take up to 254 registers
 # (perf/results/static/sm_90.jsonl); of 1536 it keeps all descriptors, and spills.
@@ -241,7 +236,7 @@ def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
     """W_hh in one multiprocessor's shared memory for the whole walk, or None if it does not fit."""
     block_h = _power_of_two(problem.H, at_least=16)
     precision = _precision(problem, device)
-    for block_b in (BLOCK_B[_arithmetic(problem)], 8):
+    for block_b in (_resident_block_b(problem, device), 8):
         shared_bytes = _resident_shared_bytes(problem, precision, block_h, block_b)
         if shared_bytes <= device.shared_bytes:
             break
@@ -450,6 +445,15 @@ PLANS: dict[str, Callable[[Problem, DeviceLimits], LaunchPlan | None]] = {
     "cooperative": cooperative_plan,
     "stepwise": stepwise_plan,
 }
+
+
+def _resident_block_b(problem: Problem, device: DeviceLimits) -> int:
+    # Never a function of B, which would compile a kernel for every few batch sizes. The epilogue is
+    # a good part of a step and costs what the tile is large, so eight sequences, the fewest that a
+    # matrix instruction takes; but as many as AMD's take of 16 bits, and as let Triton choose
+    # wgmma, whose narrowest tile it takes to be 16 wide.
+    wide = device.has_wgmma or device.is_amd or device.is_interpreter
+    return 16 if wide and problem.dtype != "fp32" else 8
 
 
 def _resident_shared_bytes(problem: Problem, precision: str, block_h: int, block_b: int) -> int:
