@@ -490,7 +490,9 @@ def _num_warps(problem: Problem, block_h: int, device: DeviceLimits) -> int:
     # block may have leave each thread 128 registers: enough only where the product takes its
     # operands from shared memory, and what goes there comes in vectors.
     most = 16 if device.has_wgmma and not _is_narrow(problem) else 8
-    return max(1, min(most, 2 * block_h // device.warp_size))
+    # AMD's hold the operands in registers throughout, and two parts of W_hh fill those of 512.
+    threads_a_row = 8 if device.is_amd and _precision(problem, device) == "tf32x3" else 2
+    return max(1, min(most, threads_a_row * block_h // device.warp_size))
 
 
 def _is_narrow(problem: Problem) -> bool:
