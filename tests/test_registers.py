@@ -159,3 +159,21 @@ def test_registers_keep_memory_off_the_chain(compiled):
             wait = next(i for i, name in enumerate(rest) if name.startswith("DEPBAR"))
             assert sorted(rest[:wait]) == sorted(aside)
             assert rest[wait + 1 :] == [*kept, "FENCE", "BAR"]
+
+
+def test_registers_leave_a_product_under_way_alone(compiled):
+    """In the SASS: from a matrix instruction to the wait nothing else takes up its four sums."""
+    for kernel in compiled:
+        sums: set[str] = set()
+        products = 0
+        for line in 2 * kernel["loop"]:
+            product = re.search(r"HGMMA\S*\s+R(\d+),", line)
+            if product:
+                first = int(product[1])
+                sums = {f"R{first + i}" for i in range(4)}
+                products += 1
+            elif "DEPBAR.LE gsb0, 0x0" in line:
+                sums = set()
+            else:
+                assert not sums & set(re.findall(r"\bR\d+\b", line)), line
+        assert products
