@@ -43,7 +43,9 @@ NEEDS_GPU = Outcome("unavailable", "it needs a GPU")
 TOOLS = ("memcheck", "racecheck")
 SANITIZER_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 # What the kernels are held against, which a GPU runs natively.
-KERNEL_TESTS = ("tests/test_recurrence.py", "tests/test_kernels.py", "tests/test_results.py")
+KERNEL_TESTS = tuple(
+    f"tests/test_{name}.py" for name in ("recurrence", "registers", "kernels", "results")
+)
 
 
 def accept(

@@ -17,7 +17,7 @@ from tritonrnn.layout import SequenceLayout
 from tritonrnn.ragged import RaggedLayout
 
 # Not round, and for a gang of several programs.
-HIDDEN = {"registers": 100, "resident": 100, "cooperative": 200, "stepwise": 100}
+HIDDEN = {"registers": 252, "resident": 100, "cooperative": 200, "stepwise": 100}
 LAYOUTS = {
     "packed": SequenceLayout.packed([11, 9, 9, 5, 2, 1, 1], 38),
     "many": SequenceLayout.packed([60, 33, 9, 1], 103),

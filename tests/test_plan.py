@@ -169,6 +169,7 @@ def nothing_is_untried(monkeypatch):
         (16, 64, "fp32", False, "registers"),
         # Not in these registers.
         (16, 201, "bf16", False, "resident"),
+        (16, 102, "bf16", False, "registers"),
         (16, 128, "fp32", False, "resident"),
     ],
 )

@@ -305,7 +305,8 @@ def test_recurrence_agrees_between_tile_sizes():
         assert_close(case, case.run(LaunchPlan(**{**vars(forced), **tiles})))
 
 
-def test_recurrence_reaches_rows_beyond_32_bits():
+@pytest.mark.parametrize("plan", ["registers", "resident"])
+def test_recurrence_reaches_rows_beyond_32_bits(plan):
     H, N = 64, 2**31 // 64 + 8
     layout = SequenceLayout(T=3, B=2, N=N, batch_sizes=(2, 2, 2))
     rows = [0, N // 2, N - 2]
@@ -325,9 +326,9 @@ def test_recurrence_reaches_rows_beyond_32_bits():
         epilogue="tanh",
         reverse=(True,),
         tf32=False,
-        plan=plan_of(case, "resident"),
+        plan=plan_of(case, plan),
     )
-    assert torch.equal(torch.cat([a[row : row + 2] for row in rows]), case.run())
+    assert torch.equal(torch.cat([a[row : row + 2] for row in rows]), case.run(plan))
 
 
 def test_stepwise_reads_weights_beyond_32_bits():

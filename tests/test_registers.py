@@ -13,6 +13,7 @@ from test_static import compile_in_a_fresh_process
 
 from tritonrnn.kernels import launch
 from tritonrnn.layout import SequenceLayout
+from tritonrnn.ragged import RaggedLayout
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the imitation is not used")
@@ -22,43 +23,64 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the imitation is 
 @pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_registers_match_float64(layout, epilogue, dtype):
-    case = make_case(LAYOUTS[layout], 37, epilogue, dtype, tf32=dtype == torch.float32)
+    case = make_case(LAYOUTS[layout], 38, epilogue, dtype, tf32=dtype == torch.float32)
     assert_close(case, case.run("registers"))
 
 
 @pytest.mark.parametrize("T", range(1, 9))
 @pytest.mark.parametrize("layout", [SequenceLayout.time_major, SequenceLayout.batch_major])
 def test_registers_walk_any_number_of_steps(T, layout):
-    """Steps are walked by twos, and what they take is under way for several."""
+    """Steps are walked by fours, and what they take is under way for several."""
     case = make_case(layout(T, 9), 20, "tanh_grad", torch.bfloat16)
     assert_close(case, case.run("registers"))
 
 
+def test_registers_walk_blocks_without_a_token():
+    lengths = torch.tensor([0, 2, 3, 0, 0, 0, 0, 1, *8 * [0], 4, 0])
+    layout = RaggedLayout.jagged(torch.cat([lengths[:1] * 0, lengths.cumsum(0)]), 10)
+    case = make_case(layout, 20, "tanh", torch.float16)
+    assert_close(case, case.run("registers"))
+
+
+def test_registers_let_a_state_overflow_as_torch_does():
+    """To infinity, and not to NaN by way of hidden units that are not there."""
+    case = make_case(SequenceLayout.time_major(9, 3), 20, "relu", torch.float16, with_v_0=False)
+    case.a, case.M = case.a.abs(), 9 * case.M.abs()
+    s = case.run("registers")
+    assert s.isinf().any()
+    assert torch.equal(s.isnan(), case.expected(torch.float16).isnan())
+
+
 FENCE = "    hopper.fence_async_shared()\n"
 BARRIER = "    hopper.barrier()\n"
-STATE = "    shared.state.store(state.to(s.dtype))\n"
-KEEP = "    keep_state(s, there, PRECISION, INTERPRETED)\n"
+WAIT = "    hopper.wait_group(2)\n"
+STATE = "    state.large.store(large.to(s.dtype))\n"
+KEEP = "    keep_state(s, next_state, PRECISION, INTERPRETED)\n"
+PRODUCT = "z = hopper.warpgroup_mma(m_small, state.large, z, is_async=True)"
+ON_THE_CHAIN = "    # On the chain again.\n"
 BROKEN = {
     "no-fence": [(FENCE, "")],
     "no-barrier": [(BARRIER, "")],
-    "fence-behind-the-barrier": [(FENCE + BARRIER, BARRIER + FENCE)],
+    "fence-behind-the-barrier": [(BARRIER, BARRIER + FENCE), (FENCE + "    # For", "    # For")],
     "fence-before-the-state": [(FENCE, ""), (STATE, FENCE + STATE)],
-    "state-of-the-same-parity": [(KEEP, KEEP.replace("there", "here"))],
+    "one-state-for-both-parities": [("states[(i + 1) % 2]", "states[i % 2]")],
     "state-overwritten-under-the-product": [
-        ("    # On the chain again.\n", "    here.state.store(moment.a_2)\n")
+        (ON_THE_CHAIN, "    state.large.store(state.large.load(MEMORY))\n")
     ],
-    "state-without-its-small-part": [("shared.state_small.store(state_small)", "pass")],
-    "no-small-part-of-m": [
-        (
-            "z = hopper.warpgroup_mma(m_small, shared.state, z,",
-            "hopper.warpgroup_mma(m_small, shared.state, z,",
-        )
+    "state-without-its-small-part": [("state.small.store(small)", "pass")],
+    "no-small-part-of-m": [(PRODUCT, PRODUCT.removeprefix("z = "))],
+    "first-state-not-zero": [("keep_state(s, states[0], PRECISION, INTERPRETED)", "pass")],
+    "no-wait-for-what-was-sent": [(WAIT, "")],
+    "wait-for-too-few": [("hopper.wait_group(2)", "hopper.wait_group(3)")],
+    "wait-behind-the-barrier": [(WAIT, ""), (BARRIER, BARRIER + WAIT)],
+    "sent-over-what-is-being-read": [("numbers[i],", "numbers[(i + 1) % 4],")],
+    "numbers-of-another-step": [("send_for(step + 4, ", "send_for(step + 5, ")],
+    "aux-of-another-step": [("next_numbers.aux.load", "numbers.aux.load")],
+    "first-aux-missing": [
+        ("prepare(0, a, aux, batch, block, EPI", "prepare(0, a, a, batch, block, EPI")
     ],
-    "first-state-not-zero": [("    keep_state(s, even, PRECISION, INTERPRETED)\n", "")],
-    "numbers-of-the-other-parity": [("here.a.store(moment.a_2)", "there.a.store(moment.a_2)")],
-    "numbers-a-step-late": [("a_2=moment.a_3,", "a_2=moment.a_2,")],
     "store-of-no-step": [("store_state(step - 1, ", "store_state(step, ")],
-    "last-state-not-stored": [("block.longest + 1, 2", "block.longest, 2")],
+    "last-state-not-stored": [("block.longest + 1, 4", "block.longest, 4")],
     "v_0-in-every-step": [("(time_at(step, block) == block.joins)", "(block.joins >= 0)")],
 }
 
@@ -68,8 +90,9 @@ BROKEN = {
 def test_registers_notice_a_broken_walk(change, tmp_path, monkeypatch):
     cases = [
         make_case(LAYOUTS["packed"], 20, "tanh", torch.float16),
-        # Of an even number of steps, and in parts.
+        # Of a whole number of turns, and in parts.
         make_case(SequenceLayout.time_major(4, 3), 20, "tanh"),
+        make_case(LAYOUTS["jagged"], 20, "tanh_grad", torch.bfloat16),
     ]
     expected = [case.run("registers") for case in cases]
     text = (gangs.PACKAGE / "registers.py").read_text()
@@ -86,11 +109,11 @@ def test_registers_notice_a_broken_walk(change, tmp_path, monkeypatch):
     assert not all(map(is_right, cases, expected))
 
 
-# The kernels of most registers, and one of odd rows.
+# The kernels of most registers, and of rows of an odd number of pairs.
 DEAREST = [
-    ("fp16", 256, "tanh"),
+    ("fp16", 252, "tanh"),
     ("bf16", 256, "tanh_grad"),
-    ("bf16", 97, "tanh_grad"),
+    ("bf16", 98, "tanh_grad"),
     ("fp16", 64, "relu_grad"),
     ("tf32", 128, "tanh_grad"),
     ("fp32", 64, "tanh"),
@@ -132,33 +155,44 @@ def test_registers_keep_memory_off_the_chain(compiled):
     """In the SASS of the time loop: reads, stores and changes of layout run beside the product.
 
     From a product's end to the next one's beginning there is the epilogue, the state's way to
-    shared memory, a fence and a barrier; then at once all matrix instructions, none of which is
-    waited for by itself, as ptxas has it wherever it is in doubt. (A load from global memory or a
-    store to it may be sent anywhere: nothing waits for it.)
+    shared memory, a fence (before which ptxas puts one for all memory), a wait for what was sent
+    for two steps before, and a barrier; then at once all matrix instructions, none of which is
+    waited for by itself, as ptxas has it wherever it is in doubt. No number of a step is loaded to
+    a register, which would be waited for in the step that loads it, but all come to shared memory
+    by themselves.
     """
     # Waiting for a product leaves none under way; the other wait, which is none, leaves it.
-    event = r"HGMMA|DEPBAR\S* gsb0, 0x0|\b(?:LDS|STS|LDSM|STSM|LDL|STL|BAR|FENCE)\b"
+    event = (
+        r"HGMMA|WARPGROUP\.DEPBAR\S* gsb0, 0x0|DEPBAR\.LE SB0|LDGSTS|LDG\.E\S*"
+        r"|\b(?:LDS|STS|LDSM|STSM|LDL|STL|BAR|FENCE|MEMBAR)\b"
+    )
     for kernel in compiled:
-        loop = kernel["loop"]
+        # Without what ptxas puts in front of a copy, which does nothing.
+        loop = [line for line in kernel["loop"] if "@!PT LDS RZ" not in line]
         # From a product on, for a loop has neither beginning nor end.
         start = next(i for i, line in enumerate(loop) if "HGMMA" in line)
         events = re.findall(event, "\n".join(loop[start:] + loop[:start]))
-        parts = [list(part) for _, part in itertools.groupby(events, lambda e: e == "HGMMA")]
-        assert len(parts) == 4, "two steps, in each of which the product is one block"
-        rows = max(64, 1 << (kernel["H"] - 1).bit_length())
-        products = 3 if kernel["precision"] == "tf32x3" else 1
+        # Of the row map, in packed batches: the rows to store and to send for.
+        rows = [name for name in events if name.startswith("LDG.")]
+        assert rows == 8 * ["LDG.E.64"]
         changes = 2 if kernel["has_aux"] else 1
+        assert events.count("LDGSTS") >= 4 * changes
+        events = [name for name in events if not name.startswith("LDG")]
+        parts = [list(part) for _, part in itertools.groupby(events, lambda e: e == "HGMMA")]
+        assert len(parts) == 8, "four steps, in each of which the product is one block"
+        height = max(64, 1 << (kernel["H"] - 1).bit_length())
+        products = 3 if kernel["precision"] == "tf32x3" else 1
         # Of 16 bits, matrices of 8 by 8 change their layout on the way; the state is read back.
         if kernel["bits"] == 16:
-            aside, kept = ["LDS"] + changes * ["STS", "LDSM"], ["STSM"]
+            aside, kept = ["LDS", *changes * ["LDSM"]], ["STSM"]
         else:
-            aside, kept = changes * ["STS", *4 * ["LDS"]], 4 * (products // 2 + 1) * ["STS"]
-        for product, rest in (parts[:2], parts[2:]):
+            aside, kept = 4 * changes * ["LDS"], 4 * (products // 2 + 1) * ["STS"]
+        for product, rest in zip(parts[::2], parts[1::2]):
             # 256 bits of a row of M each.
-            assert len(product) == products * rows * kernel["bits"] // 256
-            wait = next(i for i, name in enumerate(rest) if name.startswith("DEPBAR"))
+            assert len(product) == products * height * kernel["bits"] // 256
+            wait = next(i for i, name in enumerate(rest) if name.startswith("WARPGROUP"))
             assert sorted(rest[:wait]) == sorted(aside)
-            assert rest[wait + 1 :] == [*kept, "FENCE", "BAR"]
+            assert rest[wait + 1 :] == [*kept, "MEMBAR", "FENCE", "DEPBAR.LE SB0", "BAR"]
 
 
 def test_registers_leave_a_product_under_way_alone(compiled):

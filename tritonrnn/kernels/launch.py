@@ -118,7 +118,7 @@ def problem_of(a: Tensor, layout: SequenceLayout, *, G: int, epilogue: str, tf32
 def kernel_of(plan: LaunchPlan) -> Any:
     """The kernel that a plan launches."""
     if plan.name == "registers":
-        # Only here: Gluon is not in every Triton, and takes its time to import.
+        # Only here, for Gluon takes its time to import.
         from tritonrnn.kernels.registers import recurrence_in_registers_kernel
 
         return recurrence_in_registers_kernel
@@ -197,7 +197,6 @@ def kernel_arguments(
     along_rows = a.dtype == torch.float32 or plan.name == "registers"
     if plan.name != "stepwise" and (along_rows or too_wide):
         M = M.contiguous()
-    stride_m_group, stride_m_row, stride_m_column = M.stride()
     cooperative = plan.name == "cooperative"
     options: dict[str, Any] = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
     if cooperative and not triton.knobs.runtime.interpret:
@@ -214,9 +213,6 @@ def kernel_arguments(
         "B": B,
         "stride_time": 1 if layout.batch_first else B,
         "stride_batch": layout.T if layout.batch_first else 1,
-        "stride_m_group": stride_m_group,
-        "stride_m_row": stride_m_row,
-        "stride_m_column": stride_m_column,
         "reverse_groups": sum(1 << group for group, backwards in enumerate(reverse) if backwards),
         "G": G,
         "H": H,
@@ -231,7 +227,11 @@ def kernel_arguments(
         return arguments
     if plan.name != "stepwise":
         arguments["step"] = 0
+    stride_m_group, stride_m_row, stride_m_column = M.stride()
     return arguments | {
+        "stride_m_group": stride_m_group,
+        "stride_m_row": stride_m_row,
+        "stride_m_column": stride_m_column,
         "gang_ptr": gang_words(problem, plan, a.device) if cooperative else None,
         "PLAN": plan.name,
         "PATIENCE": PATIENCE if cooperative else 0,

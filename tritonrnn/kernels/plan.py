@@ -37,7 +37,8 @@ MEMORY_BYTES_PER_US = 4.3e6
 MOST_UNITS_IN_TURN = 1280
 
 # Plans that are not chosen, but launched where they are forced, until their tests have passed on a
-# GPU (perf/GPU.md).
+# GPU (perf/GPU.md). The next best takes their place. (Where only torch's path would, as for the
+# cooperative plan, it is dispatch.py that decides.)
 UNTRIED = ("registers",)
 
 
@@ -124,7 +125,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """How the recurrence kernel is launched.
+    """Which kernel is launched, and how.
 
     Args:
         name: ``registers``, ``resident``, ``cooperative`` or ``stepwise``; see ``registers.py``
@@ -265,16 +266,17 @@ def registers_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
         return None
     block_h = _power_of_two(problem.H, at_least=64)
     precision = _precision(problem, device)
-    # Beyond, the registers of 2 block_h threads are too few: W_hh takes half of them, and odd rows,
-    # whose numbers come one by one, more than the other half.
+    # Numbers come to shared memory by themselves, four bytes at least. And beyond these sizes the
+    # registers of 2 block_h threads are too few beside W_hh, with which they grow.
     most = {"ieee": 128 if _is_narrow(problem) else 256, "tf32": 128, "tf32x3": 64}[precision]
-    if block_h > most:
+    if problem.H * problem.item_bytes % 4 != 0 or block_h > most:
         return None
     # The narrowest product there is: a step's latency is that of its epilogue, too.
     block_b = 8
-    # By parity of the step, the state, what is added to its product, and what the epilogue takes.
-    tiles = 6 if problem.epilogue.endswith("_grad") else 4
-    tiles += 2 if precision == "tf32x3" else 0
+    # Two of the state, in one part or two; four of what is added to its product, and as many of
+    # what the epilogue takes.
+    tiles = 4 if precision == "tf32x3" else 2
+    tiles += 8 if problem.epilogue.endswith("_grad") else 4
     return LaunchPlan(
         name="registers",
         block_h=block_h,

@@ -1,4 +1,4 @@
-"""One recurrence kernel for every pass, direction, layout and plan.
+"""One recurrence kernel for every pass, direction and layout, and for three plans.
 
     s_t = E(a_t + v_t, aux_t)      v_t = M s_{t-1},  v_0 given at a sequence's own first step
 
@@ -26,7 +26,7 @@ has replaced it.
     stepwise      A launch walks one step. M and the previous state, which other programs wrote in
                   the launch before, come from global memory in tiles of BLOCK_K.
 
-For Hopper, ``registers.py`` has another kernel of the first kind.
+A fourth, for Hopper, has a kernel of its own: ``registers.py``.
 """
 
 from typing import Any, NamedTuple

@@ -7,6 +7,10 @@ So nothing of M is read in a step, and one barrier a step is enough. While a pro
 program stores the state that the product reads, turns the next step's numbers to the product's
 layout, and sends for others. On the chain from product to product there is nothing but the
 epilogue, the state's way to shared memory, a fence and a barrier.
+
+What is sent for comes to shared memory by itself. Loads to registers would be waited for in the
+step that sends them: values that go from one turn of a loop to the next are copied there, and ptxas
+has one counter for all that are under way.
 """
 
 from typing import Any, NamedTuple
@@ -27,16 +31,16 @@ from tritonrnn.kernels.block import (
 )
 
 
-class Shared(NamedTuple):
-    """Shared memory of the steps of one parity.
+class State(NamedTuple):
+    """The state before the steps of one parity, in the parts that the product takes."""
 
-    state, state_small
-            the state before the step, as the product takes it
-    a, aux  the step's numbers, as they were loaded
-    """
+    large: Any
+    small: Any
 
-    state: Any
-    state_small: Any
+
+class Numbers(NamedTuple):
+    """What every fourth step takes of global memory."""
+
     a: Any
     aux: Any
 
@@ -45,81 +49,75 @@ class Moment(NamedTuple):
     """What a walk carries from step to step.
 
     drive, aux      what the step's product starts from and its epilogue takes
-    a_2, aux_2, a_3, aux_3
-                    numbers of the steps two and three ahead, maybe still on their way
-    s               the state of the step before, if fp32
+    s               the state of the step before, if fp32; else anything of its type
     row_before      offset of the row of the step before
     row_4           offset of the row four steps ahead
     """
 
     drive: Any
     aux: Any
-    a_2: Any
-    aux_2: Any
-    a_3: Any
-    aux_3: Any
     s: Any
     row_before: Any
     row_4: Any
 
 
 @triton.jit
-def share(
-    dtype: tl.constexpr,
-    batch,
-    PRECISION: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """Allocate the shared memory of one parity."""
-    # Hidden units next to each other, as in memory.
+def tile_in_shared_memory(dtype: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Allocate a tile, hidden units next to each other as in memory."""
     LAYOUT: tl.constexpr = hopper.NVMMASharedLayout.get_default_for(
         [BLOCK_H, BLOCK_B], dtype, transposed=True
     )
-    state = hopper.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_B], LAYOUT)
-    state_small = state
-    if PRECISION == "tf32x3":
-        state_small = hopper.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_B], LAYOUT)
-    a = hopper.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_B], LAYOUT)
-    aux = a
-    if batch.aux_ptr is not None:
-        aux = hopper.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_B], LAYOUT)
-    return Shared(state=state, state_small=state_small, a=a, aux=aux)
+    return hopper.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_B], LAYOUT)
 
 
 @triton.jit
-def keep_state(s, shared, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Put a state where the next step's product takes it."""
-    state, state_small = operands(s, PRECISION, INTERPRETED)
-    shared.state.store(state.to(s.dtype))
+def send_for(step, row, numbers, batch, in_memory):
+    """Have a step's numbers come to shared memory."""
+    mask = tile_of(step, in_memory)
+    a_ptrs = batch.a_ptr + row + in_memory.tile
+    hopper.async_copy_global_to_shared(numbers.a, a_ptrs, mask)
+    if batch.aux_ptr is not None:
+        aux_ptrs = batch.aux_ptr + row + in_memory.tile
+        hopper.async_copy_global_to_shared(numbers.aux, aux_ptrs, mask)
+    hopper.commit_group()
+
+
+@triton.jit
+def keep_state(s, state, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Put a state where the next step's product takes it, and let all see what has come."""
+    large, small = operands(s, PRECISION, INTERPRETED)
+    state.large.store(large.to(s.dtype))
     if PRECISION == "tf32x3":
-        shared.state_small.store(state_small)
+        state.small.store(small)
     hopper.fence_async_shared()
+    # For all but what was sent for in this step and the one before. Not beside the product, for
+    # Triton puts a barrier behind it.
+    hopper.wait_group(2)
     hopper.barrier()
 
 
 @triton.jit
-def begin_product(m, m_small, shared, drive, PRECISION: tl.constexpr):
+def begin_product(m, m_small, state, drive, PRECISION: tl.constexpr):
     """Begin ``m s + drive``, the smallest products first."""
     z = drive
     if PRECISION == "tf32x3":
-        z = hopper.warpgroup_mma(m_small, shared.state, z, is_async=True)
-        z = hopper.warpgroup_mma(m, shared.state_small, z, is_async=True)
-    product = hopper.warpgroup_mma(m, shared.state, z, is_async=True)
+        z = hopper.warpgroup_mma(m_small, state.large, z, is_async=True)
+        z = hopper.warpgroup_mma(m, state.small, z, is_async=True)
+    product = hopper.warpgroup_mma(m, state.large, z, is_async=True)
     # Waits for nothing, with the products under way; but what follows stays behind it. Else ptxas
     # reads the state for its store, and waits for it, before it begins the product.
     return hopper.warpgroup_mma_wait(3 if PRECISION == "tf32x3" else 1, deps=[product])
 
 
 @triton.jit
-def store_state(step, row, s, shared, batch, block, memory, MEMORY: tl.constexpr):
+def store_state(step, row, s, state, batch, block, in_memory, MEMORY: tl.constexpr):
     """Overwrite a by the state of a step, if it is one of the walk."""
     if batch.a_ptr.dtype.element_ty == tl.float32:
         # As it lies: eight numbers of a sequence are a whole sector of memory.
         tl.store(batch.a_ptr + row + block.tile, s, mask=tile_of(step, block))
     else:
-        s = shared.state.load(MEMORY)
-        tl.store(batch.a_ptr + row + memory.tile, s, mask=tile_of(step, memory))
+        s = state.large.load(MEMORY)
+        tl.store(batch.a_ptr + row + in_memory.tile, s, mask=tile_of(step, in_memory))
 
 
 @triton.jit
@@ -143,11 +141,13 @@ def advance(
     moment,
     m,
     m_small,
-    here,
-    there,
+    state,
+    next_state,
+    numbers,
+    next_numbers,
     batch,
     block,
-    memory,
+    in_memory,
     G: tl.constexpr,
     H: tl.constexpr,
     EPILOGUE: tl.constexpr,
@@ -156,43 +156,36 @@ def advance(
     PRODUCT: tl.constexpr,
     MEMORY: tl.constexpr,
 ):
-    """Walk one step, whose parity is that of ``here``. Gives the next moment.
+    """Walk one step. Gives the next moment.
 
-    block, memory   the program's tile in the product's layout and in that of loads and stores
+    state, next_state       where the state of the step before is, and where that of this one goes
+    numbers, next_numbers   where the numbers of this step were, and where those of the next are
+    block, in_memory        the program's tile in the product's layout, and in that of whole rows
     """
     WIDTH: tl.constexpr = G * H
     MAY_JOIN: tl.constexpr = batch.row_map_ptr is not None
-    product = begin_product(m, m_small, here, moment.drive, PRECISION)
+    product = begin_product(m, m_small, state, moment.drive, PRECISION)
     # From here on, beside the product. The first step has none before it to store.
-    store_state(step - 1, moment.row_before, moment.s, here, batch, block, memory, MEMORY)
-    row = row_at(step, batch, memory, WIDTH)
-    row_5 = row_at(step + 5, batch, memory, WIDTH)
-    a_4, aux_4 = load_step(step + 4, moment.row_4, batch, memory)
-    here.a.store(moment.a_2)
-    a_1 = there.a.load(PRODUCT)
+    store_state(step - 1, moment.row_before, moment.s, state, batch, block, in_memory, MEMORY)
+    send_for(step + 4, moment.row_4, numbers, batch, in_memory)
+    row = row_at(step, batch, in_memory, WIDTH)
+    row_5 = row_at(step + 5, batch, in_memory, WIDTH)
+    a_1 = next_numbers.a.load(PRODUCT)
     aux_1 = a_1
     if batch.aux_ptr is not None:
-        here.aux.store(moment.aux_2)
-        aux_1 = there.aux.load(PRODUCT)
+        aux_1 = next_numbers.aux.load(PRODUCT)
     drive, aux = prepare(step + 1, a_1, aux_1, batch, block, EPILOGUE, MAY_JOIN)
     # On the chain again.
     z = hopper.warpgroup_mma_wait(0, deps=[product])
+    if H < z.shape[0]:
+        # Where there is no unit, M is 0: times a state that has overflowed to infinity that is NaN.
+        z = tl.where(block.mask_h, z, 0.0)
     s = state_of(step, z, moment.aux, batch, block, EPILOGUE, INTERPRETED)
-    keep_state(s, there, PRECISION, INTERPRETED)
+    keep_state(s, next_state, PRECISION, INTERPRETED)
     if s.dtype != tl.float32:
         # Which no longer has to be in registers.
         s = drive
-    return Moment(
-        drive=drive,
-        aux=aux,
-        a_2=moment.a_3,
-        aux_2=moment.aux_3,
-        a_3=a_4,
-        aux_3=aux_4,
-        s=s,
-        row_before=row,
-        row_4=row_5,
-    )
+    return Moment(drive=drive, aux=aux, s=s, row_before=row, row_4=row_5)
 
 
 @hopper.jit(do_not_specialize=["T", "B", "stride_time", "stride_batch", "reverse_groups"])
@@ -206,9 +199,6 @@ def recurrence_in_registers_kernel(
     B,
     stride_time,
     stride_batch,
-    stride_m_group,
-    stride_m_row,
-    stride_m_column,
     reverse_groups,
     G: tl.constexpr,
     H: tl.constexpr,
@@ -218,10 +208,13 @@ def recurrence_in_registers_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """Walk every step of every sequence of a batch block; arguments as ``recurrence_kernel``'s."""
+    """Walk every step of every sequence of a batch block.
+
+    Arguments as ``recurrence_kernel``'s; m_ptr [G, H, H], contiguous.
+    """
     WIDTH: tl.constexpr = G * H
-    # A warp has 16 hidden units, four neighbours of them a thread; memory is read and written in
-    # whole rows of one sequence.
+    # In the product a warp has 16 hidden units of all sequences; in memory, which is read and
+    # written in whole rows, a thread has four neighbours of one sequence.
     WARPS: tl.constexpr = BLOCK_H // 16
     LANES: tl.constexpr = min(32, BLOCK_H // 4)
     WARPS_A_ROW: tl.constexpr = BLOCK_H // (4 * LANES)
@@ -252,7 +245,7 @@ def recurrence_in_registers_kernel(
         G,
         H,
     )
-    memory = block_of(
+    in_memory = block_of(
         tl.program_id(0),
         hopper.arange(0, BLOCK_H, hopper.SliceLayout(1, MEMORY)),
         hopper.arange(0, BLOCK_B, hopper.SliceLayout(0, MEMORY)),
@@ -262,66 +255,65 @@ def recurrence_in_registers_kernel(
     )
     rows = hopper.arange(0, BLOCK_H, hopper.SliceLayout(1, OPERAND))[:, None]
     columns = hopper.arange(0, BLOCK_H, hopper.SliceLayout(0, OPERAND))[None, :]
-    m_ptrs = m_ptr + tl.program_id(2).to(tl.int64) * stride_m_group
-    m_ptrs += rows * stride_m_row + columns * stride_m_column
+    m_ptrs = m_ptr + tl.program_id(2) * H * H + rows * H + columns
     m = tl.load(m_ptrs, mask=(rows < H) & (columns < H), other=0.0)
     if BITS == 16 and not INTERPRETED:
         # Two numbers to a register here, not again in every step.
         m = tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [m], dtype=m.dtype, is_pure=False, pack=2
         )
-    s = hopper.full([BLOCK_H, BLOCK_B], 0.0, m.dtype, PRODUCT)
-    even = share(s.dtype, batch, PRECISION, BLOCK_H, BLOCK_B)
-    odd = share(s.dtype, batch, PRECISION, BLOCK_H, BLOCK_B)
     m, m_small = operands(m, PRECISION, INTERPRETED)
+    dtype: tl.constexpr = a_ptr.dtype.element_ty
+    states = ()
+    for _ in tl.static_range(2):
+        large = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
+        small = large
+        if PRECISION == "tf32x3":
+            small = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
+        states = states + (State(large, small),)  # type: ignore[assignment]  # noqa: RUF005
+    numbers = ()
+    for _ in tl.static_range(4):
+        a = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
+        aux = a
+        if aux_ptr is not None:
+            aux = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
+        numbers = numbers + (Numbers(a, aux),)  # type: ignore[assignment]  # noqa: RUF005
 
+    for step in tl.static_range(1, 4):
+        row = row_at(step, batch, in_memory, WIDTH)
+        send_for(step, row, numbers[step], batch, in_memory)  # type: ignore[misc]
     a, aux = load_step(0, row_at(0, batch, block, WIDTH), batch, block)
     drive, aux = prepare(0, a, aux, batch, block, EPILOGUE, True)
-    a_1, aux_1 = load_step(1, row_at(1, batch, memory, WIDTH), batch, memory)
-    odd.a.store(a_1)
-    if aux_ptr is not None:
-        odd.aux.store(aux_1)
-    a_2, aux_2 = load_step(2, row_at(2, batch, memory, WIDTH), batch, memory)
-    a_3, aux_3 = load_step(3, row_at(3, batch, memory, WIDTH), batch, memory)
-    row, row_4 = row_at(0, batch, memory, WIDTH), row_at(4, batch, memory, WIDTH)
-    keep_state(s, even, PRECISION, INTERPRETED)
-    moment = Moment(drive, aux, a_2, aux_2, a_3, aux_3, s.to(tl.float32), row, row_4)
-    # A step stores the state before it: so one step more, or two to make their number even. Of
+    s = hopper.full([BLOCK_H, BLOCK_B], 0.0, dtype, PRODUCT)
+    keep_state(s, states[0], PRECISION, INTERPRETED)  # type: ignore[misc]
+    moment = Moment(
+        drive=drive,
+        aux=aux,
+        s=s.to(tl.float32),
+        row_before=row_at(0, batch, in_memory, WIDTH),
+        row_4=row_at(4, batch, in_memory, WIDTH),
+    )
+    # A step stores the state before it: so one step more, and as many as make it whole turns. Of
     # H 256, LLVM would keep the descriptors of all matrix instructions in registers, and spill.
-    for step in tl.range(0, block.longest + 1, 2, disable_licm=BLOCK_H > 128):
-        moment = advance(
-            step,
-            moment,
-            m,
-            m_small,
-            even,
-            odd,
-            batch,
-            block,
-            memory,
-            G,
-            H,
-            EPILOGUE,
-            PRECISION,
-            INTERPRETED,
-            PRODUCT,
-            MEMORY,
-        )
-        moment = advance(
-            step + 1,
-            moment,
-            m,
-            m_small,
-            odd,
-            even,
-            batch,
-            block,
-            memory,
-            G,
-            H,
-            EPILOGUE,
-            PRECISION,
-            INTERPRETED,
-            PRODUCT,
-            MEMORY,
-        )
+    for first in tl.range(0, block.longest + 1, 4, disable_licm=BLOCK_H > 128):
+        for i in tl.static_range(4):
+            moment = advance(
+                first + i,
+                moment,
+                m,
+                m_small,
+                states[i % 2],
+                states[(i + 1) % 2],
+                numbers[i],
+                numbers[(i + 1) % 4],
+                batch,
+                block,
+                in_memory,
+                G,
+                H,
+                EPILOGUE,
+                PRECISION,
+                INTERPRETED,
+                PRODUCT,
+                MEMORY,
+            )
