@@ -63,19 +63,21 @@ BROKEN = {
     "no-barrier": [(BARRIER, "")],
     "fence-behind-the-barrier": [(BARRIER, BARRIER + FENCE), (FENCE + "    # For", "    # For")],
     "fence-before-the-state": [(FENCE, ""), (STATE, FENCE + STATE)],
-    "one-state-for-both-parities": [("states[(i + 1) % 2]", "states[i % 2]")],
+    "one-state-for-both-parities": [("odd if i % 2 == 0 else even", "even if i % 2 == 0 else odd")],
     "state-overwritten-under-the-product": [
         (ON_THE_CHAIN, "    state.large.store(state.large.load(MEMORY))\n")
     ],
     "state-without-its-small-part": [("state.small.store(small)", "pass")],
     "no-small-part-of-m": [(PRODUCT, PRODUCT.removeprefix("z = "))],
-    "first-state-not-zero": [("keep_state(s, states[0], PRECISION, INTERPRETED)", "pass")],
+    "first-state-not-zero": [("keep_state(s, even, PRECISION, INTERPRETED)", "pass")],
     "no-wait-for-what-was-sent": [(WAIT, "")],
     "wait-for-too-few": [("hopper.wait_group(2)", "hopper.wait_group(3)")],
     "wait-behind-the-barrier": [(WAIT, ""), (BARRIER, BARRIER + WAIT)],
-    "sent-over-what-is-being-read": [("numbers[i],", "numbers[(i + 1) % 4],")],
+    "sent-over-what-is-being-read": [
+        ("                a_tiles[i],", "                a_tiles[(i + 1) % 4],")
+    ],
     "numbers-of-another-step": [("send_for(step + 4, ", "send_for(step + 5, ")],
-    "aux-of-another-step": [("next_numbers.aux.load", "numbers.aux.load")],
+    "aux-of-another-step": [("next_aux_tile.load", "aux_tile.load")],
     "first-aux-missing": [
         ("prepare(0, a, aux, batch, block, EPI", "prepare(0, a, a, batch, block, EPI")
     ],

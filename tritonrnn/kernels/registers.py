@@ -38,13 +38,6 @@ class State(NamedTuple):
     small: Any
 
 
-class Numbers(NamedTuple):
-    """What every fourth step takes of global memory."""
-
-    a: Any
-    aux: Any
-
-
 class Moment(NamedTuple):
     """What a walk carries from step to step.
 
@@ -71,14 +64,26 @@ def tile_in_shared_memory(dtype: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: t
 
 
 @triton.jit
-def send_for(step, row, numbers, batch, in_memory):
+def state_in_shared_memory(
+    dtype: tl.constexpr, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr
+):
+    """Allocate a state."""
+    large = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
+    small = large
+    if PRECISION == "tf32x3":
+        small = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
+    return State(large=large, small=small)
+
+
+@triton.jit
+def send_for(step, row, a_tile, aux_tile, batch, in_memory):
     """Have a step's numbers come to shared memory."""
     mask = tile_of(step, in_memory)
     a_ptrs = batch.a_ptr + row + in_memory.tile
-    hopper.async_copy_global_to_shared(numbers.a, a_ptrs, mask)
+    hopper.async_copy_global_to_shared(a_tile, a_ptrs, mask)
     if batch.aux_ptr is not None:
         aux_ptrs = batch.aux_ptr + row + in_memory.tile
-        hopper.async_copy_global_to_shared(numbers.aux, aux_ptrs, mask)
+        hopper.async_copy_global_to_shared(aux_tile, aux_ptrs, mask)
     hopper.commit_group()
 
 
@@ -143,8 +148,10 @@ def advance(
     m_small,
     state,
     next_state,
-    numbers,
-    next_numbers,
+    a_tile,
+    aux_tile,
+    next_a_tile,
+    next_aux_tile,
     batch,
     block,
     in_memory,
@@ -159,7 +166,9 @@ def advance(
     """Walk one step. Gives the next moment.
 
     state, next_state       where the state of the step before is, and where that of this one goes
-    numbers, next_numbers   where the numbers of this step were, and where those of the next are
+    a_tile, aux_tile        where the numbers of this step were, and those four steps on will be
+    next_a_tile, next_aux_tile
+                            where those of the next step are
     block, in_memory        the program's tile in the product's layout, and in that of whole rows
     """
     WIDTH: tl.constexpr = G * H
@@ -167,13 +176,13 @@ def advance(
     product = begin_product(m, m_small, state, moment.drive, PRECISION)
     # From here on, beside the product. The first step has none before it to store.
     store_state(step - 1, moment.row_before, moment.s, state, batch, block, in_memory, MEMORY)
-    send_for(step + 4, moment.row_4, numbers, batch, in_memory)
+    send_for(step + 4, moment.row_4, a_tile, aux_tile, batch, in_memory)
     row = row_at(step, batch, in_memory, WIDTH)
     row_5 = row_at(step + 5, batch, in_memory, WIDTH)
-    a_1 = next_numbers.a.load(PRODUCT)
+    a_1 = next_a_tile.load(PRODUCT)
     aux_1 = a_1
     if batch.aux_ptr is not None:
-        aux_1 = next_numbers.aux.load(PRODUCT)
+        aux_1 = next_aux_tile.load(PRODUCT)
     drive, aux = prepare(step + 1, a_1, aux_1, batch, block, EPILOGUE, MAY_JOIN)
     # On the chain again.
     z = hopper.warpgroup_mma_wait(0, deps=[product])
@@ -264,28 +273,25 @@ def recurrence_in_registers_kernel(
         )
     m, m_small = operands(m, PRECISION, INTERPRETED)
     dtype: tl.constexpr = a_ptr.dtype.element_ty
-    states = ()
-    for _ in tl.static_range(2):
-        large = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
-        small = large
-        if PRECISION == "tf32x3":
-            small = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
-        states = states + (State(large, small),)  # type: ignore[assignment]  # noqa: RUF005
-    numbers = ()
+    even = state_in_shared_memory(dtype, PRECISION, BLOCK_H, BLOCK_B)
+    odd = state_in_shared_memory(dtype, PRECISION, BLOCK_H, BLOCK_B)
+    a_tiles = ()
+    aux_tiles = ()
     for _ in tl.static_range(4):
-        a = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
-        aux = a
+        a_tile = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
+        aux_tile = a_tile
         if aux_ptr is not None:
-            aux = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
-        numbers = numbers + (Numbers(a, aux),)  # type: ignore[assignment]  # noqa: RUF005
+            aux_tile = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
+        a_tiles = a_tiles + (a_tile,)  # type: ignore[assignment]  # noqa: RUF005
+        aux_tiles = aux_tiles + (aux_tile,)  # type: ignore[assignment]  # noqa: RUF005
 
     for step in tl.static_range(1, 4):
         row = row_at(step, batch, in_memory, WIDTH)
-        send_for(step, row, numbers[step], batch, in_memory)  # type: ignore[misc]
+        send_for(step, row, a_tiles[step], aux_tiles[step], batch, in_memory)
     a, aux = load_step(0, row_at(0, batch, block, WIDTH), batch, block)
     drive, aux = prepare(0, a, aux, batch, block, EPILOGUE, True)
     s = hopper.full([BLOCK_H, BLOCK_B], 0.0, dtype, PRODUCT)
-    keep_state(s, states[0], PRECISION, INTERPRETED)  # type: ignore[misc]
+    keep_state(s, even, PRECISION, INTERPRETED)
     moment = Moment(
         drive=drive,
         aux=aux,
@@ -302,10 +308,12 @@ def recurrence_in_registers_kernel(
                 moment,
                 m,
                 m_small,
-                states[i % 2],
-                states[(i + 1) % 2],
-                numbers[i],
-                numbers[(i + 1) % 4],
+                even if i % 2 == 0 else odd,
+                odd if i % 2 == 0 else even,
+                a_tiles[i],
+                aux_tiles[i],
+                a_tiles[(i + 1) % 4],
+                aux_tiles[(i + 1) % 4],
                 batch,
                 block,
                 in_memory,
