@@ -61,6 +61,21 @@ def narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def keep_place(x, INTERPRETED: tl.constexpr):
+    """Give x, 32 bits a register, as an instruction that the compiler leaves where it stands.
+
+    Triton moves the store of a loaded number to shared memory up to its load, between the loads;
+    and LLVM packs two 16-bit numbers that were loaded one by one wherever they are used.
+    """
+    if INTERPRETED:
+        return x
+    PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=PACK
+    )
+
+
+@triton.jit
 def operands(x, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     """Turn stored numbers into what ``tl.dot`` is to see of them: a large and a small part.
 

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from tritonrnn.kernels.arithmetic import multiply_add, operands
+from tritonrnn.kernels.arithmetic import keep_place, multiply_add, operands
 from tritonrnn.kernels.block import (
     Batch,
     block_of,
@@ -240,20 +240,6 @@ def before_first_step(
         row_before=tl.zeros([], tl.int64),
         row=row,
         row_1=row_at(1, batch, block, WIDTH),
-    )
-
-
-@triton.jit
-def keep_place(x, INTERPRETED: tl.constexpr):
-    """Give x, as an instruction that the compiler leaves where it stands.
-
-    Triton moves the store of a loaded number to shared memory up to its load, between the loads.
-    """
-    if INTERPRETED:
-        return x
-    PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
-    return tl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=PACK
     )
 
 

@@ -6,11 +6,12 @@ from as its left operand, the state in shared memory as its right one, twice, by
 So nothing of M is read in a step, and one barrier a step is enough. While a product is made, a
 program stores the state that the product reads, turns the next step's numbers to the product's
 layout, and sends for others. On the chain from product to product there is nothing but the
-epilogue, the state's way to shared memory, a fence and a barrier.
+epilogue, the state's way to shared memory, a fence, a wait for what was sent for two steps before,
+and a barrier.
 
 What is sent for comes to shared memory by itself. Loads to registers would be waited for in the
 step that sends them: values that go from one turn of a loop to the next are copied there, and ptxas
-has one counter for all that are under way.
+has a counter in common for most that are under way.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 
 from tritonrnn.kernels import hopper
-from tritonrnn.kernels.arithmetic import operands, prepare_aux
+from tritonrnn.kernels.arithmetic import keep_place, operands, prepare_aux
 from tritonrnn.kernels.block import (
     Batch,
     block_of,
@@ -266,11 +267,9 @@ def recurrence_in_registers_kernel(
     columns = hopper.arange(0, BLOCK_H, hopper.SliceLayout(0, OPERAND))[None, :]
     m_ptrs = m_ptr + tl.program_id(2) * H * H + rows * H + columns
     m = tl.load(m_ptrs, mask=(rows < H) & (columns < H), other=0.0)
-    if BITS == 16 and not INTERPRETED:
+    if BITS == 16:
         # Two numbers to a register here, not again in every step.
-        m = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [m], dtype=m.dtype, is_pure=False, pack=2
-        )
+        m = keep_place(m, INTERPRETED)
     m, m_small = operands(m, PRECISION, INTERPRETED)
     dtype: tl.constexpr = a_ptr.dtype.element_ty
     even = state_in_shared_memory(dtype, PRECISION, BLOCK_H, BLOCK_B)
