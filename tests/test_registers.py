@@ -1,15 +1,14 @@
 """The walk with M in registers: what the imitation of Hopper notices, what the compiler makes."""
 
 import itertools
-import json
 import re
 
+import compiled
 import gangs
 import oracle
 import pytest
 import torch
 from test_recurrence import LAYOUTS, Case, assert_close, make_case
-from test_static import compile_in_a_fresh_process
 
 from tritonrnn.kernels import launch
 from tritonrnn.layout import SequenceLayout
@@ -122,38 +121,21 @@ DEAREST = [
 ]
 
 
-SPREAD = (
-    "specimens('sm_90', dtypes=[{!r}], sizes=[{}], epilogues=[{!r}], plans=['registers'], "
-    "batches=[('packed', 2, True)])"
-)
-SPECIMENS = " + ".join(SPREAD.format(*kernel) for kernel in DEAREST)
-
-
 @pytest.fixture(scope="module")
-def compiled() -> list[dict]:
-    code = (
-        "import json\n"
-        "from perf.static import *\n"
-        f"for specimen in {SPECIMENS}:\n"
-        "    problem, plan = specimen.problem, specimen.plan\n"
-        "    compiled = compile_plan(problem, plan, DTYPES[specimen.dtype][0], specimen.layout)\n"
-        "    spilled = compiled.resources[1]\n"
-        "    print(json.dumps({'H': problem.H, 'precision': plan.precision, 'spilled': spilled,\n"
-        "        'has_aux': problem.epilogue.endswith('_grad'), 'bits': 8 * problem.item_bytes,\n"
-        "        'shared': compiled.shared_bytes, 'planned': plan.shared_bytes,\n"
-        "        'loop': time_loop(compiled.sass)}))"
+def kernels() -> list[dict]:
+    spread = (
+        "'sm_90', dtypes=[{!r}], sizes=[{}], epilogues=[{!r}], plans=['registers'], "
+        "batches=[('packed', 2, True)]"
     )
-    kernels = [json.loads(line) for line in compile_in_a_fresh_process(code).splitlines()]
-    assert len(kernels) == len(DEAREST)
-    return kernels
+    return compiled.kernels([spread.format(*kernel) for kernel in DEAREST])
 
 
-def test_registers_suffice(compiled):
-    assert [kernel["spilled"] for kernel in compiled] == [0] * len(DEAREST)
-    assert [kernel for kernel in compiled if kernel["shared"] > kernel["planned"]] == []
+def test_registers_suffice(kernels):
+    assert [kernel["spilled"] for kernel in kernels] == [0] * len(DEAREST)
+    assert [kernel for kernel in kernels if kernel["shared"] > kernel["planned"]] == []
 
 
-def test_registers_keep_memory_off_the_chain(compiled):
+def test_registers_keep_memory_off_the_chain(kernels):
     """In the SASS of the time loop: reads, stores and changes of layout run beside the product.
 
     From a product's end to the next one's beginning there is the epilogue, the state's way to
@@ -163,17 +145,8 @@ def test_registers_keep_memory_off_the_chain(compiled):
     a register, which would be waited for in the step that loads it, but all come to shared memory
     by themselves.
     """
-    # Waiting for a product leaves none under way; the other wait, which is none, leaves it.
-    event = (
-        r"HGMMA|WARPGROUP\.DEPBAR\S* gsb0, 0x0|DEPBAR\.LE SB0|LDGSTS|LDG\.E\S*"
-        r"|\b(?:LDS|STS|LDSM|STSM|LDL|STL|BAR|FENCE|MEMBAR)\b"
-    )
-    for kernel in compiled:
-        # Without what ptxas puts in front of a copy, which does nothing.
-        loop = [line for line in kernel["loop"] if "@!PT LDS RZ" not in line]
-        # From a product on, for a loop has neither beginning nor end.
-        start = next(i for i, line in enumerate(loop) if "HGMMA" in line)
-        events = re.findall(event, "\n".join(loop[start:] + loop[:start]))
+    for kernel in kernels:
+        events = compiled.events(kernel["loop"])
         # Of the row map, in packed batches: the rows to store and to send for.
         rows = [name for name in events if name.startswith("LDG.")]
         assert rows == 8 * ["LDG.E.64"]
@@ -194,12 +167,12 @@ def test_registers_keep_memory_off_the_chain(compiled):
             assert len(product) == products * height * kernel["bits"] // 256
             wait = next(i for i, name in enumerate(rest) if name.startswith("WARPGROUP"))
             assert sorted(rest[:wait]) == sorted(aside)
-            assert rest[wait + 1 :] == [*kept, "MEMBAR", "FENCE", "DEPBAR.LE SB0", "BAR"]
+            assert rest[wait + 1 :] == [*kept, "MEMBAR", "FENCE", "DEPBAR.LE SB0, 0x2", "BAR"]
 
 
-def test_registers_leave_a_product_under_way_alone(compiled):
+def test_registers_leave_a_product_under_way_alone(kernels):
     """In the SASS: from a matrix instruction to the wait nothing else takes up its four sums."""
-    for kernel in compiled:
+    for kernel in kernels:
         sums: set[str] = set()
         products = 0
         for line in 2 * kernel["loop"]:

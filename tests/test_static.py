@@ -2,36 +2,18 @@
 
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from compiled import ROOT, compile_in_a_fresh_process
 
 from perf import static
 from tritonrnn.kernels import launch
 from tritonrnn.kernels.plan import DEVICES, PLANS, Problem
 
-ROOT = Path(__file__).parent.parent
 # What ``perf static`` made of every plan, by device.
 TABLES = sorted((ROOT / "perf/results/static").glob("*.jsonl"))
 KEPT = ("epilogue", "block_h", "block_b", "num_warps", "turns")
-
-
-def compile_in_a_fresh_process(code: str) -> str:
-    """Run a script where kernels are compiled: here they may belong to the interpreter."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        cwd=ROOT,
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    ).stdout
 
 
 def static_rows(arch: str, *spreads: str) -> list[dict]:
