@@ -107,7 +107,11 @@ def row_at(step, batch, block, WIDTH: tl.constexpr):
     if batch.row_map_ptr is None:
         row = t.to(tl.int64) * batch.stride_time
     else:
-        row = tl.load(batch.row_map_ptr + t, mask=is_walked(step, block), other=0)
+        row = t.to(tl.int64)
+        # Not a mask: what is loaded under a condition the pipeliner leaves alone. It would have a
+        # row come to shared memory, too, at the price of a barrier.
+        if is_walked(step, block):
+            row = tl.load(batch.row_map_ptr + t)
     return row * WIDTH
 
 
@@ -130,20 +134,29 @@ def load_step(step, row, batch, block):
 
 
 @triton.jit
-def prepare_step(step, a, aux, s, batch, block, EPILOGUE: tl.constexpr, MAY_JOIN: tl.constexpr):
-    """Turn the numbers loaded for a step into what its product starts from and its epilogue takes.
+def in_layout_of(s, x, step, block):
+    """Give numbers loaded for a step in the layout of a state.
 
     Dead sequences take the state's numbers, which nobody uses. The point is the choice: Triton
     keeps what is chosen in the state's layout, that of the product, and so changes layouts here.
     """
-    t = time_at(step, block)
-    live = (t < block.lengths)[None, :]
-    drive = tl.where(live, a, s).to(tl.float32)
+    live = (time_at(step, block) < block.lengths)[None, :]
+    return tl.where(live, x, s)
+
+
+@triton.jit
+def prepare_step(step, a, aux, batch, block, EPILOGUE: tl.constexpr, MAY_JOIN: tl.constexpr):
+    """Turn the numbers loaded for a step into what its product starts from and its epilogue takes.
+
+    MAY_JOIN    whether a sequence may join in this step, where v_0 is added then
+    """
+    drive = a.to(tl.float32)
     if batch.v_0_ptr is not None and MAY_JOIN:
-        drive = tl.where((t == block.joins)[None, :], drive + block.v_0, drive)
+        joining = (time_at(step, block) == block.joins)[None, :]
+        drive = tl.where(joining, drive + block.v_0, drive)
     prepared = drive
     if batch.aux_ptr is not None:
-        prepared = prepare_aux(tl.where(live, aux, s), EPILOGUE)
+        prepared = prepare_aux(aux, EPILOGUE)
     return drive, prepared
 
 
@@ -159,6 +172,18 @@ def load_and_prepare_step(step, row, batch, block, EPILOGUE: tl.constexpr):
     if batch.aux_ptr is not None:
         prepared = prepare_aux(aux, EPILOGUE)
     return drive, prepared
+
+
+@triton.jit
+def clear_padding(z, block, H: tl.constexpr, EPILOGUE: tl.constexpr):
+    """Give z with a zero for every hidden unit that there is not, if it may have anything else.
+
+    M is 0 there, which times a state that has overflowed to infinity is NaN, and the next product
+    would spread it. States of tanh don't overflow, and relu_grad chooses 0 by an aux of 0.
+    """
+    if H < z.shape[0] and (EPILOGUE == "relu" or EPILOGUE == "tanh_grad"):
+        z = tl.where(block.mask_h, z, 0.0)
+    return z
 
 
 @triton.jit

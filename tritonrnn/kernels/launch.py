@@ -60,6 +60,9 @@ def recurrence(
     """
     if a.numel() == 0:
         return
+    if aux is not None and aux.data_ptr() % 16 != 0:
+        # It may be a view of anything, and is read by whole words, and vectors of them.
+        aux = aux.clone()
     problem = problem_of(a, layout, G=len(reverse), epilogue=epilogue, tf32=tf32)
     if plan is None:
         plan = _plan_for(problem, device_limits(a.device))
@@ -238,6 +241,7 @@ def kernel_arguments(
         "BLOCK_K": plan.block_k,
         "BLOCK_READ": plan.block_read,
         "TURNS": plan.turns,
+        "NUM_STAGES": plan.num_stages,
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -95,6 +96,13 @@ class DeviceLimits:
     def is_amd(self) -> bool:
         """Whether the device is AMD's."""
         return self.arch.startswith("gfx")
+
+    @property
+    def has_async_copy(self) -> bool:
+        """Whether numbers can be sent for to shared memory, by words of 32 bits: since sm_80."""
+        return self.is_interpreter or (
+            self.arch.startswith("sm_") and int(self.arch.removeprefix("sm_")) >= 80
+        )
 
     @property
     def has_wgmma(self) -> bool:
@@ -237,8 +245,11 @@ def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
     """W_hh in one multiprocessor's shared memory for the whole walk, or None if it does not fit."""
     block_h = _power_of_two(problem.H, at_least=16)
     precision = _precision(problem, device)
-    for block_b in (_resident_block_b(problem, device), 8):
-        shared_bytes = _resident_shared_bytes(problem, precision, block_h, block_b)
+    in_words = device.has_async_copy and problem.H * problem.item_bytes % 4 == 0
+    # Two steps of the largest take what a number's way from memory takes, three of the others.
+    depths = (4, 3, 2) if in_words else (1,)
+    for block_b, num_stages in product((_resident_block_b(problem, device), 8), depths):
+        shared_bytes = _resident_shared_bytes(problem, precision, block_h, block_b, num_stages)
         if shared_bytes <= device.shared_bytes:
             break
     else:
@@ -250,7 +261,7 @@ def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
         block_k=block_h,
         block_read=block_h,
         num_warps=_num_warps(problem, block_h, device),
-        num_stages=1,
+        num_stages=num_stages,
         precision=precision,
         epilogue=_epilogue(problem, device),
         programs=_cdiv(problem.B, block_b) * problem.G,
@@ -458,13 +469,17 @@ def _resident_block_b(problem: Problem, device: DeviceLimits) -> int:
     return 16 if wide and problem.dtype != "fp32" else 8
 
 
-def _resident_shared_bytes(problem: Problem, precision: str, block_h: int, block_b: int) -> int:
+def _resident_shared_bytes(
+    problem: Problem, precision: str, block_h: int, block_b: int, num_stages: int
+) -> int:
     parts = 2 if precision == "tf32x3" else 1
     weights = block_h * block_h * problem.item_bytes * parts
-    state = block_h * block_b * problem.item_bytes * parts
-    # fp32 tiles on their way between the layouts of memory and of the product.
-    exchange = 2 * block_h * block_b * 4
-    return weights + state + exchange + 1024
+    tile = block_h * block_b * problem.item_bytes
+    # What is added to the product and what the epilogue takes, of the steps that are under way.
+    under_way = (num_stages - 1) * (2 if problem.epilogue.endswith("_grad") else 1)
+    # An fp32 tile on its way between the layouts of memory and of the product.
+    exchange = block_h * block_b * 4
+    return weights + (parts + under_way) * tile + exchange + 1024
 
 
 def _arithmetic(problem: Problem) -> str:

@@ -16,7 +16,7 @@ result overwrites ``a`` row by row: nobody else reads a program's slice of a row
 has replaced it.
 
     resident      BLOCK_H covers H. M stays in shared memory and the state in registers for the
-                  whole walk; a program waits for nobody.
+                  whole walk; a program waits for nobody (``resident.py``).
     cooperative   BLOCK_H does not. A program's BLOCK_H rows of M stay in shared memory for the
                   whole walk, in tiles of BLOCK_K columns; the state goes from step to step through
                   ``a``, and a program waits until all that share its sequences have stored the
@@ -39,6 +39,7 @@ from tritonrnn.kernels.block import (
     Batch,
     block_of,
     has_state_before,
+    in_layout_of,
     load_and_prepare_step,
     load_step,
     prepare_step,
@@ -47,6 +48,7 @@ from tritonrnn.kernels.block import (
     store_step,
 )
 from tritonrnn.kernels.gang import publish, wait
+from tritonrnn.kernels.resident import walk_resident, walk_resident_by_loads
 
 
 class Moment(NamedTuple):
@@ -90,51 +92,6 @@ def load_weights(
         # One tile after the other, lest the numbers of all of them be in registers at once.
         tl.debug_barrier()
     return tiles, tiles_small
-
-
-@triton.jit
-def walk_resident(
-    batch,
-    block,
-    m,
-    m_small,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """Walk a batch block, all of M and of its state at hand.
-
-    What a step takes of global memory, whose latency may be that of two steps, is loaded three
-    steps ahead, and goes where the product takes it one step ahead.
-    """
-    WIDTH: tl.constexpr = G * H
-    # Where every sequence has all T tokens, none joins later than the first step.
-    MAY_JOIN: tl.constexpr = batch.row_map_ptr is not None
-    row = row_at(0, batch, block, WIDTH)
-    row_1 = row_at(1, batch, block, WIDTH)
-    row_2 = row_at(2, batch, block, WIDTH)
-    row_3 = row_at(3, batch, block, WIDTH)
-    drive, aux = load_and_prepare_step(0, row, batch, block, EPILOGUE)
-    a_1, aux_1 = load_step(1, row_1, batch, block)
-    a_2, aux_2 = load_step(2, row_2, batch, block)
-    s = tl.zeros([BLOCK_H, BLOCK_B], batch.a_ptr.dtype.element_ty)
-    for step in tl.range(0, block.longest, num_stages=1):
-        row_4 = row_at(step + 4, batch, block, WIDTH)
-        a_3, aux_3 = load_step(step + 3, row_3, batch, block)
-        state, state_small = operands(s, PRECISION, INTERPRETED)
-        z = multiply_add(m, m_small, state, state_small, drive, PRECISION)
-        aux_now = aux
-        drive, aux = prepare_step(step + 1, a_1, aux_1, s, batch, block, EPILOGUE, MAY_JOIN)
-        s = state_of(step, z, aux_now, batch, block, EPILOGUE, INTERPRETED)
-        # At once: a store that waits for the next product takes registers, and does not overlap it,
-        # as Triton waits for a product where it is written.
-        store_step(step, row, s, batch, block)
-        row, row_1, row_2, row_3 = row_1, row_2, row_3, row_4
-        a_1, aux_1, a_2, aux_2 = a_2, aux_2, a_3, aux_3
 
 
 @triton.jit
@@ -271,7 +228,9 @@ def advance(
     GANG: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     # Before the wait: the step's numbers, loaded in the step before, go where the product takes
     # them, and the next step's are asked for.
-    drive, aux = prepare_step(step, moment.a, moment.aux, moment.s, batch, block, EPILOGUE, True)
+    a = in_layout_of(moment.s, moment.a, step, block)
+    aux = in_layout_of(moment.s, moment.aux, step, block)
+    drive, aux = prepare_step(step, a, aux, batch, block, EPILOGUE, True)
     row_2 = row_at(step + 2, batch, block, G * H)
     a_1, aux_1 = load_step(step + 1, moment.row_1, batch, block)
 
@@ -374,6 +333,7 @@ def recurrence_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_READ: tl.constexpr,
     TURNS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     """Walk every step, or by the stepwise plan one, of every sequence of a program's batch blocks.
 
@@ -391,6 +351,7 @@ def recurrence_kernel(
     PATIENCE        polls after which a program gives up waiting for its gang
     BLOCK_READ      hidden units of the state before that a cooperative program reads at once
     TURNS           batch blocks, one or two, that a cooperative program walks at the same time
+    NUM_STAGES      of a resident program's loop, in as many of which a step's numbers are under way
     """
     batch = Batch(
         a_ptr=a_ptr,
@@ -435,19 +396,24 @@ def recurrence_kernel(
         )
         if PLAN == "resident":
             block = block_of(tl.program_id(0), units, sequences, batch, G, H)
-            walk_resident(
-                batch,
-                block,
-                tiles[0],
-                tiles_small[0],
-                G,
-                H,
-                EPILOGUE,
-                PRECISION,
-                INTERPRETED,
-                BLOCK_H,
-                BLOCK_B,
-            )
+            m, m_small = tiles[0], tiles_small[0]
+            if NUM_STAGES > 1:
+                walk_resident(
+                    batch,
+                    block,
+                    m,
+                    m_small,
+                    G,
+                    H,
+                    EPILOGUE,
+                    PRECISION,
+                    INTERPRETED,
+                    NUM_STAGES,
+                )
+            else:
+                walk_resident_by_loads(
+                    batch, block, m, m_small, G, H, EPILOGUE, PRECISION, INTERPRETED
+                )
         else:
             walk_gang(
                 batch,

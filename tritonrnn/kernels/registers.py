@@ -24,6 +24,7 @@ from tritonrnn.kernels.arithmetic import keep_place, operands, prepare_aux
 from tritonrnn.kernels.block import (
     Batch,
     block_of,
+    clear_padding,
     load_step,
     row_at,
     state_of,
@@ -187,9 +188,7 @@ def advance(
     drive, aux = prepare(step + 1, a_1, aux_1, batch, block, EPILOGUE, MAY_JOIN)
     # On the chain again.
     z = hopper.warpgroup_mma_wait(0, deps=[product])
-    if H < z.shape[0]:
-        # Where there is no unit, M is 0: times a state that has overflowed to infinity that is NaN.
-        z = tl.where(block.mask_h, z, 0.0)
+    z = clear_padding(z, block, H, EPILOGUE)
     s = state_of(step, z, moment.aux, batch, block, EPILOGUE, INTERPRETED)
     keep_state(s, next_state, PRECISION, INTERPRETED)
     if s.dtype != tl.float32:
