@@ -18,6 +18,7 @@ from cases import (
 from torch.autograd import forward_ad
 
 import tritonrnn
+from tritonrnn.kernels import launch
 
 pytestmark = [
     pytest.mark.usefixtures("torch_back_end"),
@@ -74,6 +75,26 @@ def test_kernels_under_autocast_follow_torchs_rules(dtype):
     assert_autocast_as_accurate(
         KernelCase(T=3, B=3, H=5, layout="unsorted", L=2), dtype, torch.float32
     )
+
+
+@pytest.mark.usefixtures("triton_back_end")
+def test_kernels_of_all_layers_and_passes_share_one_row_map(monkeypatch):
+    given = []
+
+    def arguments(*args, **kwargs):
+        made = kernel_arguments(*args, **kwargs)
+        given.append(made["row_map_ptr"])
+        return made
+
+    kernel_arguments = launch.kernel_arguments
+    monkeypatch.setattr(launch, "kernel_arguments", arguments)
+    case = KernelCase(T=3, D=2, L=3, layout="unsorted")
+    data, hx = case.tensors(1.0)
+    output, h_n = case.module(tritonrnn.RNN)(case.input(data), hx)
+    (output.data.sum() + h_n.sum()).backward()
+    # A launch a layer, forward and backward.
+    assert len(given) == 2 * 3
+    assert all(row_map is given[0] for row_map in given)
 
 
 @pytest.mark.usefixtures("triton_back_end")

@@ -43,7 +43,7 @@ class Case:
     reverse: tuple[bool, ...] = BOTH_WAYS
     tf32: bool = False
 
-    def run(self, plan: str | LaunchPlan = "resident") -> Tensor:
+    def run(self, plan: str | LaunchPlan | None = "resident") -> Tensor:
         if isinstance(plan, str):
             plan = plan_of(self, plan)
         # Rows before and after the tensor, which no program may touch.
@@ -54,7 +54,7 @@ class Case:
         assert guarded[[0, -1]].isnan().all()
         return s
 
-    def walk(self, s: Tensor, plan: LaunchPlan) -> None:
+    def walk(self, s: Tensor, plan: LaunchPlan | None) -> None:
         """Launch the recurrence over s, and wait for nothing."""
         launch.recurrence(
             s,
@@ -303,6 +303,20 @@ def test_recurrence_agrees_between_tile_sizes():
     ]:
         forced = plan_of(case, plan)
         assert_close(case, case.run(LaunchPlan(**{**vars(forced), **tiles})))
+
+
+@pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
+def test_forced_plans_agree(epilogue):
+    """To rounding: they add the same products in another order."""
+    case = make_case(LAYOUTS["packed"], 64, epilogue)
+    with launch.forced_plan("resident"):
+        expected = case.run(None)
+    for name in PLANS:
+        plan = plan_of(case, name)
+        with launch.forced_plan(name):
+            actual = case.run(None)
+        assert torch.equal(actual, case.run(plan))
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("plan", ["registers", "resident"])
