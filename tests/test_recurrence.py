@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -9,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from tritonrnn.kernels import arithmetic, launch
 from tritonrnn.kernels.arithmetic import round_to_tf32, tanh, tanh_of_hardware
@@ -96,6 +98,11 @@ def plan_of(case: Case, name: str) -> LaunchPlan:
     return plan
 
 
+def only_tf32(plan: str) -> bool:
+    """Whether the fp32 products that a plan has are all of TF32 numbers."""
+    return plan == "registers"
+
+
 def make_case(
     layout: SequenceLayout,
     H: int,
@@ -147,7 +154,7 @@ def assert_close(case: Case, actual: Tensor) -> None:
 @pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recurrence_matches_float64(layout, epilogue, plan):
-    case = make_case(LAYOUTS[layout], 37, epilogue)
+    case = make_case(LAYOUTS[layout], 37, epilogue, tf32=only_tf32(plan))
     assert_close(case, case.run(plan))
 
 
@@ -164,7 +171,7 @@ def test_recurrence_rounds_no_worse_than_torch(dtype, epilogue, plan):
 @pytest.mark.parametrize("epilogue", ["tanh", "relu_grad"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recurrence_without_v_0_starts_at_zero(layout, epilogue, plan):
-    case = make_case(LAYOUTS[layout], 16, epilogue, with_v_0=False)
+    case = make_case(LAYOUTS[layout], 16, epilogue, with_v_0=False, tf32=only_tf32(plan))
     assert_close(case, case.run(plan))
 
 
@@ -181,7 +188,13 @@ def test_recurrence_takes_any_size(T, B, H, plan):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_recurrence_walks_each_group_its_own_way(plan):
-    case = make_case(LAYOUTS["jagged"], 12, "tanh", reverse=(True, False, False, True, True))
+    case = make_case(
+        LAYOUTS["jagged"],
+        12,
+        "tanh",
+        reverse=(True, False, False, True, True),
+        tf32=only_tf32(plan),
+    )
     assert_close(case, case.run(plan))
 
 
@@ -195,7 +208,7 @@ def test_recurrence_of_no_tokens_does_nothing(B):
 @pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recurrence_keeps_nan_in_its_sequence(layout, epilogue, plan):
-    case = make_case(LAYOUTS[layout], 18, epilogue)
+    case = make_case(LAYOUTS[layout], 18, epilogue, tf32=only_tf32(plan))
     clean = case.run(plan)
     rows = oracle.sequences(case.layout)
     # One sequence is poisoned throughout, another in its last token and its v_0 only.
@@ -214,7 +227,7 @@ def test_recurrence_keeps_nan_in_its_sequence(layout, epilogue, plan):
 @pytest.mark.parametrize("plan", PLANS)
 def test_recurrence_joins_with_a_true_zero(plan):
     """An infinite weight of one unit reaches no other unit in a sequence's own first step."""
-    case = make_case(LAYOUTS["packed"], 18, "tanh", reverse=(True,))
+    case = make_case(LAYOUTS["packed"], 18, "tanh", reverse=(True,), tf32=only_tf32(plan))
     clean = case.run(plan)
     case.M[:, 0, 1] = torch.inf
     first_steps = [rows[-1] for rows in oracle.sequences(case.layout)]
@@ -288,6 +301,33 @@ def test_bf16_recurrence_bears_the_error_of_the_hardwares_tanh(imitation, monkey
     assert_close(case, approximate)
 
 
+def toward_zero(x: np.ndarray) -> np.ndarray:
+    """Round float64 numbers to fp32 by cutting them off."""
+    nearest = x.astype(np.float32)
+    is_larger = np.abs(nearest.astype(np.float64)) > np.abs(x)
+    return np.where(is_larger, np.nextafter(nearest, np.float32(0)), nearest)
+
+
+def dot_that_truncates(builder, a, b, d, input_precision, max_num_imprecise_acc):
+    """A matrix product as tensor cores make it: each eight columns' sum is cut off."""
+    assert a.data.dtype == np.float32
+    sums = d.data
+    for k in range(0, a.data.shape[1], 8):
+        columns, rows = a.data[:, k : k + 8], b.data[k : k + 8]
+        sums = toward_zero(columns.astype(np.float64) @ rows.astype(np.float64) + sums)
+    return TensorHandle(sums, d.dtype.scalar)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="imitates the hardware")
+@pytest.mark.parametrize("plan", ["resident", "cooperative", "stepwise"])
+@pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
+@pytest.mark.parametrize("H", [37, 64, 128])
+def test_fp32_recurrence_bears_the_truncation_of_tensor_cores(H, epilogue, plan, monkeypatch):
+    case = make_case(LAYOUTS["packed"], H, epilogue)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_that_truncates)
+    assert_close(case, case.run(plan))
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_recurrence_is_deterministic(plan):
     case = make_case(LAYOUTS["packed"], 33, "tanh", torch.bfloat16)
@@ -311,7 +351,7 @@ def test_forced_plans_agree(epilogue):
     case = make_case(LAYOUTS["packed"], 64, epilogue)
     with launch.forced_plan("resident"):
         expected = case.run(None)
-    for name in PLANS:
+    for name in [name for name in PLANS if not only_tf32(name)]:
         plan = plan_of(case, name)
         with launch.forced_plan(name):
             actual = case.run(None)
@@ -380,7 +420,9 @@ def test_recurrence_walks_past_step_65536():
 @pytest.mark.gpu
 @pytest.mark.parametrize("plan", PLANS)
 def test_recurrence_walks_70000_steps(plan):
-    case = make_case(SequenceLayout.time_major(70_000, 1), 16, "tanh", reverse=(True,))
+    case = make_case(
+        SequenceLayout.time_major(70_000, 1), 16, "tanh", reverse=(True,), tf32=only_tf32(plan)
+    )
     assert_close(case, case.run(plan))
 
 

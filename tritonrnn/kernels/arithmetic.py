@@ -98,11 +98,19 @@ def operands(x, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def multiply_add(m, m_small, s, s_small, z, PRECISION: tl.constexpr):
-    """Give ``m s + z`` of parts that :func:`operands` made, the smallest products first."""
+    """Give ``m s + z`` of parts that :func:`operands` made.
+
+    A matrix instruction truncates its sum (Fasi et al., Numerical behavior of NVIDIA tensor cores,
+    2021), some times in a product, by up to a unit in the last place of what it has added up. For
+    fp32 accuracy, products begin with the smallest, from zero, and are few columns wide; z, and
+    one product after the other, is added as fp32 numbers are.
+    """
     if PRECISION == "tf32x3":
-        z = tl.dot(m_small, s, z, input_precision="tf32")
-        z = tl.dot(m, s_small, z, input_precision="tf32")
-    return tl.dot(m, s, z, input_precision="tf32" if PRECISION != "ieee" else "ieee")
+        product = tl.dot(m_small, s, input_precision="tf32")
+        product = tl.dot(m, s_small, product, input_precision="tf32")
+        return z + tl.dot(m, s, product, input_precision="tf32")
+    else:
+        return tl.dot(m, s, z, input_precision=PRECISION)
 
 
 @triton.jit

@@ -245,6 +245,8 @@ def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
     """W_hh in one multiprocessor's shared memory for the whole walk, or None if it does not fit."""
     block_h = _power_of_two(problem.H, at_least=16)
     precision = _precision(problem, device)
+    # Products of fp32 accuracy are few columns wide, 16 at least (arithmetic.multiply_add).
+    block_k = block_h // min(4, block_h // 16) if precision == "tf32x3" else block_h
     in_words = device.has_async_copy and problem.H * problem.item_bytes % 4 == 0
     # Two steps of the largest take what a number's way from memory takes, three of the others.
     depths = (4, 3, 2) if in_words else (1,)
@@ -258,7 +260,7 @@ def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
         name="resident",
         block_h=block_h,
         block_b=block_b,
-        block_k=block_h,
+        block_k=block_k,
         block_read=block_h,
         num_warps=_num_warps(problem, block_h, device),
         num_stages=num_stages,
@@ -277,17 +279,18 @@ def registers_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
         return None
     block_h = _power_of_two(problem.H, at_least=64)
     precision = _precision(problem, device)
-    # Numbers come to shared memory by themselves, four bytes at least. And beyond these sizes the
-    # registers of 2 block_h threads are too few beside W_hh, with which they grow.
-    most = {"ieee": 128 if _is_narrow(problem) else 256, "tf32": 128, "tf32x3": 64}[precision]
+    # Products of fp32 accuracy begin from zero, and are narrow (arithmetic.multiply_add); here all
+    # of M is one product. Numbers come to shared memory by themselves, four bytes at least. And
+    # beyond these sizes the registers of 2 block_h threads are too few beside W_hh, with which
+    # they grow.
+    most = {"ieee": 128 if _is_narrow(problem) else 256, "tf32": 128, "tf32x3": 0}[precision]
     if problem.H * problem.item_bytes % 4 != 0 or block_h > most:
         return None
     # The narrowest product there is: a step's latency is that of its epilogue, too.
     block_b = 8
-    # Two of the state, in one part or two; four of what is added to its product, and as many of
-    # what the epilogue takes.
-    tiles = 4 if precision == "tf32x3" else 2
-    tiles += 8 if problem.epilogue.endswith("_grad") else 4
+    # Two of the state; four of what is added to its product, and as many of what the epilogue
+    # takes.
+    tiles = 10 if problem.epilogue.endswith("_grad") else 6
     return LaunchPlan(
         name="registers",
         block_h=block_h,
@@ -320,8 +323,11 @@ def cooperative_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | Non
     # 512 are no faster to issue than 256, and what H is no multiple of is padded.
     block_k = 256 if problem.dtype != "fp32" and problem.H % 256 == 0 else 128
     if _is_narrow(problem):
-        # Every number in a register with an address of its own, and of two parts each.
-        block_k = 32 if precision == "tf32x3" else 64
+        # Every number in a register with an address of its own.
+        block_k = 64
+    if precision == "tf32x3":
+        # Wider products lose accuracy (arithmetic.multiply_add).
+        block_k = 32
     tiles = _cdiv(problem.H, block_k)
     tile_bytes = block_k * problem.item_bytes * (2 if precision == "tf32x3" else 1)
     weight_bytes = block_h * tiles * tile_bytes
@@ -373,8 +379,7 @@ def _waves_step_us(problem: Problem, plan: LaunchPlan) -> float:
     )
     if plan.name == "registers":
         # About a third of a program's registers hold weights.
-        parts = 2 if plan.precision == "tf32x3" else 1
-        weight_bytes = parts * problem.item_bytes * plan.block_h**2
+        weight_bytes = problem.item_bytes * plan.block_h**2
         together = min(together, max(1, REGISTER_BYTES_PER_MULTIPROCESSOR // (3 * weight_bytes)))
     blocks = _cdiv(problem.B, plan.block_b)
     waves = _cdiv(blocks * problem.G, plan.device.multiprocessors * together)

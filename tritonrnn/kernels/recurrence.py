@@ -77,12 +77,19 @@ def load_weights(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr,
+    STRIDE_K: tl.constexpr,
 ):
-    """Load a program's rows of M for the whole walk: tuples of tiles, and of their small parts."""
-    offs_k = tl.arange(0, BLOCK_K)
+    """Load a program's rows of M for the whole walk: tuples of tiles, and of their small parts.
+
+    TILES       tiles of BLOCK_K columns
+    STRIDE_K    columns from one of a tile to the next; what is between them other tiles have
+    """
+    offs_k = STRIDE_K * tl.arange(0, BLOCK_K)
     tiles = ()
     tiles_small = ()
-    for k in tl.static_range(0, H, BLOCK_K):
+    for i in tl.static_range(TILES):
+        k = i if STRIDE_K > 1 else i * BLOCK_K
         mask = mask_h & (k + offs_k < H)[None, :]
         m = tl.load(m_ptrs + k * stride_m_column, mask=mask, other=0.0)
         m, m_small = operands(m, PRECISION, INTERPRETED)
@@ -366,7 +373,10 @@ def recurrence_kernel(
     )
     units, sequences = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_B)
     offs_h = tl.program_id(1) * BLOCK_H + units
-    offs_k = tl.arange(0, BLOCK_K)
+    # A resident program's tiles take turns, column by column (resident.parts_of).
+    STRIDE_K: tl.constexpr = BLOCK_H // BLOCK_K if PLAN == "resident" else 1
+    TILES: tl.constexpr = STRIDE_K if PLAN == "resident" else (H + BLOCK_K - 1) // BLOCK_K
+    offs_k = STRIDE_K * tl.arange(0, BLOCK_K)
     m_ptr += tl.program_id(2).to(tl.int64) * stride_m_group
     rows_h, columns_k = offs_h[:, None], offs_k[None, :]
     if PLAN == "stepwise":
@@ -392,17 +402,24 @@ def recurrence_kernel(
     else:
         mask_h = (offs_h < H)[:, None]
         tiles, tiles_small = load_weights(
-            m_ptrs, mask_h, stride_m_column, H, PRECISION, INTERPRETED, BLOCK_K
+            m_ptrs,
+            mask_h,
+            stride_m_column,
+            H,
+            PRECISION,
+            INTERPRETED,
+            BLOCK_K,
+            TILES,
+            STRIDE_K,
         )
         if PLAN == "resident":
             block = block_of(tl.program_id(0), units, sequences, batch, G, H)
-            m, m_small = tiles[0], tiles_small[0]
             if NUM_STAGES > 1:
                 walk_resident(
                     batch,
                     block,
-                    m,
-                    m_small,
+                    tiles,
+                    tiles_small,
                     G,
                     H,
                     EPILOGUE,
@@ -412,7 +429,7 @@ def recurrence_kernel(
                 )
             else:
                 walk_resident_by_loads(
-                    batch, block, m, m_small, G, H, EPILOGUE, PRECISION, INTERPRETED
+                    batch, block, tiles, tiles_small, G, H, EPILOGUE, PRECISION, INTERPRETED
                 )
         else:
             walk_gang(

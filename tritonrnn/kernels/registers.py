@@ -33,13 +33,6 @@ from tritonrnn.kernels.block import (
 )
 
 
-class State(NamedTuple):
-    """The state before the steps of one parity, in the parts that the product takes."""
-
-    large: Any
-    small: Any
-
-
 class Moment(NamedTuple):
     """What a walk carries from step to step.
 
@@ -66,18 +59,6 @@ def tile_in_shared_memory(dtype: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: t
 
 
 @triton.jit
-def state_in_shared_memory(
-    dtype: tl.constexpr, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr
-):
-    """Allocate a state."""
-    large = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
-    small = large
-    if PRECISION == "tf32x3":
-        small = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
-    return State(large=large, small=small)
-
-
-@triton.jit
 def send_for(step, row, a_tile, aux_tile, batch, in_memory):
     """Have a step's numbers come to shared memory."""
     mask = tile_of(step, in_memory)
@@ -92,10 +73,8 @@ def send_for(step, row, a_tile, aux_tile, batch, in_memory):
 @triton.jit
 def keep_state(s, state, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     """Put a state where the next step's product takes it, and let all see what has come."""
-    large, small = operands(s, PRECISION, INTERPRETED)
-    state.large.store(large.to(s.dtype))
-    if PRECISION == "tf32x3":
-        state.small.store(small)
+    operand, _ = operands(s, PRECISION, INTERPRETED)
+    state.store(operand.to(s.dtype))
     hopper.fence_async_shared()
     # For all but what was sent for in this step and the one before. Not beside the product, for
     # Triton puts a barrier behind it.
@@ -104,16 +83,12 @@ def keep_state(s, state, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def begin_product(m, m_small, state, drive, PRECISION: tl.constexpr):
-    """Begin ``m s + drive``, the smallest products first."""
-    z = drive
-    if PRECISION == "tf32x3":
-        z = hopper.warpgroup_mma(m_small, state.large, z, is_async=True)
-        z = hopper.warpgroup_mma(m, state.small, z, is_async=True)
-    product = hopper.warpgroup_mma(m, state.large, z, is_async=True)
-    # Waits for nothing, with the products under way; but what follows stays behind it. Else ptxas
+def begin_product(m, state, drive):
+    """Begin ``m s + drive``."""
+    product = hopper.warpgroup_mma(m, state, drive, is_async=True)
+    # Waits for nothing, with the product under way; but what follows stays behind it. Else ptxas
     # reads the state for its store, and waits for it, before it begins the product.
-    return hopper.warpgroup_mma_wait(3 if PRECISION == "tf32x3" else 1, deps=[product])
+    return hopper.warpgroup_mma_wait(1, deps=[product])
 
 
 @triton.jit
@@ -123,7 +98,7 @@ def store_state(step, row, s, state, batch, block, in_memory, MEMORY: tl.constex
         # As it lies: eight numbers of a sequence are a whole sector of memory.
         tl.store(batch.a_ptr + row + block.tile, s, mask=tile_of(step, block))
     else:
-        s = state.large.load(MEMORY)
+        s = state.load(MEMORY)
         tl.store(batch.a_ptr + row + in_memory.tile, s, mask=tile_of(step, in_memory))
 
 
@@ -147,7 +122,6 @@ def advance(
     step,
     moment,
     m,
-    m_small,
     state,
     next_state,
     a_tile,
@@ -175,7 +149,7 @@ def advance(
     """
     WIDTH: tl.constexpr = G * H
     MAY_JOIN: tl.constexpr = batch.row_map_ptr is not None
-    product = begin_product(m, m_small, state, moment.drive, PRECISION)
+    product = begin_product(m, state, moment.drive)
     # From here on, beside the product. The first step has none before it to store.
     store_state(step - 1, moment.row_before, moment.s, state, batch, block, in_memory, MEMORY)
     send_for(step + 4, moment.row_4, a_tile, aux_tile, batch, in_memory)
@@ -269,10 +243,10 @@ def recurrence_in_registers_kernel(
     if BITS == 16:
         # Two numbers to a register here, not again in every step.
         m = keep_place(m, INTERPRETED)
-    m, m_small = operands(m, PRECISION, INTERPRETED)
+    m, _ = operands(m, PRECISION, INTERPRETED)
     dtype: tl.constexpr = a_ptr.dtype.element_ty
-    even = state_in_shared_memory(dtype, PRECISION, BLOCK_H, BLOCK_B)
-    odd = state_in_shared_memory(dtype, PRECISION, BLOCK_H, BLOCK_B)
+    even = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
+    odd = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
     a_tiles = ()
     aux_tiles = ()
     for _ in tl.static_range(4):
@@ -305,7 +279,6 @@ def recurrence_in_registers_kernel(
                 first + i,
                 moment,
                 m,
-                m_small,
                 even if i % 2 == 0 else odd,
                 odd if i % 2 == 0 else even,
                 a_tiles[i],

@@ -39,8 +39,8 @@ from tritonrnn.kernels.block import (
 def walk_resident(
     batch,
     block,
-    m,
-    m_small,
+    tiles,
+    tiles_small,
     G: tl.constexpr,
     H: tl.constexpr,
     EPILOGUE: tl.constexpr,
@@ -67,7 +67,7 @@ def walk_resident(
             # Else all is done in the layout of v_0.
             a_1 = in_layout_of(z, a_1, step + 1, block)
         drive, aux = prepare_step(step + 1, a_1, aux_1, batch, block, EPILOGUE, MAY_JOIN)
-        z = multiply_add(m, m_small, state, state_small, drive, PRECISION)
+        z = multiply_parts(tiles, tiles_small, state, state_small, drive, PRECISION)
         row = row_1
 
 
@@ -75,8 +75,8 @@ def walk_resident(
 def walk_resident_by_loads(
     batch,
     block,
-    m,
-    m_small,
+    tiles,
+    tiles_small,
     G: tl.constexpr,
     H: tl.constexpr,
     EPILOGUE: tl.constexpr,
@@ -103,7 +103,7 @@ def walk_resident_by_loads(
         row_4 = row_at(step + 4, batch, block, WIDTH)
         a_3, aux_3 = load_step(step + 3, row_3, batch, block)
         state, state_small = operands(s, PRECISION, INTERPRETED)
-        z = multiply_add(m, m_small, state, state_small, drive, PRECISION)
+        z = multiply_parts(tiles, tiles_small, state, state_small, drive, PRECISION)
         aux_now = aux
         a_1 = in_layout_of(s, a_1, step + 1, block)
         aux_1 = in_layout_of(s, aux_1, step + 1, block)
@@ -115,6 +115,32 @@ def walk_resident_by_loads(
         store_step(step, row, s, batch, block)
         row, row_1, row_2, row_3 = row_1, row_2, row_3, row_4
         a_1, aux_1, a_2, aux_2 = a_2, aux_2, a_3, aux_3
+
+
+@triton.jit
+def multiply_parts(tiles, tiles_small, s, s_small, z, PRECISION: tl.constexpr):
+    """Give ``M s + z``: a product for each of M's tiles, which have its columns by turns."""
+    parts = parts_of(s, len(tiles))
+    parts_small = parts_of(s_small, len(tiles))
+    for i in tl.static_range(len(tiles)):
+        z = multiply_add(tiles[i], tiles_small[i], parts[i], parts_small[i], z, PRECISION)
+    return z
+
+
+@triton.jit
+def parts_of(s, PARTS: tl.constexpr):
+    """Give a state in as many tiles, of every so many of its hidden units each."""
+    UNITS: tl.constexpr = s.shape[0] // PARTS
+    BLOCK_B: tl.constexpr = s.shape[1]
+    if PARTS == 4:
+        pairs = tl.permute(tl.reshape(s, [UNITS, 2, 2, BLOCK_B]), (0, 3, 2, 1))
+        first, second = tl.split(pairs)
+        return tl.split(first) + tl.split(second)
+    elif PARTS == 2:
+        return tl.split(tl.permute(tl.reshape(s, [UNITS, 2, BLOCK_B]), (0, 2, 1)))
+    else:
+        tl.static_assert(PARTS == 1)
+        return (s,)
 
 
 @triton.jit
