@@ -8,7 +8,9 @@ and then the next pre-activation:
 So the state sets out for the product and for memory at the same time, and its way to whole rows,
 which leads through shared memory, has no barrier of its own. A step has two barriers. Behind the
 first, what was sent for has come, and what the step before has read may be overwritten; behind the
-second the product begins.
+second the product begins. (A state of fp32 accuracy goes to its products in several tiles, of a
+large and a small part each: two barriers more for each part, and two beside the product, for the
+store.)
 
 What a step takes of global memory is sent for steps ahead, for its latency may be that of two.
 Triton's pipeliner has numbers come to shared memory by themselves (``cp.async``), where the
@@ -52,6 +54,7 @@ def walk_resident(
     WIDTH: tl.constexpr = G * H
     # Where every sequence has all T tokens, none joins later than the first step.
     MAY_JOIN: tl.constexpr = batch.row_map_ptr is not None
+    APART: tl.constexpr = len(tiles) > 1
     row = row_at(0, batch, block, WIDTH)
     a, aux = load_step_in_words(0, row, batch, block, H)
     z, aux = prepare_step(0, a, aux, batch, block, EPILOGUE, True)
@@ -60,14 +63,19 @@ def walk_resident(
         a_1, aux_1 = load_step_in_words(step + 1, row_1, batch, block, H)
         z = clear_padding(z, block, H, EPILOGUE)
         s = state_of(step, z, aux, batch, block, EPILOGUE, INTERPRETED)
-        # Before the store, whose change of layouts then shares the barrier in front of the product.
         state, state_small = operands(s, PRECISION, INTERPRETED)
-        store_step(step, row, s, batch, block)
+        if not APART:
+            # Behind what makes the product's operand: so the store's change of layouts shares the
+            # barrier in front of the product.
+            store_step(step, row, s, batch, block)
         if batch.v_0_ptr is not None and MAY_JOIN:
             # Else all is done in the layout of v_0.
             a_1 = in_layout_of(z, a_1, step + 1, block)
         drive, aux = prepare_step(step + 1, a_1, aux_1, batch, block, EPILOGUE, MAY_JOIN)
         z = multiply_parts(tiles, tiles_small, state, state_small, drive, PRECISION)
+        if APART:
+            # Beside the product, which in this case takes all it needs to registers.
+            store_step(step, row, s, batch, block)
         row = row_1
 
 
