@@ -143,7 +143,8 @@ class LaunchPlan:
         block_k: hidden units of the previous state that one product takes.
         block_read: hidden units of it that a program reads before it multiplies.
         num_warps: warps a program.
-        num_stages: tiles that the stepwise product keeps in flight.
+        num_stages: turns of the innermost loop that are under way, whose loads the compiler sends
+            ahead: a resident walk's steps, a stepwise product's tiles; 1 for none.
         precision: of the products: ``tf32``, ``tf32x3`` (three products of TF32 parts, of fp32
             accuracy) or ``ieee`` (as they are).
         epilogue: the problem's, or ``tanh_approx`` for ``tanh`` by the hardware's instruction.
