@@ -107,11 +107,7 @@ def row_at(step, batch, block, WIDTH: tl.constexpr):
     if batch.row_map_ptr is None:
         row = t.to(tl.int64) * batch.stride_time
     else:
-        row = t.to(tl.int64)
-        # Not a mask: what is loaded under a condition the pipeliner leaves alone. It would have a
-        # row come to shared memory, too, at the price of a barrier.
-        if is_walked(step, block):
-            row = tl.load(batch.row_map_ptr + t)
+        row = tl.load(batch.row_map_ptr + t, mask=is_walked(step, block), other=0)
     return row * WIDTH
 
 

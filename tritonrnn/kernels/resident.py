@@ -59,7 +59,7 @@ def walk_resident(
     a, aux = load_step_in_words(0, row, batch, block, H)
     z, aux = prepare_step(0, a, aux, batch, block, EPILOGUE, True)
     for step in tl.range(0, block.longest, num_stages=NUM_STAGES):
-        row_1 = row_at(step + 1, batch, block, WIDTH)
+        row_1 = row_beside_product(step + 1, batch, block, WIDTH)
         a_1, aux_1 = load_step_in_words(step + 1, row_1, batch, block, H)
         z = clear_padding(z, block, H, EPILOGUE)
         s = state_of(step, z, aux, batch, block, EPILOGUE, INTERPRETED)
@@ -149,6 +149,19 @@ def parts_of(s, PARTS: tl.constexpr):
     else:
         tl.static_assert(PARTS == 1)
         return (s,)
+
+
+@triton.jit
+def row_beside_product(step, batch, block, WIDTH: tl.constexpr):
+    """Give what ``row_at`` gives, by a load that the pipeliner leaves where it is.
+
+    It would have a row come to shared memory, too, at the price of a barrier. What is loaded under
+    a condition it leaves alone.
+    """
+    row = tl.zeros([], tl.int64)
+    if batch.row_map_ptr is None or is_walked(step, block):
+        row = row_at(step, batch, block, WIDTH)
+    return row
 
 
 @triton.jit
