@@ -103,12 +103,17 @@ def is_walked(step, block):
 @triton.jit
 def row_at(step, batch, block, WIDTH: tl.constexpr):
     """Give the offset of a step's row in a row-major ``[N, WIDTH]`` matrix; outside a walk any."""
+    return row_number(step, batch, block) * WIDTH
+
+
+@triton.jit
+def row_number(step, batch, block):
+    """Give the number of a step's row; outside a walk any."""
     t = time_at(step, block)
     if batch.row_map_ptr is None:
-        row = t.to(tl.int64) * batch.stride_time
+        return t.to(tl.int64) * batch.stride_time
     else:
-        row = tl.load(batch.row_map_ptr + t, mask=is_walked(step, block), other=0)
-    return row * WIDTH
+        return tl.load(batch.row_map_ptr + t, mask=is_walked(step, block), other=0)
 
 
 @triton.jit

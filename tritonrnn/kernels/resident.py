@@ -31,6 +31,7 @@ from tritonrnn.kernels.block import (
     load_step,
     prepare_step,
     row_at,
+    row_number,
     state_of,
     store_step,
     time_at,
@@ -56,11 +57,15 @@ def walk_resident(
     MAY_JOIN: tl.constexpr = batch.row_map_ptr is not None
     APART: tl.constexpr = len(tiles) > 1
     row = row_at(0, batch, block, WIDTH)
+    number_1 = row_number(1, batch, block)
     a, aux = load_step_in_words(0, row, batch, block, H)
     z, aux = prepare_step(0, a, aux, batch, block, EPILOGUE, True)
     for step in tl.range(0, block.longest, num_stages=NUM_STAGES):
-        row_1 = row_beside_product(step + 1, batch, block, WIDTH)
+        row_1 = number_1 * WIDTH
         a_1, aux_1 = load_step_in_words(step + 1, row_1, batch, block, H)
+        # For the next turn alone. Were it used in this one, the pipeliner would have it come to
+        # shared memory, too, at the price of a barrier.
+        number_1 = row_number(step + 2, batch, block)
         z = clear_padding(z, block, H, EPILOGUE)
         s = state_of(step, z, aux, batch, block, EPILOGUE, INTERPRETED)
         state, state_small = operands(s, PRECISION, INTERPRETED)
@@ -149,19 +154,6 @@ def parts_of(s, PARTS: tl.constexpr):
     else:
         tl.static_assert(PARTS == 1)
         return (s,)
-
-
-@triton.jit
-def row_beside_product(step, batch, block, WIDTH: tl.constexpr):
-    """Give what ``row_at`` gives, by a load that the pipeliner leaves where it is.
-
-    It would have a row come to shared memory, too, at the price of a barrier. What is loaded under
-    a condition it leaves alone.
-    """
-    row = tl.zeros([], tl.int64)
-    if batch.row_map_ptr is None or is_walked(step, block):
-        row = row_at(step, batch, block, WIDTH)
-    return row
 
 
 @triton.jit
