@@ -359,9 +359,11 @@ def test_forced_plans_agree(epilogue):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("plan", ["registers", "resident"])
-def test_recurrence_reaches_rows_beyond_32_bits(plan):
-    H, N = 64, 2**31 // 64 + 8
+@pytest.mark.parametrize(
+    ("plan", "H"), [("registers", 64), ("resident", 64), ("resident", 63), ("stepwise", 64)]
+)
+def test_recurrence_reaches_rows_beyond_32_bits(plan, H):
+    N = 2**31 // H + 8
     layout = SequenceLayout(T=3, B=2, N=N, batch_sizes=(2, 2, 2))
     rows = [0, N // 2, N - 2]
     # As if step t were that far down: what batch_sizes of 2³¹ rows would say.

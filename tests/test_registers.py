@@ -88,7 +88,7 @@ BROKEN = {
 def test_registers_notice_a_broken_walk(change, tmp_path, monkeypatch):
     cases = [
         make_case(LAYOUTS["packed"], 20, "tanh", torch.float16),
-        # Of a whole number of turns, and in parts.
+        # Of a whole number of turns, and of fp32 numbers.
         make_case(SequenceLayout.time_major(4, 3), 20, "tanh", tf32=True),
         make_case(LAYOUTS["jagged"], 20, "tanh_grad", torch.bfloat16),
     ]

@@ -1,5 +1,7 @@
 """The resident walk: how its numbers come, and what the compiler makes of a step."""
 
+import re
+
 import compiled
 import oracle
 import pytest
@@ -15,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarn
 @pytest.mark.parametrize("T", range(1, 7))
 @pytest.mark.parametrize("H", [20, 21], ids=["words", "loads"])
 def test_resident_walks_any_number_of_steps(H, T):
-    """More and fewer than there are stages, in which numbers are under way."""
+    """More and fewer than there are stages. (What the pipeliner makes of them a GPU alone runs.)"""
     for layout in (SequenceLayout.time_major(T, 9), SequenceLayout.batch_major(T, 9)):
         case = make_case(layout, H, "tanh_grad", torch.bfloat16)
         assert (plan_of(case, "resident").num_stages > 1) == (H == 20)
@@ -94,8 +96,8 @@ def test_resident_step_has_two_barriers_and_waits_for_no_load(kernel):
 
     From a product to the next one: a wait for what was sent for steps before, a barrier, the
     epilogue, the state's way to shared memory, for the product and for the store to global memory,
-    and a barrier. No number is loaded to a register, but the row of packed batches, beside the
-    product. Copies of all the steps that are sent for remain under way.
+    and a barrier. No number is loaded to a register but the row of packed batches, which a later
+    turn uses. Copies of all the steps that are sent for remain under way.
     """
     assert kernel["spilled"] == 0
     assert kernel["shared"] <= kernel["planned"]
@@ -104,6 +106,7 @@ def test_resident_step_has_two_barriers_and_waits_for_no_load(kernel):
     assert events.count("LDGSTS") >= copies
     rows = [name for name in events if name.startswith("LDG.")]
     assert rows == (["LDG.E.64"] if kernel["layout"] == "packed" else [])
+    assert not rows or not used_before_the_product_is_made("LDG.E.64", kernel["loop"])
     chain = [
         name
         for name in events
@@ -116,7 +119,21 @@ def test_resident_step_has_two_barriers_and_waits_for_no_load(kernel):
         # The store beside the product; the state in two parts, one after the other.
         expected = [*2 * ["BAR"], wait, *4 * ["BAR"]]
         assert [name for name in chain if name not in stores] == expected
+        # Each of the four tiles' products begins from zero.
+        from_zero = [line for line in kernel["loop"] if re.search(r"HMMA.*, RZ\b", line)]
+        assert len(from_zero) == 4
     else:
         # Once for the product and once for the store.
         assert len(stores) >= 2
         assert chain == [wait, "BAR", *stores, "BAR", *fence]
+
+
+def used_before_the_product_is_made(load: str, loop: list[str]) -> bool:
+    """Whether what is loaded is used in the same turn, before the last matrix instruction."""
+    start, register = next(
+        (i, match[1])
+        for i, line in enumerate(loop)
+        if (match := re.search(rf"{re.escape(load)} (R\d+),", line))
+    )
+    end = max(i for i, line in enumerate(loop) if re.search("HGMMA|HMMA", line))
+    return any(re.search(rf"\b{register}\b", line) for line in loop[start + 1 : end])

@@ -36,7 +36,7 @@ def rows(request) -> list[dict]:
         request.param,
         few.format(64, "tanh", "bf16"),
         few.format(256, "tanh_grad", "fp16"),
-        few.format(201, "tanh", "bf16"),
+        few.format(201, "tanh_grad", "bf16"),
         few.format(97, "tanh", "tf32"),
         few.format(128, "tanh_grad", "tf32"),
         few.format(37, "tanh", "fp32"),

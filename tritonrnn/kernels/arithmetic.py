@@ -101,8 +101,8 @@ def multiply_add(m, m_small, s, s_small, z, PRECISION: tl.constexpr):
     """Give ``m s + z`` of parts that :func:`operands` made.
 
     A matrix instruction truncates its sum (Fasi et al., Numerical behavior of NVIDIA tensor cores,
-    2021), some times in a product, by up to a unit in the last place of what it has added up. For
-    fp32 accuracy, products begin with the smallest, from zero, and are few columns wide; z, and
+    2021), by up to a unit in the last place of what it has added up, and a product is many of them.
+    For fp32 accuracy, products begin with the smallest, from zero, and are few columns wide; z, and
     one product after the other, is added as fp32 numbers are.
     """
     if PRECISION == "tf32x3":

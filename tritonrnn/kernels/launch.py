@@ -46,7 +46,8 @@ def recurrence(
     """Overwrite ``a`` by ``s_t = E(a_t + v_t, aux_t)``, ``v_t = M s_{t-1}``.
 
     Args:
-        a: ``[N, G * H]``, contiguous: the drive, or the gradient of the output.
+        a: ``[N, G * H]``, contiguous, on a whole word of memory: the drive, or the gradient of the
+            output.
         v_0: ``[G, B, H]`` fp32, contiguous: v at each sequence's own first step of the walk, in
             a reverse group its last token. None for zero.
         M: ``[G, H, H]`` in the dtype of a, of any strides.
@@ -189,6 +190,8 @@ def kernel_arguments(
     assert v_0 is None or v_0.dtype == torch.float32
     assert all(matrix is None or matrix.dtype == a.dtype for matrix in (M, aux))
     assert all(rows is None or rows.is_contiguous() for rows in (a, v_0, aux))
+    # Else a is read by whole words that begin between two.
+    assert plan.num_stages == 1 or plan.name != "resident" or a.data_ptr() % 4 == 0
     assert plan.epilogue in (problem.epilogue, f"{problem.epilogue}_approx")
     # One bit a group, in an argument of 32 bits.
     assert G < 32

@@ -249,7 +249,8 @@ def resident_plan(problem: Problem, device: DeviceLimits) -> LaunchPlan | None:
     # Products of fp32 accuracy are few columns wide, 16 at least (arithmetic.multiply_add).
     block_k = block_h // min(4, block_h // 16) if precision == "tf32x3" else block_h
     in_words = device.has_async_copy and problem.H * problem.item_bytes % 4 == 0
-    # Two steps of the largest take what a number's way from memory takes, three of the others.
+    # Three steps ahead, for a number's way from memory may take as long as two steps; fewer where
+    # shared memory is full.
     depths = (4, 3, 2) if in_words else (1,)
     for block_b, num_stages in product((_resident_block_b(problem, device), 8), depths):
         shared_bytes = _resident_shared_bytes(problem, precision, block_h, block_b, num_stages)

@@ -358,7 +358,8 @@ def recurrence_kernel(
     PATIENCE        polls after which a program gives up waiting for its gang
     BLOCK_READ      hidden units of the state before that a cooperative program reads at once
     TURNS           batch blocks, one or two, that a cooperative program walks at the same time
-    NUM_STAGES      of a resident program's loop, in as many of which a step's numbers are under way
+    NUM_STAGES      steps of a resident walk that are under way at the same time: one is walked, the
+                    others' numbers are on their way; 1 where numbers are loaded to registers
     """
     batch = Batch(
         a_ptr=a_ptr,

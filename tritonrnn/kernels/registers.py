@@ -195,6 +195,8 @@ def recurrence_in_registers_kernel(
 
     Arguments as ``recurrence_kernel``'s; m_ptr [G, H, H], contiguous.
     """
+    # Operands here have no small part.
+    tl.static_assert(PRECISION != "tf32x3")
     WIDTH: tl.constexpr = G * H
     # In the product a warp has 16 hidden units of all sequences; in memory, which is read and
     # written in whole rows, a thread has four neighbours of one sequence.

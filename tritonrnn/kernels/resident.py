@@ -8,9 +8,8 @@ and then the next pre-activation:
 So the state sets out for the product and for memory at the same time, and its way to whole rows,
 which leads through shared memory, has no barrier of its own. A step has two barriers. Behind the
 first, what was sent for has come, and what the step before has read may be overwritten; behind the
-second the product begins. (A state of fp32 accuracy goes to its products in several tiles, of a
-large and a small part each: two barriers more for each part, and two beside the product, for the
-store.)
+second the product begins. (A state of fp32 accuracy goes to its products in several tiles: two
+barriers more, for its small part, and two beside the products, for the store.)
 
 What a step takes of global memory is sent for steps ahead, for its latency may be that of two.
 Triton's pipeliner has numbers come to shared memory by themselves (``cp.async``), where the
@@ -100,7 +99,7 @@ def walk_resident_by_loads(
 
     For rows that are no whole words, and for GPUs without ``cp.async``. Here a turn begins with the
     product, which takes fewer registers; loads are sent three steps ahead, and change layouts one
-    step ahead.
+    step ahead. The store's change of layouts has two barriers of its own, as has that of aux.
     """
     WIDTH: tl.constexpr = G * H
     MAY_JOIN: tl.constexpr = batch.row_map_ptr is not None
