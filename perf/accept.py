@@ -44,7 +44,13 @@ TOOLS = ("memcheck", "racecheck")
 SANITIZER_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 # What the kernels are held against, which a GPU runs natively.
 KERNEL_TESTS = tuple(
-    f"tests/test_{name}.py" for name in ("recurrence", "registers", "kernels", "results")
+    f"tests/{name}.py"
+    for name in (
+        "kernels/test_recurrence",
+        "kernels/test_registers",
+        "kernels/test_kernels",
+        "perf/test_results",
+    )
 )
 
 

@@ -163,9 +163,9 @@ def choose_now(
 _LONGEST_OF_CUDNN = 65535
 
 # Plans whose programs wait for one another, until their tests have passed on a GPU
-# (tests/test_gang_gpu.py): what goes wrong there ends the process's use of the GPU. Torch's path
-# takes their place, but where the Triton back end is asked for. (plan.UNTRIED are passed over
-# altogether, for another plan.)
+# (tests/kernels/test_gang_gpu.py): what goes wrong there ends the process's use of the GPU.
+# Torch's path takes their place, but where the Triton back end is asked for. (plan.UNTRIED are
+# passed over altogether, for another plan.)
 _NOT_BY_DEFAULT = ("cooperative",)
 
 

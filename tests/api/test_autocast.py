@@ -1,0 +1,107 @@
+"""Random numbers, autocast and devices are as torch.nn.RNN has them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tritonrnn
+from tests.support.cases import (
+    LAYOUTS,
+    Case,
+    assert_autocast_as_accurate,
+    assert_same_results,
+    pair,
+    plain,
+    run,
+)
+
+pytestmark = pytest.mark.usefixtures("torch_back_end")
+
+
+@pytest.mark.parametrize("dropout", [0.3, 1.0])
+@pytest.mark.parametrize("L", [2, 3], ids="L{}".format)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dropout_is_torchs_for_a_seed(layout, L, dropout):
+    case = Case(layout=layout, L=L, D=2, dropout=dropout, dtype=torch.float64)
+    data, hx = case.tensors()
+    results, states = [], []
+    for module in pair(case):
+        torch.manual_seed(7)
+        results.append(run(case, module, data, hx))
+        states.append(torch.get_rng_state())
+    assert_same_results(results[1], results[0])
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("layout", ["time-major", "packed"])
+def test_dropout_does_nothing_in_eval_mode(layout):
+    case = Case(layout=layout, L=2, dropout=0.5)
+    _, ours = pair(case)
+    data, hx = case.tensors()
+    ours.eval()
+    before = torch.get_rng_state()
+    first, _ = ours(case.input(data), hx)
+    assert torch.equal(torch.get_rng_state(), before)
+    ours.dropout = 0.0
+    second, _ = ours.train()(case.input(data), hx)
+    assert torch.equal(plain(first), plain(second))
+
+
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hx", [True, False], ids=["hx", "nohx"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_autocast_follows_torchs_rules(layout, hx, input_dtype):
+    case = Case(T=12, H=33, layout=layout, L=2, D=2, hx=hx)
+    assert_autocast_as_accurate(case, torch.bfloat16, input_dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_autocast_to_float16_follows_torchs_rules(layout):
+    case = Case(T=12, H=33, layout=layout, L=2, D=2)
+    assert_autocast_as_accurate(case, torch.float16, torch.float32)
+
+
+ON_CUDA = [
+    Case(T=12, H=H, layout=layout, L=2, D=2, device="cuda") for layout in LAYOUTS for H in (33, 512)
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ON_CUDA, ids=str)
+def test_autocast_on_cuda_follows_torchs_rules(case, dtype):
+    """Whoever serves the call: with 33 units the kernels, with 512 perhaps torch."""
+    with tritonrnn.backend("auto"):
+        assert_autocast_as_accurate(case, dtype, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_autocast_leaves_what_torch_leaves(dtype):
+    """float64 stays float64; a disabled region inside an enabled one is disabled."""
+    case = Case(dtype=dtype)
+    data, hx = case.tensors()
+    for module in pair(case):
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = module(data, hx)
+            with torch.autocast("cpu", enabled=False):
+                outside = module(data, hx)
+        assert {y.dtype for y in (*inside, *outside)} == {dtype}
+
+
+@pytest.mark.parametrize("layout", ["time-major", "batch-first", "unbatched"])
+@pytest.mark.parametrize("hx", [True, False], ids=["hx", "nohx"])
+def test_meta_device_gives_torchs_shapes(layout, hx):
+    case = Case(layout=layout, L=2, D=2, hx=hx)
+    data, state = case.tensors()
+    results = []
+    for module in pair(case):
+        meta_state = None if state is None else state.to("meta")
+        results.append(module.to("meta")(data.to("meta"), meta_state))
+    for expected, got in zip(*results):
+        assert (got.device, got.dtype, got.shape) == (
+            expected.device,
+            expected.dtype,
+            expected.shape,
+        )

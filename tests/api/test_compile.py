@@ -1,0 +1,184 @@
+"""A model around the RNN compiles whole, for every length, and computes what it did before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch._inductor.config
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import tritonrnn
+from tests.support.cases import Case, plain
+
+pytestmark = [
+    pytest.mark.usefixtures("torch_back_end"),
+    # torch's compiler imports modules of its own that warn.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+class Tagger(nn.Module):
+    """A model with something before its RNN and something after it."""
+
+    def __init__(self, case: Case):
+        super().__init__()
+        self.embed = nn.Linear(case.I, case.I)
+        self.rnn = case.module(tritonrnn.RNN)
+        self.head = nn.Linear(case.D * case.H, 3)
+        self.to(case.device)
+
+    def forward(self, input, hx):
+        if isinstance(input, PackedSequence):
+            data, *packing = input
+            input = PackedSequence(self.embed(data).tanh(), *packing)
+        else:
+            input = self.embed(input).tanh()
+        output, h_n = self.rnn(input, hx)
+        return self.head(plain(output)).log_softmax(-1), h_n.square()
+
+    def results(self, run, case: Case) -> list[torch.Tensor]:
+        """Results and every gradient, of the model or of what it was compiled to."""
+        data, hx = case.tensors()
+        results = run(case.input(data), hx)
+        leaves = [x for x in (data, hx, *self.parameters()) if x is not None]
+        cotangents = case.cotangents(*results)
+        return [*results, *torch.autograd.grad(results, leaves, cotangents)]
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_compiled():
+    torch._dynamo.reset()
+    # In this process: torch 2.11 may wait minutes for its workers to end.
+    with torch._inductor.config.patch(compile_threads=1):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("layout", "compiler"),
+    [
+        ("time-major", "aot_eager"),
+        ("batch-first", "aot_eager"),
+        ("unsorted", "aot_eager"),
+        ("unsorted", "inductor"),
+    ],
+)
+@pytest.mark.parametrize("hx", [True, False], ids=["hx", "nohx"])
+def test_compiled_model_agrees_whatever_the_length(layout, compiler, hx):
+    module = Case(L=2, D=2).module(tritonrnn.RNN)
+    module.batch_first = layout == "batch-first"
+
+    def model(input, hx):
+        output, h_n = module(input, hx)
+        return plain(output).relu().sum(0), h_n * 2
+
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for T in (5, 7, 9, 12):
+        case = Case(T=T, L=2, D=2, layout=layout, hx=hx, seed=T)
+        data, state = case.tensors()
+        leaves = [data, *module.parameters()] + ([state] if hx else [])
+        results = []
+        for run in (model, compiled):
+            first, second = run(case.input(data), state)
+            gradients = torch.autograd.grad(first.sum() + second.sum(), leaves)
+            results.append([first, second, *gradients])
+        torch.testing.assert_close(results[1], results[0])
+    # Once for the first length, and once more for all others.
+    assert counter.frame_count <= 2
+
+
+# An embedded packed input is a new one: its rows, and their order, compile as the rest does.
+@pytest.mark.parametrize(
+    ("layout", "hx", "compiler", "back_end"),
+    [
+        ("time-major", True, "inductor", "torch"),
+        ("batch-first", False, "aot_eager", "torch"),
+        ("unsorted", True, "aot_eager", "torch"),
+        ("packed", False, "aot_eager", "triton"),
+        ("batch-first", True, "inductor", "triton"),
+    ],
+)
+def test_compiled_model_is_one_graph_for_every_length_and_batch(layout, hx, compiler, back_end):
+    device = "cuda" if back_end == "triton" and torch.cuda.is_available() else "cpu"
+    case = Case(L=1 if compiler == "inductor" else 2, D=2, layout=layout, hx=hx, device=device)
+    model = Tagger(case)
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with tritonrnn.backend(back_end):
+        for T, B in ((3, 4), (5, 3), (4, 6)):
+            other = replace(case, T=T, B=B, seed=T)
+            expected, got = model.results(model, other), model.results(compiled, other)
+            torch.testing.assert_close(got, expected)
+    # Once for the first sizes, and once more for all others; the layers, what is before them and
+    # what is after them are in one graph each time.
+    assert len(counter.graphs) == counter.frame_count == 2
+    for graph in counter.graphs:
+        calls = [str(node.target) for node in graph.graph.nodes]
+        assert sum("elman" in call for call in calls) == case.L
+        assert {"tanh", "log_softmax", "square"} <= set(calls)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("back_end", ["torch", "triton"])
+@pytest.mark.parametrize("layout", ["time-major", "packed"])
+def test_compiled_model_runs_as_cuda_graphs(layout, back_end):
+    case = Case(L=2, D=2, layout=layout, device="cuda")
+    model = Tagger(case)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    with tritonrnn.backend(back_end):
+        # Warmed up, captured, and replayed with other numbers.
+        for seed in range(4):
+            other = replace(case, seed=seed)
+            torch.compiler.cudagraph_mark_step_begin()
+            got = [result.clone() for result in model.results(compiled, other)]
+            torch.testing.assert_close(got, model.results(model, other), rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_model_checks_what_it_is_given():
+    module = Case().module(tritonrnn.RNN)
+    compiled = torch.compile(module, backend="aot_eager")
+    with pytest.raises(Exception, match="input_size"):
+        compiled(torch.ones(3, 2, 5))
+
+
+def test_compiled_cell_agrees():
+    cell = tritonrnn.RNNCell(3, 5)
+    compiled = torch.compile(cell, fullgraph=True, backend="aot_eager")
+    input, hx = torch.randn(4, 3), torch.randn(4, 5)
+    torch.testing.assert_close(compiled(input, hx), cell(input, hx))
+
+
+def test_backward_of_a_compiled_call_does_not_obey_a_later_context():
+    module = tritonrnn.RNN(3, 5).double()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    output, _ = compiled(torch.randn(4, 2, 3, dtype=torch.float64))
+    with tritonrnn.backend("triton"):
+        output.sum().backward()
+    assert module.weight_hh_l0.grad is not None
+
+
+# Packing is not compiled, and what the compiler has to say of that is a warning.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="2.11 can't trace pad_packed_sequence"
+)
+@pytest.mark.parametrize("lengths", [[3, 2, 1], [1, 3, 2]], ids=str)
+def test_compiled_model_gives_a_packed_sequence_that_can_be_padded(lengths):
+    module = tritonrnn.RNN(3, 5)
+
+    def model(padded):
+        packed = pack_padded_sequence(padded, lengths, enforce_sorted=False)
+        output, _ = module(packed)
+        return output, pad_packed_sequence(output)[0]
+
+    padded = torch.randn(3, 3, 3)
+    output, again = torch.compile(model, backend="aot_eager")(padded)
+    expected, expected_again = model(padded)
+    torch.testing.assert_close(again, expected_again)
+    assert isinstance(output, PackedSequence)
+    torch.testing.assert_close(output.data, expected.data)

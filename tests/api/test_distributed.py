@@ -1,0 +1,66 @@
+"""DistributedDataParallel and FSDP2 train to the weights that one process trains to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from perf.distributed import Tagger, Training, train, train_in_two
+from tests.support.reference import assert_as_accurate
+
+WAYS = ("DistributedDataParallel", "fully_shard")
+ON_TORCH = [Training(way) for way in WAYS]
+# In the interpreter, which a GPU's kernels are not for.
+ON_TRITON = [Training(way, dtype="float32", backend="triton") for way in WAYS]
+UNKNOWN = Training("DistributedDataParallel", rnn="none")
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels run natively here, not on the CPU"
+)
+
+
+@pytest.fixture(scope="module")
+def together():
+    """What each came to in two processes, which are started once."""
+    kernels = [] if torch.cuda.is_available() else ON_TRITON
+    return train_in_two([*ON_TORCH, *kernels, UNKNOWN])
+
+
+def alone(training: Training) -> list[torch.Tensor]:
+    return train(replace(training, way="alone"), rank=None)
+
+
+@pytest.mark.parametrize("training", ON_TORCH, ids=lambda training: training.way)
+def test_two_processes_train_to_the_weights_of_one(training, together):
+    torch.manual_seed(0)
+    start = list(Tagger(torch.nn.RNN).double().parameters())
+    for module in ("torch.nn.RNN", "tritonrnn.RNN"):
+        expected = alone(replace(training, rnn=module))
+        torch.testing.assert_close(together[training], expected, rtol=1e-12, atol=1e-14)
+    assert not any(map(torch.equal, start, together[training]))
+
+
+@interpreted
+@pytest.mark.parametrize("training", ON_TRITON, ids=lambda training: training.way)
+def test_two_processes_train_through_the_kernels(training, together):
+    theirs = replace(training, rnn="torch.nn.RNN")
+    got, expected, truth = (
+        [torch.cat([weight.flatten() for weight in weights])]
+        for weights in (
+            together[training],
+            alone(theirs),
+            alone(replace(theirs, dtype="float64")),
+        )
+    )
+    assert_as_accurate(got, expected, truth)
+
+
+def test_what_a_training_raises_is_told(together):
+    assert together[UNKNOWN] == "KeyError: 'none'"
+
+
+def test_processes_that_take_too_long_are_ended():
+    with pytest.raises(RuntimeError, match="did not come to their end in 0 s"):
+        train_in_two(ON_TORCH, limit_s=0)

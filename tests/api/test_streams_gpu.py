@@ -1,0 +1,212 @@
+"""What only a GPU shows of whole calls: CUDA graphs, streams, a device that is not the current."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tritonrnn
+from tests.support.cases import Case, assert_accurate_over, exact, plain, run
+from tests.support.reference import assert_as_accurate
+
+pytestmark = [
+    pytest.mark.gpu,
+    # cuDNN's, of weights that do not lie in one buffer.
+    pytest.mark.filterwarnings("ignore:RNN module weights are not part of single"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+]
+
+LAYOUTS = ("time-major", "batch-first", "packed", "unsorted")
+THROUGH_KERNELS = [
+    Case(T=19, B=9, I=6, H=33, L=2, D=2, layout=layout, dtype=dtype, device="cuda")
+    for layout in LAYOUTS
+    for dtype in (torch.float32, torch.bfloat16)
+]
+# Padded, for a wide layer may go to cuDNN, of whose packed calls nothing is promised here.
+WIDE = Case(T=9, B=5, I=6, H=512, device="cuda")
+
+
+@pytest.fixture(autouse=True)
+def _auto_back_end():
+    with tritonrnn.backend("auto"):
+        yield
+
+
+def test_these_cases_go_through_the_kernels():
+    for case in THROUGH_KERNELS:
+        data, hx = case.tensors()
+        explanation = tritonrnn.explain(case.module(tritonrnn.RNN), case.input(data), hx)
+        assert explanation.backend == "triton", explanation
+
+
+def capture(compute: Callable[[], dict[str, Tensor]]) -> tuple[torch.cuda.CUDAGraph, dict]:
+    """Capture what is computed after a warm-up, which compiles kernels; both on one stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            compute()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        results = compute()
+    return graph, results
+
+
+def captured_call(
+    case: Case, module: nn.Module, data: Tensor, hx: Tensor | None, *, trains: bool
+) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
+    """Capture a call, named as :func:`cases.run` names what it returns.
+
+    A packed input lives no longer than this function.
+    """
+    input = case.input(data)
+    leaves = {"input": data, "hx": hx, **dict(module.named_parameters())}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    # Nothing is recorded: what accumulates the gradients of a leaf belongs to the stream on which
+    # it was first recorded, and a capture can't wait for another.
+    with torch.no_grad():
+        output, h_n = module(input, hx)
+    cotangents = case.cotangents(plain(output), h_n)
+
+    def compute() -> dict[str, Tensor]:
+        with torch.set_grad_enabled(trains):
+            output, h_n = module(input, hx)
+        results = {"output": plain(output).detach(), "h_n": h_n.detach()}
+        if trains:
+            gradients = torch.autograd.grad((plain(output), h_n), list(leaves.values()), cotangents)
+            results |= {f"grad of {name}": g for name, g in zip(leaves, gradients)}
+        return results
+
+    return capture(compute)
+
+
+def assert_agrees(
+    case: Case, module: nn.Module, data: Tensor, hx: Tensor | None, got: dict[str, Tensor]
+) -> None:
+    """As accurate as the same call made plainly."""
+    expected, truth = run(case, module, data, hx), exact(case, module, data, hx)
+    for name in got:
+        assert_as_accurate([got[name]], [expected[name]], [truth[name]], name)
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["forward", "forward-and-backward"])
+@pytest.mark.parametrize("case", [*THROUGH_KERNELS, WIDE], ids=str)
+def test_captured_call_replays_on_new_inputs(case, trains):
+    module = case.module(tritonrnn.RNN)
+    data, hx = case.tensors()
+    graph, results = captured_call(case, module, data, hx, trains=trains)
+    # What a freed row map left in pinned memory would be overwritten by these.
+    others = [torch.zeros(1 << power, dtype=torch.int64).pin_memory() for power in range(12)]
+    assert all(other.is_pinned() for other in others)
+    for seed in (3, 4):
+        new_data, new_hx = replace(case, seed=seed).tensors()
+        with torch.no_grad():
+            data.copy_(new_data)
+            hx.copy_(new_hx)
+        for result in results.values():
+            result.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_agrees(case, module, new_data, new_hx, results)
+
+
+@pytest.mark.parametrize("case", [*THROUGH_KERNELS[::2], WIDE], ids=str)
+def test_captured_training_step_trains_as_without(case):
+    """Forward, backward and the optimizer's step in one graph; a new batch for each replay."""
+    start = case.module(tritonrnn.RNN)
+    batches = [replace(case, seed=seed).tensors(1.0) for seed in (3, 4, 5)]
+    cotangents = case.cotangents(*map(plain, start(case.input(batches[0][0]), batches[0][1])))
+
+    def stepper(module: nn.Module, data: Tensor, hx: Tensor) -> Callable[[], dict]:
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+        input = case.input(data)
+
+        def step() -> dict:
+            optimizer.zero_grad(set_to_none=True)
+            output, h_n = module(input, hx)
+            weight, other = (c.to(h_n.dtype) for c in cotangents)
+            ((plain(output) * weight).mean() + (h_n * other).mean()).backward()
+            optimizer.step()
+            return {}
+
+        return step
+
+    def weights(module: nn.Module) -> Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+    def trained_plainly(module: nn.Module) -> Tensor:
+        for data, hx in batches:
+            dtype = module.weight_hh_l0.dtype
+            stepper(module, data.detach().to(dtype), hx.detach().to(dtype))()
+        return weights(module)
+
+    captured = copy.deepcopy(start)
+    data, hx = (x.detach().clone() for x in batches[0])
+    graph, _ = capture(stepper(captured, data, hx))
+    # The warm-up trained it.
+    captured.load_state_dict(start.state_dict())
+    for new_data, new_hx in batches:
+        data.copy_(new_data.detach())
+        hx.copy_(new_hx.detach())
+        graph.replay()
+    torch.cuda.synchronize()
+    expected = trained_plainly(copy.deepcopy(start))
+    truth = trained_plainly(copy.deepcopy(start).double())
+    assert_as_accurate([weights(captured)], [expected], [truth])
+
+
+@pytest.mark.parametrize("case", [THROUGH_KERNELS[0], WIDE], ids=str)
+def test_graphed_callable_agrees(case):
+    module = case.module(tritonrnn.RNN)
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(module), case.tensors())
+    for seed in (3, 4):
+        data, hx = replace(case, seed=seed).tensors()
+        assert_agrees(case, module, data, hx, run(case, graphed, data, hx))
+
+
+@pytest.mark.parametrize("case", THROUGH_KERNELS, ids=str)
+def test_work_is_queued_on_the_current_stream_without_waiting(case):
+    module = case.module(tritonrnn.RNN)
+    values, hx = case.tensors()
+    # Compiles the kernels, which may wait for the device.
+    output, h_n = module(case.input(values), hx)
+    cotangents = case.cotangents(plain(output), h_n)
+    leaves = {"input": torch.full_like(values, torch.nan).requires_grad_(), "hx": hx}
+    leaves |= dict(module.named_parameters())
+    torch.autograd.grad((plain(output), h_n), [values, *list(leaves.values())[1:]], cotangents)
+    del output, h_n
+    input = case.input(leaves["input"])
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            # Whoever does not queue behind this reads NaN.
+            torch.cuda._sleep(200_000_000)
+            with torch.no_grad():
+                leaves["input"].copy_(values)
+            output, h_n = module(input, hx)
+            gradients = torch.autograd.grad((plain(output), h_n), leaves.values(), cotangents)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    results = {"output": plain(output).detach(), "h_n": h_n.detach()}
+    results |= {f"grad of {name}": gradient for name, gradient in zip(leaves, gradients)}
+    assert_agrees(case, module, values, hx, results)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("case", [*THROUGH_KERNELS, WIDE], ids=str)
+def test_tensors_on_a_device_that_is_not_the_current_one(case):
+    case = replace(case, device="cuda:1")
+    with torch.cuda.device(0):
+        assert_accurate_over([case])
+        output, _ = case.module(tritonrnn.RNN)(case.input(case.tensors()[0]))
+        assert plain(output).device == torch.device("cuda:1")
+        assert torch.cuda.current_device() == 0

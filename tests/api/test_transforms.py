@@ -1,0 +1,224 @@
+"""Double backward, forward AD, torch.func and checkpointing, as on torch.nn.RNN."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+import tritonrnn
+from perf.switches import cudnn_off
+from tests.support.cases import Case, as_function, pair, plain
+
+pytestmark = [
+    pytest.mark.usefixtures("torch_back_end"),
+    # torch's own rules for forward AD are scripted at their first use.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
+]
+
+TRANSFORMED = [
+    Case(
+        T=3, B=3, I=2, H=2, L=L, D=D, layout=layout, nonlinearity=nonlinearity, dtype=torch.float64
+    )
+    for layout, (L, D), nonlinearity in [
+        ("time-major", (1, 1), "tanh"),
+        ("time-major", (2, 2), "tanh"),
+        ("batch-first", (1, 2), "tanh"),
+        ("unbatched", (2, 1), "relu"),
+        ("packed", (1, 1), "tanh"),
+        ("unsorted", (2, 2), "tanh"),
+    ]
+]
+transformed = pytest.mark.parametrize("case", TRANSFORMED, ids=str)
+
+
+@transformed
+def test_gradcheck_passes_backward_and_forward(case):
+    function, arguments = as_function(case, case.module(tritonrnn.RNN))
+    assert gradcheck(function, arguments, fast_mode=True, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("case", TRANSFORMED[:1] + TRANSFORMED[4:5], ids=str)
+def test_gradcheck_passes_element_by_element(case):
+    function, arguments = as_function(case, case.module(tritonrnn.RNN))
+    assert gradcheck(function, arguments)
+
+
+@transformed
+def test_gradgradcheck_passes(case):
+    function, arguments = as_function(case, case.module(tritonrnn.RNN))
+    assert gradgradcheck(function, arguments, fast_mode=True)
+
+
+@pytest.mark.parametrize("back_end", ["torch", "triton"])
+@transformed
+def test_double_backward_agrees_with_torch(case, back_end):
+    """A gradient penalty, as a Wasserstein critic has it."""
+    device = "cuda" if back_end == "triton" and torch.cuda.is_available() else "cpu"
+    if back_end == "triton":
+        case = replace(case, dtype=torch.float32, device=device)
+    outcomes = []
+    for module in pair(case):
+        data, hx = case.tensors()
+        # cuDNN has no second derivative.
+        with tritonrnn.backend(back_end), cudnn_off():
+            output, h_n = module(case.input(data), hx)
+            loss = plain(output).square().sum() + h_n.sum()
+            gradients = torch.autograd.grad(loss, [data, hx], create_graph=True)
+            penalty = sum(gradient.square().sum() for gradient in gradients)
+            leaves = [data, hx, *module.parameters()]
+            # relu has no second derivative in its biases: torch says None or zero.
+            second = torch.autograd.grad(penalty, leaves, allow_unused=True)
+        outcomes.append([torch.zeros_like(x) if g is None else g for x, g in zip(leaves, second)])
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if back_end == "triton" else {}
+    torch.testing.assert_close(outcomes[1], outcomes[0], **tolerance)
+
+
+def scalar(function):
+    def loss(*arguments):
+        output, h_n = function(*arguments)
+        return (output * output.detach().cos()).sum() + h_n.pow(3).sum()
+
+    return loss
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(scalar(f))(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](f(x)),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.cos(),)),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(scalar(f))(x),
+    "jacobian": torch.autograd.functional.jacobian,
+    "jacobian-vectorized": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
+    "jacobian-forward": lambda f, x: torch.autograd.functional.jacobian(
+        f, x, vectorize=True, strategy="forward-mode"
+    ),
+    "jvp-of-two-vjps": lambda f, x: torch.autograd.functional.jvp(f, x, x.cos()),
+    "hvp": lambda f, x: torch.autograd.functional.hvp(scalar(f), x, x.cos()),
+    "double-vjp": lambda f, x: torch.autograd.functional.hessian(scalar(f), x),
+}
+
+
+@transformed
+@pytest.mark.parametrize("argument", [0, 1, 3], ids=["input", "hx", "weight_hh"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_agree_with_the_recurrence_written_out(case, argument, transform):
+    """Written out, for torch.nn.RNN takes no packed input under torch.func."""
+    function, arguments = as_function(case, case.module(tritonrnn.RNN))
+    arguments = [x.detach() for x in arguments]
+    # Found before the transform: reading lengths within one is not the subject here.
+    assert case.rows
+
+    def ours(x):
+        return function(*arguments[:argument], x, *arguments[argument + 1 :])
+
+    def written_out(x):
+        data, hx, *weights = [*arguments[:argument], x, *arguments[argument + 1 :]]
+        return case.written_out(weights, data, hx)
+
+    expected = TRANSFORMS[transform](written_out, arguments[argument])
+    assert any(x.any() for x in tree_leaves(expected))
+    torch.testing.assert_close(TRANSFORMS[transform](ours, arguments[argument]), expected)
+
+
+@transformed
+@pytest.mark.parametrize("leaf", ["input", "hx", "weight_ih_l0", "weight_hh_l0", "bias_hh_l0"])
+def test_forward_ad_never_gives_a_silent_zero_tangent(case, leaf):
+    tangents = []
+    for module in pair(case):
+        data, hx = (x.detach() for x in case.tensors())
+        with forward_ad.dual_level():
+            parameters = {n: p.detach() for n, p in module.named_parameters()}
+            leaves = {"input": data, "hx": hx, **parameters}
+            tangent = torch.linspace(-1, 1, leaves[leaf].numel(), dtype=torch.float64)
+            leaves[leaf] = forward_ad.make_dual(leaves[leaf], tangent.view(leaves[leaf].shape))
+            output, h_n = torch.func.functional_call(
+                module,
+                {name: leaves[name] for name in parameters},
+                (case.input(leaves["input"]), leaves["hx"]),
+            )
+            tangents.append([forward_ad.unpack_dual(y).tangent for y in (plain(output), h_n)])
+    for expected, got in zip(*tangents):
+        assert expected.any()
+        assert got is not None
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["recomputed", "reentrant"])
+@pytest.mark.parametrize("layout", ["time-major", "packed"])
+def test_checkpointing_agrees_and_repeats_dropout(layout, use_reentrant):
+    case = Case(layout=layout, L=2, dropout=0.4, dtype=torch.float64)
+    _, ours = pair(case)
+    data, hx = case.tensors()
+
+    def function(data, hx):
+        output, h_n = ours(case.input(data), hx)
+        return plain(output), h_n
+
+    results = []
+    for call in (function, lambda *a: checkpoint(function, *a, use_reentrant=use_reentrant)):
+        ours.zero_grad()
+        data.grad = None
+        torch.manual_seed(3)
+        output, h_n = call(data, hx)
+        (output.square().sum() + h_n.sum()).backward()
+        results.append([data.grad, *(parameter.grad for parameter in ours.parameters())])
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
+def test_operator_called_by_itself_gives_no_silent_zero_tangent(grad_mode):
+    """As an exported program calls it."""
+    case = Case(D=2, dtype=torch.float64)
+    module = case.module(tritonrnn.RNN)
+    data, _ = (x.detach() for x in case.tensors())
+    weights = [weight.detach() for weight in module.parameters()]
+    with grad_mode(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(data, torch.ones_like(data))
+        output, _ = torch.ops.tritonrnn.elman(
+            dual, None, weights, None, None, "time_major", "tanh", True, "torch"
+        )
+        expected, _ = module(dual)
+        tangent, other = (forward_ad.unpack_dual(y).tangent for y in (output, expected))
+    torch.testing.assert_close(tangent, other)
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["create_graph", "plain"])
+@pytest.mark.parametrize("source", ["cotangent", "input"])
+def test_forward_ad_of_a_backward_gives_no_silent_zero_tangent(source, recorded):
+    """Forward over reverse: the tangent of a gradient, by either of what it depends on."""
+    case = Case(D=2, dtype=torch.float64)
+    tangents = []
+    for module in pair(case):
+        data, hx = case.tensors()
+        with forward_ad.dual_level():
+            x, cotangent = data, torch.ones(case.T, case.B, 2 * case.H, dtype=torch.float64)
+            direction = torch.linspace(-1, 1, data.numel(), dtype=torch.float64).view(data.shape)
+            if source == "input":
+                x = forward_ad.make_dual(data, direction)
+            output, _ = module(x, hx)
+            if source == "cotangent":
+                cotangent = forward_ad.make_dual(cotangent, cotangent.cumsum(0))
+            (gradient,) = torch.autograd.grad(output, data, cotangent, create_graph=recorded)
+            tangents.append(forward_ad.unpack_dual(gradient).tangent)
+    assert tangents[0].any()
+    torch.testing.assert_close(tangents[1], tangents[0])
+
+
+def test_forward_ad_entered_after_the_forward_pass_gives_no_silent_zero_tangent():
+    case = Case(layout="packed", D=2, dtype=torch.float64)
+    tangents = []
+    for module in pair(case):
+        data, hx = case.tensors()
+        output = plain(module(case.input(data), hx)[0])
+        with forward_ad.dual_level():
+            cotangent = forward_ad.make_dual(torch.ones_like(output), output.detach().cos())
+            (gradient,) = torch.autograd.grad(output, data, cotangent)
+            tangents.append(forward_ad.unpack_dual(gradient).tangent)
+    assert tangents[0].any()
+    torch.testing.assert_close(tangents[1], tangents[0])

@@ -1,0 +1,136 @@
+"""What only a GPU shows of the cooperative plan: its memory order, its streams, its graphs."""
+
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.recurrence import DEVICE, Case, assert_close, make_case, plan_of
+from tritonrnn.layout import SequenceLayout
+
+pytestmark = pytest.mark.gpu
+
+
+def ragged_case(
+    seed: int, epilogue: str = "tanh", dtype: torch.dtype = torch.bfloat16, H: int = 512
+) -> Case:
+    chance = random.Random(seed)
+    sizes = sorted((chance.randint(1, 90) for _ in range(chance.randint(1, 60))), reverse=True)
+    layout = SequenceLayout.packed(sizes, sum(sizes))
+    return make_case(layout, H, epilogue, dtype, tf32=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("epilogue", ["tanh", "tanh_grad"])
+@pytest.mark.parametrize("seed", range(5))
+def test_cooperative_random_ragged_calls(seed, epilogue, dtype):
+    """Also of one gang a direction, which walks all blocks, in bf16 by turns: the same numbers.
+
+    A kernel on another stream, of random length, takes some of the multiprocessors for a while, so
+    that programs do not start together.
+    """
+    case = ragged_case(seed, epilogue, dtype)
+    first = case.run("cooperative")
+    assert_close(case, first)
+    plan = plan_of(case, "cooperative")
+    gang = -(-case.M.shape[-1] // plan.block_h)
+    plans = [plan, replace(plan, programs=gang * len(case.reverse))]
+    chance = random.Random(seed)
+    busy, square = torch.cuda.Stream(), torch.ones(2048, 2048, device="cuda")
+    for call in range(500):
+        with torch.cuda.stream(busy):
+            for _ in range(chance.randrange(3)):
+                size = chance.randrange(64, 2048)
+                torch.mm(square[:size], square, out=torch.empty_like(square[:size]))
+        assert torch.equal(case.run(plans[call % 2]), first)
+
+
+def test_cooperative_calls_on_two_streams():
+    """Each waits until all of its programs can run, and has counters of its own."""
+    layout = SequenceLayout.packed([40] * 200 + [9] * 100, 40 * 200 + 9 * 100)
+    cases = [make_case(layout, 512, epilogue, torch.bfloat16) for epilogue in ("tanh", "relu")]
+    expected = [case.run("cooperative") for case in cases]
+    plans = [plan_of(case, "cooperative") for case in cases]
+    calls = [[case.a.clone() for _ in range(50)] for case in cases]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for stream in streams:
+        # Its copy of the row map, for which the host may wait.
+        with torch.cuda.stream(stream):
+            layout.row_map(DEVICE)
+    torch.cuda.synchronize()
+    # Both begin when all has been queued, so that each has a launch to run at any time.
+    torch.cuda._sleep(10**9)
+    queued = torch.cuda.Event()
+    queued.record()
+    for stream in streams:
+        stream.wait_event(queued)
+    for turn in range(50):
+        for which, case in enumerate(cases):
+            with torch.cuda.stream(streams[which]):
+                case.walk(calls[which][turn], plans[which])
+    torch.cuda.synchronize()
+    for which, results in enumerate(calls):
+        assert all(torch.equal(s, expected[which]) for s in results)
+
+
+def test_cooperative_grid_that_can_not_run_at_once_is_refused():
+    case = ragged_case(0)
+    plan = plan_of(case, "cooperative")
+    with pytest.raises(RuntimeError, match="cooperative launch"):
+        case.walk(case.a.clone(), replace(plan, programs=1000 * plan.programs))
+
+
+def test_cooperative_wait_in_vain_fails_the_next_synchronising_call():
+    """In a process of its own, whose context does not survive it."""
+    code = (
+        "import test_gang_gpu, torch\n"
+        "from tritonrnn.kernels import launch\n"
+        "case = test_gang_gpu.ragged_case(0)\n"
+        "plan = test_gang_gpu.plan_of(case, 'cooperative')\n"
+        # Counters that begin too low: every program waits for one addition more than there is.
+        "words = launch.gang_words\n"
+        "def too_low(*of):\n"
+        "    counters = words(*of)\n"
+        "    counters[1:] -= 1\n"
+        "    return counters\n"
+        "launch.gang_words = too_low\n"
+        "launch.PATIENCE = 1000\n"
+        "s = case.a.clone()\n"
+        "case.walk(s, plan)\n"
+        "try:\n"
+        "    torch.cuda.synchronize()\n"
+        "except RuntimeError as error:\n"
+        "    print('raised', flush=True)"
+    )
+    root = Path(__file__).parents[2]
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "raised" in process.stdout, process.stderr
+    assert "waited in vain" in process.stderr
+
+
+def test_cooperative_capture_and_replay():
+    case = make_case(SequenceLayout.time_major(30, 20), 512, "tanh", torch.bfloat16)
+    expected = case.run("cooperative")
+    plan = plan_of(case, "cooperative")
+    s = case.a.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        s.copy_(case.a)
+        case.walk(s, plan)
+    for _ in range(20):
+        s.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(s, expected)

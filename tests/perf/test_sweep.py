@@ -1,0 +1,268 @@
+"""Sweeps from end to end on the CPU: smoke, failures, kill and resume, budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import perf
+from perf import axes, schema, tables
+from perf.__main__ import app
+from perf.sweep import Unit
+
+CHECKOUT = Path(__file__).parents[2]
+QUICK = ("--rounds", "2", "--seconds", "0", "--threads", "1")
+# Longer than a busy machine needs to start a worker.
+PATIENT = ("--timeout", "120")
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+def sweep(out: Path, *more: str):
+    return invoke("run", "--out", str(out), *QUICK, *more)
+
+
+def faulty(*names: str) -> str:
+    return ",".join(["nn_aten", *(f"tests.support.faulty_peers:{name}" for name in names)])
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("smoke")
+    result = sweep(out, "--preset", "smoke", *PATIENT)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_smoke_sweep_has_a_row_for_every_cell(smoke):
+    rows = perf.load(smoke)
+    cells = {
+        (unit.case.case_id, *cell)
+        for unit in axes.units("smoke", {}, (), "cpu")
+        for cell in unit.cells()
+    }
+    assert len(rows) == len(cells)
+    assert {tuple(row) for row in rows[["case_id", "peer", "mode"]].values} == cells
+    assert set(rows["status"]) == {"ok", "unsupported"}
+    declined = rows[rows["status"] == "unsupported"]
+    assert declined["peer"].tolist() == ["loop"]
+    assert declined["error"].str.contains("ragged").all()
+
+
+def test_rows_are_complete_where_there_is_no_gpu(smoke):
+    rows = perf.load(smoke)
+    timed = rows[rows["status"] == "ok"]
+    assert (timed["max_rel_err"] <= timed["tolerance"]).all()
+    for column in ("wall_us_p50", "us_per_step", "peak_MiB", "speedup_vs_nn", "flop", "tflops"):
+        assert (timed[column] > 0).all(), column
+    assert (timed["wall_us_p10"] <= timed["wall_us_p50"]).all()
+    assert (timed["wall_us_p50"] <= timed["wall_us_p90"]).all()
+    assert (timed["n_samples"] == 2).all()
+    assert (timed.loc[timed["peer"] == "nn_aten", "speedup_vs_nn"] == 1).all()
+    for column in ("event_us_p50", "graph_us_p50", "limit_us", "pct_of_limit", "sm_MHz"):
+        assert timed[column].isna().all(), column
+
+
+def test_ours_runs_its_torch_path_and_saves_less_than_a_loop(smoke):
+    rows = perf.load(smoke)
+    assert rows.loc[rows["peer"] == "tritonrnn", "plan"].eq("torch, walk").all()
+    trained = rows[(rows["mode"] == "fwdbwd") & (rows["layout"] == "padded")].set_index("peer")
+    assert trained["saved_MiB"]["tritonrnn"] < trained["saved_MiB"]["loop"]
+    inferred = rows[(rows["mode"] == "infer") & (rows["peer"] == "nn_aten")]
+    assert (inferred["saved_MiB"] == 0).all()
+
+
+def test_csv_and_parquet_hold_what_the_lines_hold(smoke):
+    lines = perf.load(smoke)
+    for name in ("rows.csv", "rows.parquet"):
+        pd.testing.assert_frame_equal(perf.load(smoke / name), lines, check_exact=False)
+    assert set(lines["run_id"]) == set(json.loads((smoke / "env.json").read_text()))
+    assert lines["torch"].notna().all()
+    twice = perf.load([smoke, smoke / "rows.csv"])
+    assert len(twice) == 2 * len(lines)
+    assert twice["peer"].cat.ordered
+
+
+def test_every_column_is_in_the_schema_and_documented(smoke):
+    [*rows] = tables.read_lines(smoke / "rows.jsonl")
+    assert {name for row in rows for name in row} <= set(schema.NAMES)
+    document = invoke("schema").output
+    assert all(f"`{name}`" in document for name in schema.NAMES)
+
+
+def test_finished_sweep_runs_nothing_again(smoke):
+    before = (smoke / "rows.jsonl").read_text()
+    assert "nothing new" in sweep(smoke, "--preset", "smoke").output
+    assert (smoke / "rows.jsonl").read_text() == before
+
+
+def test_every_failure_is_a_row_and_spares_the_others(tmp_path):
+    names = (
+        *("Fine", "Declines", "Throws", "ThrowsLater", "Wrong", "NotANumber", "Hungry"),
+        *("Dies", "Interpreted"),
+    )
+    result = sweep(tmp_path, "--mode", "infer", "--layout", "padded", "--peers", faulty(*names))
+    assert result.exit_code == 1
+    rows = perf.load(tmp_path)
+    rows = rows.set_index(rows["peer"].astype(str).str.removeprefix("tests.support.faulty_peers:"))
+    assert len(rows) == 1 + len(names)
+    assert rows["status"].astype(str).to_dict() == {
+        "nn_aten": "ok",
+        "Fine": "ok",
+        "Declines": "unsupported",
+        "Throws": "error",
+        "ThrowsLater": "error",
+        "Wrong": "wrong",
+        "NotANumber": "wrong",
+        "Hungry": "oom",
+        "Dies": "error",
+        "Interpreted": "ok",
+    }
+    assert rows["error"]["Declines"] == "it never does"
+    assert rows["error"]["Throws"] == "ArithmeticError: no good"
+    assert rows["error"]["ThrowsLater"] == "ArithmeticError: tired"
+    assert rows["error"]["Wrong"].startswith("off by 0.001")
+    assert "SIGSEGV" in rows["error"]["Dies"]
+    assert "last words" in rows["error"]["Dies"]
+    assert rows["plan"]["Interpreted"] == "not set"
+    assert rows.loc[rows["status"] != "ok", "wall_us_p50"].isna().all()
+
+
+def test_hanging_peer_times_out(tmp_path):
+    sweep(
+        tmp_path,
+        *("--mode", "infer", "--layout", "padded", "--peers", faulty("Fine", "Hangs")),
+        *("--timeout", "15"),
+    )
+    rows = perf.load(tmp_path).set_index("peer")
+    assert rows["status"]["tests.support.faulty_peers:Hangs"] == "timeout"
+    assert rows["error"]["tests.support.faulty_peers:Hangs"] == "nothing for 15 s while in: check"
+    assert rows["status"]["tests.support.faulty_peers:Fine"] == "ok"
+
+
+def test_killed_sweep_goes_on_where_it_was(tmp_path):
+    axes_given = ("--T", "3,4,5", "--mode", "infer", "--layout", "padded", "--peers", "tritonrnn")
+    command = [sys.executable, "-m", "perf", "run", "--out", str(tmp_path), *QUICK, *axes_given]
+    path = tmp_path / "rows.jsonl"
+    process = subprocess.Popen(
+        command, cwd=CHECKOUT, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not path.exists() or not path.read_text():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    measured = tables.read_lines(path)
+    assert 1 <= len(measured) < 3
+    # As if it had been killed within a line.
+    with path.open("a") as file:
+        file.write('{"case_id": "T4-')
+    assert sweep(tmp_path, *axes_given).exit_code == 0
+    rows = tables.read_lines(path)
+    assert rows[: len(measured)] == measured
+    assert sorted(row["T"] for row in rows) == [3, 4, 5]
+    # The baseline ran beside it every time, though nobody asked for its rows.
+    assert all(row["speedup_vs_nn"] > 0 for row in rows)
+    assert len({row["run_id"] for row in rows}) == 2
+
+
+def test_budget_stops_cleanly(tmp_path):
+    result = sweep(tmp_path, "--budget", "0s")
+    assert result.exit_code == 0
+    assert "2 of 2 cases to go" in result.output
+
+
+def test_folder_of_another_machine_is_left_alone(tmp_path):
+    tables.add_environment(tmp_path, "a", {"device": "cpu", "cpu": "abacus", "threads": 1})
+    result = sweep(tmp_path, "--budget", "0s")
+    assert result.exit_code == 2
+    assert "abacus" in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1,16", (1, 16)), ("64:512:x2", (64, 128, 256, 512)), ("10:30:+10,7", (10, 20, 30, 7))],
+)
+def test_axes_are_read(text, expected):
+    assert axes.numbers(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "x", "4:8", "4:8:x1", "4:8:+0", "0", "0:8:x2", "-1"])
+def test_axes_that_make_no_sense_raise(text):
+    with pytest.raises(ValueError, match="Expected"):
+        axes.numbers(text)
+
+
+def test_axes_replace_those_of_the_preset_and_no_case_comes_twice():
+    given = {"H": "16,32", "dtypes": "bf16,fp32", "layouts": "padded"}
+    units = axes.units("smoke", given, ("loop",), "cuda")
+    assert len({unit.case for unit in units}) == len(units) == 4
+    assert {unit.case.fp32_mode for unit in units if unit.case.dtype == "bf16"} == {"none"}
+    assert all(unit.case.T == 8 and unit.case.I == 4 for unit in units)
+    assert set(axes.units("headline", {}, (), "cuda")[0].modes) == {"infer", "fwdbwd"}
+
+
+@pytest.mark.parametrize("preset", axes.PRESETS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_presets_name_cases(preset, device):
+    units = axes.units(preset, {}, (), device)
+    assert len({unit.case.case_id for unit in units}) == len(units) > 0
+
+
+def test_unit_without_what_is_done():
+    [unit, *_] = axes.units("smoke", {}, ("loop", "nn_aten"), "cpu")
+    done = [("loop", mode) for mode in unit.modes if mode != "bwd"] + [("nn_aten", "bwd")]
+    left = unit.without(done)
+    assert left == Unit(
+        unit.case,
+        {"infer": ("nn_aten",), "fwd": ("nn_aten",), "bwd": ("loop",), "fwdbwd": ("nn_aten",)},
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--preset", "gone"), ("--peers", "gone"), ("--T", "none"), ("--mode", "train")]
+)
+def test_bad_arguments_are_told(tmp_path, arguments):
+    result = invoke("run", "--out", str(tmp_path), *arguments)
+    assert result.exit_code == 2
+    assert "Expected" in result.output
+
+
+@pytest.mark.parametrize("command", ["run", "calibrate", "accept", "tune", "env", "words"])
+def test_device_that_is_not_there_is_told(tmp_path, command, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    takes_out = command not in ("env", "words")
+    out = ("--out", str(tmp_path)) if takes_out else ()
+    for device in ("cuda:1", "gpu"):
+        result = invoke(command, "--device", device, *out)
+        assert result.exit_code == 2
+        assert device in result.output
+
+
+def test_help_has_the_names_of_every_axis():
+    text = invoke("run", "--help").output
+    for names in axes.NAMED_AXES.values():
+        assert all(name in text for name in names)
+
+
+def test_show_and_env_print_what_they_know(smoke):
+    shown = invoke("show", "padded", str(smoke))
+    assert shown.exit_code == 0
+    [line] = [line for line in shown.output.splitlines() if "wall_us_p50" in line][:1]
+    # Short enough to be read.
+    assert all(len(cell.strip()) < 12 for cell in line.split("|"))
+    assert invoke("show", "T8", str(smoke)).exit_code == 2
+    assert '"torch"' in invoke("env").output

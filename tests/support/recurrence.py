@@ -1,0 +1,142 @@
+"""One recurrence as a record: its arguments, its launch, and how far from float64 it may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support import oracle
+from tritonrnn.kernels import launch
+from tritonrnn.kernels.plan import PLANS, LaunchPlan
+from tritonrnn.layout import SequenceLayout
+from tritonrnn.ragged import RaggedLayout
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LAYOUTS = {
+    "time-major": SequenceLayout.time_major(7, 11),
+    "batch-major": SequenceLayout.batch_major(11, 7),
+    "packed": SequenceLayout.packed([11, 9, 9, 5, 2, 1, 1], 38),
+    "jagged": RaggedLayout.jagged(torch.tensor([0, 1, 1, 8, 10, 11, 15, 16, 16, 22, 23]), 23),
+}
+BOTH_WAYS = (False, True)
+
+
+@dataclass
+class Case:
+    """Arguments of one recurrence, and what float64 makes of them."""
+
+    layout: SequenceLayout
+    a: Tensor
+    v_0: Tensor | None
+    M: Tensor
+    aux: Tensor | None
+    epilogue: str
+    reverse: tuple[bool, ...] = BOTH_WAYS
+    tf32: bool = False
+
+    def run(self, plan: str | LaunchPlan | None = "resident") -> Tensor:
+        if isinstance(plan, str):
+            plan = plan_of(self, plan)
+        # Rows before and after the tensor, which no program may touch.
+        guarded = torch.full((self.a.shape[0] + 2, self.a.shape[1]), torch.nan).to(self.a)
+        s = guarded[1:-1]
+        s.copy_(self.a)
+        self.walk(s, plan)
+        assert guarded[[0, -1]].isnan().all()
+        return s
+
+    def walk(self, s: Tensor, plan: LaunchPlan | None) -> None:
+        """Launch the recurrence over s, and wait for nothing."""
+        launch.recurrence(
+            s,
+            self.v_0,
+            self.M,
+            self.aux,
+            self.layout,
+            epilogue=self.epilogue,
+            reverse=self.reverse,
+            tf32=self.tf32,
+            plan=plan,
+        )
+
+    def expected(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        narrow = (
+            {} if dtype == torch.float64 or not self.tf32 else {"operand": oracle.round_to_tf32}
+        )
+        return oracle.recurrence(
+            self.a,
+            self.v_0,
+            self.M,
+            self.aux,
+            self.layout,
+            epilogue=self.epilogue,
+            reverse=self.reverse,
+            dtype=dtype,
+            **narrow,
+        )
+
+
+def plan_of(case: Case, name: str) -> LaunchPlan:
+    problem = launch.problem_of(
+        case.a, case.layout, G=len(case.reverse), epilogue=case.epilogue, tf32=case.tf32
+    )
+    plan = PLANS[name](problem, launch.device_limits(DEVICE))
+    if plan is None and name in ("registers", "cooperative"):
+        pytest.skip(f"this device has no {name} plan for it")
+    assert isinstance(plan, LaunchPlan)
+    return plan
+
+
+def only_tf32(plan: str) -> bool:
+    """Whether the fp32 products that a plan has are all of TF32 numbers."""
+    return plan == "registers"
+
+
+def make_case(
+    layout: SequenceLayout,
+    H: int,
+    epilogue: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    with_v_0: bool = True,
+    reverse: tuple[bool, ...] = BOTH_WAYS,
+    tf32: bool = False,
+) -> Case:
+    """Inputs large enough for tanh to saturate in places, and for relu to be off in others."""
+    generator = torch.Generator().manual_seed(layout.N * H)
+    G = len(reverse)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(*shape, generator=generator)
+
+    a = normal(layout.N, G * H, scale=2.0).to(DEVICE, dtype)
+    M = normal(G, H, H, scale=H**-0.5).to(DEVICE, dtype)
+    v_0 = normal(G, layout.B, H, scale=2.0).to(DEVICE) if with_v_0 else None
+    aux = None
+    if epilogue.endswith("_grad"):
+        aux = oracle.EPILOGUES[epilogue.removesuffix("_grad")](
+            normal(layout.N, G * H, scale=2.0), a
+        )
+        aux = aux.to(DEVICE, dtype)
+        # What the backward pass hands in: a transposed view.
+        M = M.transpose(1, 2)
+    return Case(layout, a, v_0, M, aux, epilogue, reverse, tf32)
+
+
+def assert_close(case: Case, actual: Tensor) -> None:
+    """At most twice as far from float64 as the same loop in torch, in the dtype of the input.
+
+    Root mean squares are compared, which are steady where maxima are luck; the maxima may differ
+    by a factor of four, so that one wrong number among many is seen.
+    """
+    expected = case.expected()
+    assert expected.isfinite().all()
+    rounding = torch.finfo(case.a.dtype).eps / 4 * expected.square().mean().sqrt()
+    error = actual.double() - expected
+    of_torch = case.expected(case.a.dtype).double() - expected
+    for factor, size in [(2, lambda x: x.square().mean().sqrt()), (4, lambda x: x.abs().max())]:
+        bound = factor * torch.maximum(size(of_torch), rounding)
+        assert size(error) <= bound, f"error {size(error):.2e}, allowed {bound:.2e}"
