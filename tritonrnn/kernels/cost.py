@@ -1,7 +1,7 @@
-"""What a step is estimated to take, and the plan that this chooses.
+"""Estimate what a step takes, and choose a plan by it.
 
-A step is a chain of dependent latencies; the device gives its rates, published figures that nobody
-has measured here give the rest. ``docs`` of the roofline that no run can beat are in ``perf``.
+A step is a chain of dependent latencies. The device gives its rates; the rest are published figures
+that nobody has measured here.
 """
 
 from __future__ import annotations
