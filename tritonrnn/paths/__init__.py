@@ -1,0 +1,1 @@
+"""The paths that need no Triton: each runs a layer on torch alone."""
