@@ -177,7 +177,7 @@ def _has_triton() -> bool:
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels can't serve this device or dtype, or None if they can."""
+    """Return why the kernels can't serve this device or dtype, or None if they can."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernels compute in float32, bfloat16 and float16, not in {dtype}."
     if device.type not in ("cuda", "cpu"):

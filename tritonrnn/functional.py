@@ -174,6 +174,27 @@ def _step(
 
 def _run(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
     """Run all layers on the path that was chosen."""
+    data, hx, layers = _prepared(call)
+    # A second derivative runs the layers again, with the same masks, which cuDNN keeps to itself.
+    # So each layer runs alone there, with masks of torch's. It does so without a graph as well, for
+    # a checkpoint to draw the same masks when it runs the layers again.
+    alone = dropout > 0 and aten.is_differentiated_once(data)
+    if call.choice.plan == "aten" and not alone:
+        settings = call.layout, call.nonlinearity, call.bidirectional
+        return aten.forward(data, hx, layers, call.seq_metadata, *settings, dropout)
+    D = 2 if call.bidirectional else 1
+    finals = []
+    for index, weights in enumerate(layers):
+        h_0 = None if hx is None else hx[index * D : (index + 1) * D]
+        data, h_n = _run_layer(call, data, h_0, weights)
+        if dropout > 0 and index + 1 < len(layers):
+            data = _dropout(data, dropout, call.layout)
+        finals.append(h_n)
+    return data, finals[0] if len(finals) == 1 else torch.cat(finals)
+
+
+def _prepared(call: Call) -> tuple[Tensor, Tensor | None, Sequence[Sequence[Tensor]]]:
+    """Return the input, hx in the input's order and the weights, all cast under autocast."""
     data, hx, layers = call.data, call.hx, call.weights
     if hx is not None and call.order is not None:
         hx = hx.index_select(1, call.order)
@@ -183,30 +204,19 @@ def _run(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
         data = data.to(call.dtype)
         hx = None if hx is None else hx.to(call.dtype)
         layers = [[weight.to(call.dtype) for weight in layer] for layer in layers]
-    plan = call.choice.plan
+    return data, hx, layers
+
+
+def _run_layer(
+    call: Call, data: Tensor, h_0: Tensor | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     settings = call.layout, call.nonlinearity, call.bidirectional
-    # A second derivative runs the layers again, with the same masks, which cuDNN keeps to itself.
-    # So each layer runs alone there, with masks of torch's. It does so without a graph as well, for
-    # a checkpoint to draw the same masks when it runs the layers again.
-    alone = dropout > 0 and aten.is_differentiated_once(data)
-    if plan == "aten" and not alone:
-        return aten.forward(data, hx, layers, call.seq_metadata, *settings, dropout)
-    D = 2 if call.bidirectional else 1
-    finals = []
-    for index, weights in enumerate(layers):
-        h_0 = None if hx is None else hx[index * D : (index + 1) * D]
-        if plan == "aten":
-            data, h_n = aten.forward(data, h_0, [weights], call.seq_metadata, *settings)
-        else:
-            sources = data, h_0, weights, call.seq_metadata, call.reset
-            if plan == "composite":
-                data, h_n = elman_composite(*sources, *settings)
-            else:
-                data, h_n = ops.elman(*sources, *settings, call.choice.backend)
-        if dropout > 0 and index + 1 < len(layers):
-            data = _dropout(data, dropout, call.layout)
-        finals.append(h_n)
-    return data, finals[0] if len(finals) == 1 else torch.cat(finals)
+    if call.choice.plan == "aten":
+        return aten.forward(data, h_0, [weights], call.seq_metadata, *settings)
+    sources = data, h_0, weights, call.seq_metadata, call.reset
+    if call.choice.plan == "composite":
+        return elman_composite(*sources, *settings)
+    return ops.elman(*sources, *settings, call.choice.backend)
 
 
 def _dropout(data: Tensor, p: float, layout: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The row map: one for every kind of input.
+"""The row map: where every token of an input lies, by one formula for every kind of input.
 
 The dimension key, used everywhere in tritonrnn:
 
@@ -108,7 +108,7 @@ class SequenceLayout:
 
     @cached_property
     def time_base(self) -> Tensor:
-        """Return the row map's term of each step, ``[T]`` int64, where the lengths are."""
+        """Return the row map's term of each step, ``[T]`` int64, on the device of lengths."""
         if self.batch_sizes is not None:
             before = list(accumulate(self.batch_sizes, initial=0))[:-1]
             return torch.tensor(before, dtype=torch.int64)
@@ -116,7 +116,7 @@ class SequenceLayout:
 
     @cached_property
     def batch_base(self) -> Tensor:
-        """Return the row map's term of each sequence, ``[B]`` int64, where the lengths are."""
+        """Return the row map's term of each sequence, ``[B]`` int64, on the device of lengths."""
         return torch.arange(self.B) * (self.T if self.batch_first else 1)
 
     def row_map(self, device: torch.device) -> Tensor:
@@ -241,7 +241,7 @@ class SequenceLayout:
         return matrix.unflatten(0, (self.T, self.B)).unbind(0)
 
     def join(self, steps: Sequence[Tensor]) -> Tensor:
-        """Return the matrix ``[N, F]`` of such :meth:`steps`."""
+        """Return the matrix ``[N, F]`` that has these :meth:`steps`."""
         if self.batch_first:
             return torch.stack(list(steps), 1).flatten(0, 1)
         return torch.cat(list(steps))

@@ -1,4 +1,4 @@
-"""A memo of what was derived from tensors, for as long as they live unchanged."""
+"""A cache of values derived from tensors, each valid while its tensors live unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jagged nested tensors to rows and offsets, and back."""
+"""Jagged nested tensors: their rows and offsets, and back again."""
 
 from __future__ import annotations
 

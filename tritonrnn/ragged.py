@@ -26,8 +26,8 @@ class RaggedLayout(SequenceLayout):
         batch_base: ``[B]``, each sequence's first row.
         lengths: ``[B]``, each sequence's number of tokens.
         padding: ``(T, B)`` of the padded batch, or None if every row is a token.
-        split: the layout before it was split, and for each sequence here its sequence there,
-            ascending, ``[B]``. None if it was not split.
+        split_from: the layout before the split at resets, and the index in it of the sequence that
+            each of these was part of, ascending, ``[B]``. None if it was not split.
     """
 
     stride: int
@@ -35,7 +35,7 @@ class RaggedLayout(SequenceLayout):
     batch_base: Tensor = field()
     lengths: Tensor = field()
     padding: tuple[int, int] | None = None
-    split: tuple[RaggedLayout, Tensor] | None = None
+    split_from: tuple[RaggedLayout, Tensor] | None = None
 
     @classmethod
     def jagged(cls, offsets: Tensor, num_rows: int) -> RaggedLayout:
@@ -131,12 +131,12 @@ class RaggedLayout(SequenceLayout):
             batch_base=base[sequence] + start * self.stride,
             lengths=new_lengths,
             padding=self.padding,
-            split=(self, sequence),
+            split_from=(self, sequence),
         )
 
     @cached_property
     def time_base(self) -> Tensor:
-        """Return the row map's term of each step, ``[T]`` int64, where the lengths are."""
+        """Return the row map's term of each step, ``[T]`` int64, on the device of lengths."""
         return torch.arange(self.T, device=self.lengths.device) * self.stride
 
     @property
@@ -152,13 +152,13 @@ class RaggedLayout(SequenceLayout):
     @property
     def parent(self) -> RaggedLayout:
         """Return the layout before it was split at resets."""
-        return self if self.split is None else self.split[0]
+        return self if self.split_from is None else self.split_from[0]
 
     def initial_states(self, v_0: Tensor, reverse: Sequence[bool]) -> Tensor:
         """Return v_0 for the first, or last, part of each sequence, and 0 for the other parts."""
-        if self.split is None:
+        if self.split_from is None:
             return v_0
-        _, sequence = self.split
+        _, sequence = self.split_from
         sequence = sequence.to(v_0.device)
         is_first = torch.ones_like(sequence, dtype=torch.bool)
         is_first[1:] = sequence[1:] != sequence[:-1]

@@ -76,8 +76,8 @@ def check(
     layers = _layers(weights, num_layers, bidirectional)
     is_nested = isinstance(input, Tensor) and input.is_nested
     kind = "nested" if is_nested else "packed" if isinstance(input, PackedSequence) else "padded"
-    _check_of_padded("lengths", lengths, kind)
-    _check_of_padded("reset", reset, kind)
+    _check_padded_only("lengths", lengths, kind)
+    _check_padded_only("reset", reset, kind)
     order = None
     seq_metadata: Tensor | None
     if isinstance(input, PackedSequence):
@@ -119,7 +119,7 @@ def check(
     )
 
 
-def _check_of_padded(name: str, given: Tensor | None, kind: str) -> None:
+def _check_padded_only(name: str, given: Tensor | None, kind: str) -> None:
     """Check that ``lengths`` or ``reset`` comes with a padded input, and is not mapped over."""
     if given is not None and kind != "padded":
         raise ValueError(f"{name} is of a padded batch, but the input is {kind}")

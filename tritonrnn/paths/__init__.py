@@ -1,1 +1,5 @@
-"""The paths that need no Triton: each runs a layer on torch alone."""
+"""The paths in torch, each with one way to run a layer.
+
+``inplace`` overwrites the drive and keeps no graph. ``composite`` lets autograd record every step.
+``aten`` calls torch's own kernels.
+"""
