@@ -17,8 +17,12 @@ pytestmark = [
     # torch's exporter imports modules of its own that warn.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:The given buffer is not writable"),
-    pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name),
 ]
+
+
+@pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
+def folder(request):
+    return request.param
 
 
 def assert_computes_the_same(model, folder, name):
@@ -46,3 +50,22 @@ def test_exported_program_computes_what_it_did(folder):
     program = torch.export.load(folder / "program.pt2")
     assert [str(node.target) for node in program.graph.nodes].count("tritonrnn.elman.default") == 3
     assert_computes_the_same(program.module(), folder, "program")
+    lowered = program.run_decompositions(tritonrnn.export.decompositions())
+    assert not any("tritonrnn" in str(node.target) for node in lowered.graph.nodes)
+    assert_computes_the_same(lowered.module(), folder, "program")
+
+
+def test_operators_keep_the_schemas_that_saved_programs_name():
+    sources = "Tensor input, Tensor? hx, Tensor[] weights, "
+    settings = (
+        "Tensor? extents, Tensor? reset, str layout, str nonlinearity, bool bidirectional, "
+        "str backend"
+    )
+    operators = torch.ops.tritonrnn
+    assert str(operators.elman.default._schema) == (
+        f"tritonrnn::elman({sources}{settings}) -> (Tensor, Tensor)"
+    )
+    assert str(operators.elman_backward.default._schema) == (
+        f"tritonrnn::elman_backward(Tensor? grad_output, Tensor? grad_h_n, {sources}"
+        f"Tensor output, {settings}, bool[] needs) -> Tensor[]"
+    )
