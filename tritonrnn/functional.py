@@ -237,7 +237,7 @@ def _reset_at_first_step(hx: Tensor, call: Call) -> Tensor:
         # A sequence without a token has no step 0 that could be marked.
         dropped = dropped & (call.seq_metadata.to(dropped.device) > 0)
     dropped = dropped.to(hx.device)[:, None]
-    if not call.bidirectional:
-        return hx.masked_fill(dropped, 0)
-    forward, backward = hx[::2].masked_fill(dropped, 0), hx[1::2]
-    return torch.stack([forward, backward], 1).flatten(0, 1)
+    if call.bidirectional:
+        directions = torch.stack([dropped, torch.zeros_like(dropped)])
+        dropped = directions.repeat(len(call.weights), 1, 1)
+    return hx.masked_fill(dropped, 0)
