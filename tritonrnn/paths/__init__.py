@@ -1,5 +1,5 @@
-"""The paths in torch, each with one way to run a layer.
+"""The paths in torch.
 
-``inplace`` overwrites the drive and keeps no graph. ``composite`` lets autograd record every step.
-``aten`` calls torch's own kernels.
+``inplace`` runs the recurrence alone, in place and without a graph. ``composite`` runs a layer in
+operations that autograd records. ``aten`` runs layers in torch's own kernels.
 """
