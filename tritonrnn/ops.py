@@ -215,21 +215,8 @@ def _elman_fake(
     return input.new_empty(*input.shape[:-1], G * H), input.new_empty(G, B, H)
 
 
-def _elman_backward_fake(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    input: Tensor,
-    hx: Tensor | None,
-    weights: Sequence[Tensor],
-    output: Tensor,
-    seq_metadata: Tensor | None,
-    reset: Tensor | None,
-    layout: str,
-    nonlinearity: str,
-    bidirectional: bool,
-    backend: str,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def _elman_backward_fake(*args: Any) -> list[Tensor]:
+    _, _, input, hx, weights, *_, needs = args
     sources = (input, hx, *weights)
     return [
         source.new_empty(source.shape)
@@ -276,23 +263,15 @@ def _saveable(tensor: Tensor | None) -> Tensor | None:
 
 
 def _elman_autograd(
-    input: Tensor,
-    hx: Tensor | None,
-    weights: Sequence[Tensor],
-    seq_metadata: Tensor | None,
-    reset: Tensor | None,
-    layout: str,
-    nonlinearity: str,
-    bidirectional: bool,
-    backend: str,
+    input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], *args: Any
 ) -> tuple[Tensor, Tensor]:
-    settings = layout, nonlinearity, bidirectional
+    seq_metadata, reset, *settings, backend = args
     if why_composite(input.dtype):
         return elman_composite(input, hx, weights, seq_metadata, reset, *settings)
     if torch.is_grad_enabled():
         return _Elman.apply(*settings, backend, input, hx, seq_metadata, reset, *weights)
     with torch._C._AutoDispatchBelowAutograd():
-        return elman(input, hx, weights, seq_metadata, reset, *settings, backend)
+        return elman(input, hx, weights, *args)
 
 
 def _elman_backward_autograd(*args: Any) -> list[Tensor]:
@@ -311,27 +290,12 @@ def _elman_backward_autograd(*args: Any) -> list[Tensor]:
         return torch.ops.tritonrnn.elman_backward(*args)
 
 
-def _backward_composite(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    input: Tensor,
-    hx: Tensor | None,
-    weights: Sequence[Tensor],
-    output: Tensor,
-    seq_metadata: Tensor | None,
-    reset: Tensor | None,
-    layout: str,
-    nonlinearity: str,
-    bidirectional: bool,
-    backend: str,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def _backward_composite(*args: Any) -> list[Tensor]:
     """Run the layer again on the composite path, and let autograd differentiate that."""
+    grad_output, grad_h_n, input, hx, weights, _, seq_metadata, reset, *settings, _, needs = args
 
     def run(input: Tensor, hx: Tensor | None, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        return elman_composite(
-            input, hx, weights, seq_metadata, reset, layout, nonlinearity, bidirectional
-        )
+        return elman_composite(input, hx, weights, seq_metadata, reset, *settings)
 
     return gradients(run, (input, hx, *weights), needs, (grad_output, grad_h_n))
 
