@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.fx
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -16,6 +17,7 @@ from tritonrnn.paths.composite import elman_composite
 from tritonrnn.validation import Call, check, compute_dtype
 
 
+@torch.fx.wrap
 def rnn(
     input: Tensor | PackedSequence,
     hx: Tensor | None,
@@ -110,6 +112,7 @@ def rnn(
     return data, h_n
 
 
+@torch.fx.wrap
 def rnn_cell(
     input: Tensor,
     hx: Tensor | None,
