@@ -20,7 +20,7 @@ LEVELS = [
     {"functional"},
     {"validation"},
     {"ops"},
-    {"dispatch"},
+    {"dispatch", "flops"},
     {"paths.aten"},
     {"paths.composite"},
     {"layer"},
