@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.fx
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from tritonrnn import ops
@@ -17,7 +17,6 @@ from tritonrnn.paths.composite import elman_composite
 from tritonrnn.validation import Call, check, compute_dtype
 
 
-@torch.fx.wrap
 def rnn(
     input: Tensor | PackedSequence,
     hx: Tensor | None,
@@ -86,6 +85,18 @@ def rnn(
             ``torch.func.vmap`` maps over ``lengths`` or ``reset``; or the back end that was asked
             for (see :func:`tritonrnn.backend`) can't serve the call.
     """
+    if isinstance(input, Proxy):
+        settings = {
+            "nonlinearity": nonlinearity,
+            "num_layers": num_layers,
+            "bidirectional": bidirectional,
+            "batch_first": batch_first,
+            "dropout": dropout,
+            "training": training,
+            "lengths": lengths,
+            "reset": reset,
+        }
+        return input.tracer.create_proxy("call_function", rnn, (input, hx, weights), settings)
     call = check(
         input,
         hx,
@@ -112,7 +123,6 @@ def rnn(
     return data, h_n
 
 
-@torch.fx.wrap
 def rnn_cell(
     input: Tensor,
     hx: Tensor | None,
@@ -140,6 +150,9 @@ def rnn_cell(
         ValueError: ``input`` or ``hx`` is neither 1-D nor 2-D.
         RuntimeError: sizes, dtypes or devices disagree, or ``nonlinearity`` is unknown.
     """
+    if isinstance(input, Proxy):
+        given, settings = (input, hx, w_ih, w_hh, b_ih, b_hh), {"nonlinearity": nonlinearity}
+        return input.tracer.create_proxy("call_function", rnn_cell, given, settings)
     if input.dim() not in (1, 2):
         raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
     if hx is not None and hx.dim() not in (1, 2):
