@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from tritonrnn import ops
 from tritonrnn.dispatch import choose
 from tritonrnn.nested import like_jagged
-from tritonrnn.paths import aten
+from tritonrnn.paths import aten, onnx
 from tritonrnn.paths.composite import elman_composite
 from tritonrnn.validation import Call, check, compute_dtype
 
@@ -242,6 +242,12 @@ def _run_layer(
     sources = data, h_0, weights, call.seq_metadata, call.reset
     if call.choice.plan == "composite":
         return elman_composite(*sources, *settings)
+    if call.choice.backend == "auto" and onnx.is_exporting():
+        if onnx.serves(call.dtype, call.layout, call.reset):
+            return onnx.forward(data, h_0, weights, call.seq_metadata, *settings)
+        if call.seq_metadata is None and call.reset is None:
+            # In another dtype, as torch.nn.RNN is exported: step by step.
+            return aten.forward(data, h_0, [weights], None, *settings)
     return ops.elman(*sources, *settings, call.choice.backend)
 
 

@@ -241,8 +241,8 @@ def _check_data(data: Tensor, layers: Sequence[Sequence[Tensor]], dim: int) -> N
 def _check_batch_sizes(batch_sizes: Tensor) -> None:
     if batch_sizes.dtype.is_floating_point and torch.compiler.is_compiling():
         raise RuntimeError(
-            "torch can't trace pack_padded_sequence. Call the RNN on the padded batch instead, with "
-            "lengths=, or pack outside of the model that is exported"
+            "torch can't trace pack_padded_sequence. Call the RNN on the padded batch instead, "
+            "with lengths=, or pack outside of the model that is exported"
         )
     if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
         raise RuntimeError(
