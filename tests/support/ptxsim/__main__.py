@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections import defaultdict
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -109,22 +110,24 @@ def mutations_command(arguments: list[str]) -> int:
     return 0
 
 
-def answer(request: dict[str, Any]) -> Any:
-    """Run the case of a request, or mutate its kernel."""
-    case = Case(**{**request["case"], "lengths": tuple(request["case"]["lengths"])})
-    prepared = Prepared(case)
-    if request.get("mutate"):
-        return [asdict(mutant) for mutant in judge(prepared)]
-    return asdict(prepared.emulate())
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        lengths = tuple(request["case"]["lengths"])
+        prepared = Prepared(Case(**{**request["case"], "lengths": lengths}))
+        if request["mutate"]:
+            return {"result": [asdict(mutant) for mutant in judge(prepared)]}
+        return {"result": asdict(prepared.emulate())}
+    except Exception:
+        return {"error": traceback.format_exc()}
 
 
 def serve_command(arguments: list[str]) -> int:
-    """Answer requests until there are none."""
+    """Run or mutate the case of each request, until there are none."""
     # Whatever else is printed is no answer.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+        print(json.dumps(_answer(json.loads(line))), file=answers, flush=True)
     return 0
 
 
