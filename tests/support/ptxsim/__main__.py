@@ -100,13 +100,13 @@ def mutations_command(arguments: list[str]) -> int:
     parser.add_argument("--plan", choices=CHOICES["plan"], help="only kernels of this plan")
     parser.add_argument("--every", action="store_true", help="loads, stores and products, too")
     options = parser.parse_args(arguments)
-    for case in CASES:
+    for case in CASES.values():
         if options.plan in (None, case.plan):
             mutants = judge(Prepared(case), every=options.every)
-            print(f"{case}: {sum(mutant.noticed for mutant in mutants)} of {len(mutants)} noticed")
-            for mutant in mutants:
-                if not mutant.noticed:
-                    print(f"    {mutant}")
+            unnoticed = [mutant for mutant in mutants if not mutant.fault]
+            print(f"{case}: {len(mutants) - len(unnoticed)} of {len(mutants)} noticed")
+            for mutant in unnoticed:
+                print(f"    line {mutant.line}: {mutant.change}")
     return 0
 
 

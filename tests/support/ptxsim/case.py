@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from tritonrnn.kernels.plan import DEVICES, PLANS, DeviceLimits, LaunchPlan, Pro
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.ragged import RaggedLayout
 
+KERNELS = Path(launch.__file__).parent
 # dtype of the tensors, and whether fp32 products may be TF32.
 ARITHMETIC = {
     "bf16": (torch.bfloat16, False),

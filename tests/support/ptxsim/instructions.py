@@ -211,12 +211,10 @@ class Kernel:
         def run(cta: CTA, mask: Mask) -> None:
             threads = cta.active(mask)
             at = address(cta, threads)
-            data = np.empty(len(threads), np.uint32)
-            for one in np.unique(at):
-                data[at == one] = cta.memory.word(int(one), ins)[0]
-                if "acquire" in ins.op:
-                    cta.memory.acquire(cta, int(one), threads[at == one])
-            cta.put_active(target, data, threads, mask)
+            if (at != at[0]).any():
+                raise Unsupported(f"several addresses: {ins}")
+            value = cta.memory.spin(cta, ins, threads, int(at[0]), "acquire" in ins.op)
+            cta.put_active(target, value, threads, mask)
             cta.pause = "spin"
 
         return run

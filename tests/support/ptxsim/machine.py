@@ -309,6 +309,9 @@ class Launch:
     # Instructions executed.
     count: int = 0
 
+    def __post_init__(self) -> None:
+        self.random = np.random.default_rng(self.seed)
+
     @property
     def num_ctas(self) -> int:
         """CTAs of the grid."""
@@ -324,18 +327,18 @@ class Launch:
         """
         places = itertools.product(*(range(n) for n in reversed(self.grid)))
         ctas = [CTA(self, i, (x, y, z)) for i, (z, y, x) in enumerate(places) if i != self.lost]
-        random = np.random.default_rng(self.seed)
         with np.errstate(all="ignore"):
             if self.interleaved:
-                self._interleave(ctas, random)
+                self._interleave(ctas)
             else:
-                for i in random.permutation(len(ctas)):
+                for i in self.random.permutation(len(ctas)):
                     for _ in ctas[i].run():
                         pass
         self.count = sum(cta.count for cta in ctas)
 
-    def _interleave(self, ctas: list[CTA], random: np.random.Generator) -> None:
+    def _interleave(self, ctas: list[CTA]) -> None:
         """Run each for some random time, which ends early where it spins in vain."""
+        random = self.random
         running = {cta: cta.run() for cta in ctas}
         idle = dict.fromkeys(ctas, 0)
         changes = self.memory.changes

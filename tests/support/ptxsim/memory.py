@@ -350,6 +350,8 @@ class View:
         # By array, with a mask: what this CTA has stored, and what its L1 cache holds.
         self._stored: dict[str, tuple[Array, Array]] = {}
         self._cached: dict[str, tuple[Array, Array]] = {}
+        # By address: what spinning threads have read last, with its vector clock.
+        self._spun: dict[int, tuple[int, Array]] = {}
 
     @staticmethod
     def _entry(entries: dict[str, tuple[Array, Array]], region: Region) -> tuple[Array, Array]:
@@ -405,6 +407,26 @@ class View:
         target[granules] = values
         access.fault("global: two lanes store different values", target[granules] != values)
 
+    def spin(
+        self, cta: CTA, instruction: Instruction, threads: Array, address: int, acquires: bool
+    ) -> Array:
+        """Read a word in memory itself, for each thread, and see what was released there.
+
+        Now and then a warp still reads what the CTA has read there before, so that warps diverge.
+        """
+        clock = self.memory.clocks.get(address, np.zeros_like(cta.known))
+        latest = int(self.word(address, instruction)[0]), clock
+        late = cta.launch.random.random(cta.threads // 32)[threads // 32] < 0.25
+        values = np.zeros(len(threads), np.uint32)
+        for some, (value, clock) in ((late, self._spun.get(address, latest)), (~late, latest)):
+            values[some] = value
+            if acquires:
+                cta.acquired[threads[some]] = np.maximum(cta.acquired[threads[some]], clock)
+        if acquires:
+            self._cached.clear()
+        self._spun[address] = latest
+        return values
+
     def release(self, cta: CTA, address: int) -> None:
         """Publish what comes before the CTA's last barrier, and what it has acquired by then."""
         self.flush()
@@ -412,13 +434,6 @@ class View:
         clock[cta.number] = cta.epoch
         before = self.memory.clocks.get(address, 0)
         self.memory.clocks[address] = np.maximum(before, clock)
-
-    def acquire(self, cta: CTA, address: int, threads: Array) -> None:
-        """Let threads see what was released at an address."""
-        self._cached.clear()
-        if address in self.memory.clocks:
-            clock = self.memory.clocks[address]
-            cta.acquired[threads] = np.maximum(cta.acquired[threads], clock)
 
     def flush(self) -> None:
         """Let all other CTAs see what was stored."""
