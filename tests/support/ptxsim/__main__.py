@@ -6,6 +6,7 @@ serve`` answers requests, one JSON object a line.
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -136,6 +137,8 @@ def main(arguments: list[str]) -> int:
     if triton.knobs.runtime.interpret:
         sys.exit("Nothing is compiled where TRITON_INTERPRET is set.")
     torch.set_num_threads(1)
+    # What torch and Triton have allocated need not be searched for garbage again and again.
+    gc.freeze()
     commands = {"sweep": sweep_command, "mutations": mutations_command, "serve": serve_command}
     command = commands.get(arguments[0]) if arguments else None
     with tempfile.TemporaryDirectory() as cache:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +242,11 @@ def _memory_of(tensor: Tensor) -> Array:
     return np.ctypeslib.as_array(words.from_address(tensor.data_ptr()))
 
 
+@lru_cache(maxsize=1)
+def _kernel(text: str, truncates: bool) -> Kernel:
+    return Kernel(ptx.parse(text), truncates)
+
+
 @contextmanager
 def _max_spins(spins: int) -> Iterator[None]:
     before = launch.PATIENCE
@@ -364,7 +369,8 @@ class Prepared:
         self.a[self.place] = self.drive
         if self.counters is not None:
             self.counters.fill_(1)
-        kernel = Kernel(ptx.parse(text), case.truncates)
+        kernel = _kernel(text, case.truncates)
+        kernel.executed.clear()
         for step in range(case.rows.T if self.plan.name == "stepwise" else 1):
             memory, values = GlobalMemory(), []
             for name, value in (self.arguments | {"step": step}).items():
