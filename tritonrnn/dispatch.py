@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from tritonrnn.layer import Recurrence
+from tritonrnn.paths import inplace
 from tritonrnn.paths.composite import why_composite
 from tritonrnn.precision import rounds_to_tf32
 
@@ -160,6 +162,16 @@ def choose_now(
     # torch's own kernels are as fast as any for a single step, and on CUDA they are cuDNN's.
     is_aten = not ragged and (T == 1 or (device.type == "cuda" and T <= _MAX_STEPS_OF_CUDNN))
     return Choice("torch", "aten" if is_aten else "in-place", reason or "")
+
+
+def recurrence_of(backend: str, device: torch.device, dtype: torch.dtype) -> Recurrence:
+    """Return the recurrence of a back end, "torch" or "triton"."""
+    if backend == "torch":
+        return inplace.recurrence
+    # Imported only here: Triton may not be installed.
+    from tritonrnn.kernels import launch
+
+    return functools.partial(launch.recurrence, tf32=rounds_to_tf32(device, dtype))
 
 
 # https://github.com/pytorch/pytorch/issues/133751

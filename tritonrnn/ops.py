@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tritonrnn import layer
-from tritonrnn.dispatch import Backend, choose_now, current_backend
+from tritonrnn.dispatch import Backend, choose_now, current_backend, recurrence_of
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.paths import aten
 from tritonrnn.paths.composite import elman_composite, gradients, is_batched, why_composite
@@ -141,7 +141,10 @@ def _elman_kernel(
                     input, hx, [weights], seq_metadata, layout, nonlinearity, bidirectional
                 )
             return output.contiguous(), h_n.contiguous()
-        output, h_n = layer.forward(rows, hx, weights, where, nonlinearity, bidirectional, backend)
+        recurrence = recurrence_of(backend, input.device, input.dtype)
+        output, h_n = layer.forward(
+            rows, hx, weights, where, nonlinearity, bidirectional, recurrence
+        )
         return output.view(*input.shape[:-1], output.shape[-1]), h_n
 
 
@@ -181,7 +184,7 @@ def _elman_backward_kernel(
             where,
             nonlinearity,
             bidirectional,
-            backend,
+            recurrence_of(backend, input.device, input.dtype),
             needs,
         )
         if grad_input is not None:
