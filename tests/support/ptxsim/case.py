@@ -27,7 +27,8 @@ from tests.support.ptxsim.machine import Launch
 from tests.support.ptxsim.memory import EmulationError, Faults, GlobalMemory
 from tests.support.ptxsim.scalar import Array
 from tritonrnn.kernels import launch
-from tritonrnn.kernels.plan import DEVICES, PLANS, DeviceLimits, LaunchPlan, Problem
+from tritonrnn.kernels.devices import DEVICES, Device
+from tritonrnn.kernels.plan import PLANS, LaunchPlan, Problem
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.ragged import RaggedLayout
 
@@ -125,7 +126,7 @@ class Case:
         return Problem(self.rows.T, self.B, self.G, self.H, name, tf32, self.epilogue)
 
     @property
-    def device(self) -> DeviceLimits:
+    def device(self) -> Device:
         """The device that the plan is made for."""
         device = DEVICES[self.arch]
         if self.cta_groups:
@@ -138,7 +139,7 @@ class Case:
     def launch_plan(self) -> LaunchPlan | None:
         """The plan, or None where it does not fit."""
         plan = PLANS[self.plan](self.problem, self.device)
-        return replace(plan, turns=self.interleave) if plan and self.interleave else plan
+        return replace(plan, interleave=self.interleave) if plan and self.interleave else plan
 
     @property
     def reverse(self) -> tuple[bool, ...]:
@@ -249,12 +250,12 @@ def _kernel(text: str, truncates: bool) -> Kernel:
 
 @contextmanager
 def _max_spins(spins: int) -> Iterator[None]:
-    before = launch.PATIENCE
-    launch.PATIENCE = spins or before
+    before = launch.MAX_SPINS
+    launch.MAX_SPINS = spins or before
     try:
         yield
     finally:
-        launch.PATIENCE = before
+        launch.MAX_SPINS = before
 
 
 def _stop_at_ptx(backend: Any = None, stages: dict[str, Any] | None = None, *rest: Any) -> Any:
@@ -336,7 +337,7 @@ class Prepared:
         self.shared_bytes: int = compiled.metadata.shared
         signature = compiled.src.signature.items()
         self.arguments = {name: arguments[name] for name, kind in signature if kind != "constexpr"}
-        self.counters: Tensor | None = arguments.get("gang_ptr")
+        self.counters: Tensor | None = arguments.get("counters_ptr")
 
     def emulate(
         self, text: str | None = None, *, schedule: int | None = None, stop: bool = False

@@ -30,7 +30,7 @@ DATA = r"cp\.async\.c[ag]\.|wgmma\.mma_async|mma\.sync|st\.shared|stmatrix|@%p\d
 Change = tuple[str, str, Callable[[re.Match[str]], str]]
 ALTERATIONS: list[Change] = [
     (
-        "let one more group stay in flight",
+        "wait for one less",
         r"((?:cp\.async|wgmma)\.wait_group\S*\s+)(\d+)",
         lambda m: f"{m[1]}{int(m[2]) + 1}",
     ),
