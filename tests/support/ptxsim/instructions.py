@@ -26,30 +26,24 @@ WARP = 32
 # Which threads execute: None for all of a CTA.
 Mask = Array | None
 Run = Callable[["CTA", Mask], None]
-# What all threads of a warp execute together, and what all threads of a CTA. (Of a warp that
-# executes bar.warp.sync or commits its copies the others could be elsewhere; here none is.)
+# What all threads of a warp execute together, and what all threads of a CTA (though of some of it
+# single warps might).
 OF_WARPS = ("shfl", "mma")
 OF_CTAS = ("bar", "fence", "ldmatrix", "stmatrix", "wgmma")
 
 
 class Step(NamedTuple):
-    """An instruction and the function that executes it.
-
-    Args:
-        instruction: what is executed.
-        run: takes the CTA and the threads that execute it.
-        together: how many threads must execute it together: 1, those of a warp, or 0 for all.
-        guard: the slot of its predicate, and whether that is negated.
-        registers: the slots of all registers that it mentions.
-        overwrites: of these, the operands of ``wgmma`` that it writes; a ``wgmma.fence`` must come
-            before they are used.
-    """
+    """An instruction, and the function that executes it for threads of a CTA."""
 
     instruction: Instruction
     run: Run
+    # How many threads must execute it together: 1, those of a warp, or 0 for all.
     together: int
+    # The slot of its predicate, and whether that is negated.
     guard: tuple[int, bool] | None
+    # The slots of all registers that it mentions.
     registers: frozenset[int]
+    # Of these, the operands of wgmma that it writes, before whose use a wgmma.fence must come.
     overwrites: frozenset[int]
 
 
@@ -178,7 +172,7 @@ class Kernel:
             threads = cta.active(mask)
             at = address(cta, threads)
             if "shared" in modifiers:
-                data = cta.shared.load(cta.shared.access(cta, ins, threads, at, size))
+                data = cta.shared.load(_shared(cta, ins, threads, at, size))
             else:
                 data = cta.memory.load(cta, ins, threads, at, size, "cg" not in modifiers)
             data = np.ascontiguousarray(data).view(width)
@@ -254,7 +248,7 @@ class Kernel:
             at = address(cta, threads)
             data = np.stack([cta.full(s) for s in sources], -1)[threads].astype(width)
             if "shared" in modifiers:
-                cta.shared.store(cta.shared.access(cta, ins, threads, at, size), data)
+                cta.shared.store(_shared(cta, ins, threads, at, size), data)
             else:
                 cta.memory.store(cta, ins, threads, at, data.view(np.uint16))
 
@@ -276,7 +270,7 @@ class Kernel:
 
         def run(cta: CTA, mask: Mask) -> None:
             threads = cta.active(mask)
-            access = cta.shared.access(cta, ins, threads, to(cta, threads), size)
+            access = _shared(cta, ins, threads, to(cta, threads), size)
             counts = cta.full(wanted)[threads]
             if not np.isin(counts, (0, size)).all():
                 raise Unsupported(f"part of a copy: {ins}")
@@ -334,7 +328,7 @@ class Kernel:
 
         def run(cta: CTA, mask: Mask) -> None:
             threads = cta.active(None).reshape(-1, WARP)[:, : 8 * count].reshape(-1)
-            access = cta.shared.access(cta, ins, threads, address(cta, threads), 16)
+            access = _shared(cta, ins, threads, address(cta, threads), 16)
             words = np.ascontiguousarray(cta.shared.load(access)).view(np.uint16)
             words = words.reshape(-1, count, 8, 8)
             for target, word in zip(targets, matrix.load_matrix(words, transposed), strict=True):
@@ -348,7 +342,7 @@ class Kernel:
 
         def run(cta: CTA, mask: Mask) -> None:
             threads = cta.active(None).reshape(-1, WARP)[:, : 8 * count].reshape(-1)
-            access = cta.shared.access(cta, ins, threads, address(cta, threads), 16)
+            access = _shared(cta, ins, threads, address(cta, threads), 16)
             words = matrix.store_matrix([cta.full(s) for s in sources], transposed)
             cta.shared.store(access, words.reshape(-1, 8))
 
@@ -401,7 +395,7 @@ class Kernel:
             offsets = np.stack(
                 [matrix.operand_offsets(int(x), mn, k, size, k_major) for x in by_group[:, 0]]
             )
-            grain = cta.shared.grain
+            grain = self.grain
             granules = (offsets - cta.shared.BASE)[..., None] // grain + np.arange(size // grain)
             access = Access(cta, ins, cta.active(None), granules)
             words = np.ascontiguousarray(cta.shared.begin_product(access))
@@ -429,6 +423,10 @@ class Kernel:
             cta.add_product(registers, frozenset(d), ins, [*granules, of_b])
 
         return run
+
+
+def _shared(cta: CTA, ins: Instruction, threads: Array, address: Array, size: int) -> Access:
+    return Access(cta, ins, threads, cta.shared.granules(address, size, ins))
 
 
 def _items(operand: Operand) -> tuple[str, ...]:
