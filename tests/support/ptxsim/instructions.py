@@ -47,6 +47,15 @@ class Step(NamedTuple):
     overwrites: frozenset[int]
 
 
+class Product(NamedTuple):
+    """A matrix instruction in flight: its registers, and the granules that it reads."""
+
+    instruction: Instruction
+    registers: frozenset[int]
+    accumulators: frozenset[int]
+    granules: list[Array]
+
+
 class Kernel:
     """A program whose instructions are functions.
 
@@ -161,9 +170,10 @@ class Kernel:
             return self._ld_param(ins, targets[0])
         address = self._address(ins.operands[1])
         modifiers = set(ins.op[1:-1]) - {f"v{len(targets)}"}
-        if modifiers - {"acquire", "relaxed"} == {"gpu", "global"} and kind[1:] == "32":
-            return self._ld_strong(ins, targets[0], address)
+        spins = modifiers - {"acquire", "relaxed"} == {"gpu", "global"} and kind[1:] == "32"
         spaces = [{"shared"}] if kind == "b8" else [{"shared"}, {"global"}, {"global", "cg"}]
+        if spins:
+            spaces = [modifiers]
         if kind not in INTEGERS | {"f32", "b8"} or modifiers not in spaces:
             raise Unsupported(str(ins))
         width, size = UNSIGNED[BITS[kind]], BITS[kind] // 8 * len(targets)
@@ -173,6 +183,9 @@ class Kernel:
             at = address(cta, threads)
             if "shared" in modifiers:
                 data = cta.shared.load(_shared(cta, ins, threads, at, size))
+            elif spins:
+                data = cta.memory.spin(cta, ins, threads, at, "acquire" in modifiers)[:, None]
+                cta.pause = "spin"
             else:
                 data = cta.memory.load(cta, ins, threads, at, size, "cg" not in modifiers)
             data = np.ascontiguousarray(data).view(width)
@@ -196,20 +209,6 @@ class Kernel:
             if ins.op[-1][0] == "s" and value >> width - 1:
                 value -= 1 << width
             cta.put(target, np.array([value % (1 << wide)], kind), mask)
-
-        return run
-
-    def _ld_strong(
-        self, ins: Instruction, target: int, address: Callable[[CTA, Array], Array]
-    ) -> Run:
-        def run(cta: CTA, mask: Mask) -> None:
-            threads = cta.active(mask)
-            at = address(cta, threads)
-            if (at != at[0]).any():
-                raise Unsupported(f"several addresses: {ins}")
-            value = cta.memory.spin(cta, ins, threads, int(at[0]), "acquire" in ins.op)
-            cta.put_active(target, value, threads, mask)
-            cta.pause = "spin"
 
         return run
 
@@ -388,7 +387,7 @@ class Kernel:
         a_by_k, b_by_k = ([True, True] + [not flag for flag in transposed])[-2:]
         registers = frozenset(d + a if in_registers else d)
 
-        def shared_operand(cta: CTA, slot: int, mn: int, k_major: bool) -> tuple[Array, Array]:
+        def read(cta: CTA, slot: int, mn: int, k_major: bool, granules: list[Array]) -> Array:
             by_group = cta.full(slot).reshape(-1, 4 * WARP)
             if (by_group != by_group[:, :1]).any():
                 raise EmulationError(f"a descriptor differs in a warp group: {ins}")
@@ -396,20 +395,20 @@ class Kernel:
                 [matrix.operand_offsets(int(x), mn, k, size, k_major) for x in by_group[:, 0]]
             )
             grain = self.grain
-            granules = (offsets - cta.shared.BASE)[..., None] // grain + np.arange(size // grain)
-            access = Access(cta, ins, cta.active(None), granules)
+            some = (offsets - cta.shared.BASE)[..., None] // grain + np.arange(size // grain)
+            granules.append(some)
+            access = Access(cta, ins, cta.active(None), some)
             words = np.ascontiguousarray(cta.shared.begin_product(access))
-            return matrix.values(words.view(UNSIGNED[8 * size])[..., 0], kind), granules
+            return matrix.values(words.view(UNSIGNED[8 * size])[..., 0], kind)
 
         def run(cta: CTA, mask: Mask) -> None:
-            cta.check_wgmma(registers, frozenset(d), ins)
-            granules = []
+            granules: list[Array] = []
+            cta.begin_product(Product(ins, registers, frozenset(d), granules))
             if in_registers:
                 m = matrix.left_fragment([cta.full(s) for s in a], kind).reshape(-1, 64, k)
             else:
-                m, of_a = shared_operand(cta, a[0], 64, a_by_k)
-                granules.append(of_a)
-            s, of_b = shared_operand(cta, b, n, b_by_k)
+                m = read(cta, a[0], 64, a_by_k, granules)
+            s = read(cta, b, n, b_by_k, granules)
             adds = cta.registers[scale_d]
             if adds.any() != adds.all():
                 raise EmulationError(f"scale-d differs between threads: {ins}")
@@ -420,7 +419,6 @@ class Kernel:
             words = matrix.accumulator_registers(z.reshape(-1, 16, n))
             for target, word in zip(d, words, strict=True):
                 cta.registers[target] = word
-            cta.add_product(registers, frozenset(d), ins, [*granules, of_b])
 
         return run
 

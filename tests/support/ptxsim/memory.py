@@ -386,12 +386,15 @@ class View:
         access.fault("global: two lanes store different values", target[granules] != values)
 
     def spin(
-        self, cta: CTA, instruction: Instruction, threads: Array, address: int, acquires: bool
+        self, cta: CTA, instruction: Instruction, threads: Array, at: Array, acquires: bool
     ) -> Array:
         """Read a word in memory itself, for each thread, and see what was released there.
 
         Now and then a warp still reads what the CTA has read there before, so that warps diverge.
         """
+        address = int(at[0])
+        if (at != address).any():
+            raise EmulationError(f"spins at several addresses: {instruction}")
         clock = self.memory.clocks.get(address, np.zeros_like(cta.known))
         latest = int(self.word(address, instruction)[0]), clock
         late = cta.launch.random.random(cta.threads // 32)[threads // 32] < 0.25
