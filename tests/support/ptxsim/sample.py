@@ -21,7 +21,7 @@ SIZES = {
     "resident": (16, 24, 50, 64, 97, 128),
     "registers": (16, 24, 50, 64, 96, 128),
     "cooperative": (128, 136, 150, 192),
-    "stepwise": (16, 50, 96, 97, 136),
+    "stepwise": (16, 50, 72, 97, 128),
 }
 OTHERS: dict[str, Sequence[Any]] = {
     "T": (2, 3, 4, 5, 6),
