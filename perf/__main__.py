@@ -97,7 +97,7 @@ def run(
 
     Exits with 1 when a result was wrong, or a peer raised, crashed or hung.
     """
-    from perf import axes
+    from perf import presets
     from perf.measure import Settings
     from perf.run import OtherMachineError, run
 
@@ -106,12 +106,12 @@ def run(
     texts |= {"lengths": lengths, "nonlinearities": nonlinearity}
     try:
         rows = run(
-            axes.units(preset, texts, [name for name in peer_names.split(",") if name], device),
+            presets.units(preset, texts, [name for name in peer_names.split(",") if name], device),
             out,
             Settings(rounds, seconds, max_seconds, threads, seed),
             device=device,
-            timeout_s=axes.seconds(timeout),
-            budget_s=axes.seconds(budget) if budget else float("inf"),
+            timeout_s=presets.seconds(timeout),
+            budget_s=presets.seconds(budget) if budget else float("inf"),
         )
     except (ValueError, OtherMachineError) as error:
         raise typer.BadParameter(str(error)) from error
@@ -150,12 +150,15 @@ def accept(
 
     Exits with 1 when a step failed.
     """
-    from perf import axes, steps
+    from perf import presets, steps
     from perf.accept import accept
 
     try:
         records = accept(
-            out, device, axes.seconds(budget), [name.strip() for name in again.split(",") if name]
+            out,
+            device,
+            presets.seconds(budget),
+            [name.strip() for name in again.split(",") if name],
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -176,10 +179,10 @@ def tune(
 
     The same command takes up what the budget left. On a CPU the torch path's own plans are timed.
     """
-    from perf import axes, tune
+    from perf import presets, tune
 
     try:
-        table = tune.run(out, preset, device, axes.seconds(budget))
+        table = tune.run(out, preset, device, presets.seconds(budget))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(tune.summary(table))

@@ -15,15 +15,15 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from perf import environment, loss_curves, plots, tables
-from perf.contenders import (
+from perf.paired_training import (
     OURS,
     REFERENCE,
     TWIN,
-    Contender,
     MakeRNN,
     Recipe,
+    Trainee,
     curves_table,
-    make_contenders,
+    make_trainees,
     speedup,
     train,
 )
@@ -96,28 +96,28 @@ def portions(steps: int, T: int, seed: int, device: torch.device) -> Iterator[li
         yield [Batch(*(tensor.to(device) for tensor in batch)) for batch in batches]
 
 
-def results_table(contenders: Sequence[Contender[Adder]]) -> pd.DataFrame:
-    """Return one row for each contender, the reference first."""
+def results_table(trainees: Sequence[Trainee[Adder]]) -> pd.DataFrame:
+    """Return one row for each trainee, the reference first."""
     return pd.DataFrame(
         [
             {
-                "model": contender.name,
-                "loss": float(np.mean(contender.losses[-WINDOW:])),
+                "model": trainee.name,
+                "loss": float(np.mean(trainee.losses[-WINDOW:])),
                 "blind_loss": BLIND_LOSS,
-                "steps_per_s": len(contender.losses) / sum(contender.turn_seconds),
-                "seconds": sum(contender.turn_seconds),
-                "speedup_vs_nn": speedup(contenders[0], contender),
+                "steps_per_s": len(trainee.losses) / sum(trainee.turn_seconds),
+                "seconds": sum(trainee.turn_seconds),
+                "speedup_vs_nn": speedup(trainees[0], trainee),
             }
-            for contender in contenders
+            for trainee in trainees
         ]
     )
 
 
-def draw(contenders: Sequence[Contender[Adder]], T: int) -> Figure:
+def draw(trainees: Sequence[Trainee[Adder]], T: int) -> Figure:
     """Draw the losses, and how far two trainings drift from torch.nn.RNN's."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    by_name = {contender.name: np.array(contender.losses) for contender in contenders}
+    by_name = {trainee.name: np.array(trainee.losses) for trainee in trainees}
     smooth = {
         name: pd.Series(losses).rolling(WINDOW, min_periods=1).mean()
         for name, losses in by_name.items()
@@ -170,13 +170,11 @@ def run(
         f"Sums of 2 of {T} numbers, {BATCH_SIZE} sequences a batch; {device}, "
         f"{torch.get_num_threads()} threads"
     )
-    contenders = make_contenders(
-        lambda rnn_class: Adder(rnn_class, hidden_size), RECIPE, seed, device
-    )
+    trainees = make_trainees(lambda rnn_class: Adder(rnn_class, hidden_size), RECIPE, seed, device)
     batches = portions(steps, T, seed, device)
-    train(contenders, batches, steps=steps, seed=seed, device=device, console=console)
-    results = results_table(contenders)
-    reference, ours, twin = contenders
+    train(trainees, batches, steps=steps, seed=seed, device=device, console=console)
+    results = results_table(trainees)
+    reference, ours, twin = trainees
     comparison = loss_curves.compare(reference.losses, twin.losses, ours.losses)
     print(results.to_markdown(index=False, floatfmt=("", ".5f", ".3f", ",.0f", ".1f", ".2f")))
     print(f"loss: mean squared error over the last {WINDOW} steps. blind_loss: of answering 1.")
@@ -185,7 +183,7 @@ def run(
         run_id = environment.new_run_id()
         keys = {"steps": steps, "T": T, "hidden_size": hidden_size, "seed": seed}
         tables.append_rows(out, "adding", results.assign(run_id=run_id, **keys))
-        tables.append_rows(out, "adding_curves", curves_table(contenders).assign(run_id=run_id))
+        tables.append_rows(out, "adding_curves", curves_table(trainees).assign(run_id=run_id))
         tables.add_environment(out, run_id, environment.describe(device))
-        plots.save(draw(contenders, T), out / "adding.png")
+        plots.save(draw(trainees, T), out / "adding.png")
     return comparison.agrees

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from perf import environment, limits, tables
+from perf import environment, roofline, tables
 from perf.timing import Clock, EventClock, Job, WallClock
 
 COPY_BYTES = 2**30
@@ -39,7 +39,7 @@ class Probe:
     """What measures one constant.
 
     Attributes:
-        constant: As ``limits.json`` names it.
+        constant: As ``roofline.json`` names it.
         measure: Returns it for a device, in the unit of its name.
         needs_gpu: Why it does not apply on a CPU, or None if it does.
     """
@@ -221,7 +221,7 @@ def run(device: torch.device, out: Path | None) -> pd.DataFrame:
     facts = environment.describe(device)
     name = str(facts["gpu"] if device.type == "cuda" else facts["cpu"])
     measured, missing = calibrate(device)
-    published = limits.sources().get(name, {})
+    published = roofline.sources().get(name, {})
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         content = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from perf import axes, tables
+from perf import presets, tables
 from perf.measure import Settings
 from perf.run import run as run_units
 from perf.sweep import Unit
@@ -27,7 +27,7 @@ TIMEOUT_S = 300.0
 
 def units() -> list[Unit]:
     """Return what is measured."""
-    return axes.units("cpu", {}, (REFERENCE, AGAIN, OURS), "cpu")
+    return presets.units("cpu", {}, (REFERENCE, AGAIN, OURS), "cpu")
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:

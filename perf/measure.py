@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perf import limits, memory, oracle, peers
+from perf import memory, oracle, peers, roofline
 from perf.cases import DTYPES, Case, Workload
-from perf.health import Health
 from perf.peers.peer import Runner
 from perf.switches import set_precision
+from perf.telemetry import Telemetry
 from perf.timing import Clock, EventClock, GraphClock, Job, WallClock, floor_us, time_in_rounds
 
 Row = dict[str, object]
@@ -69,13 +69,13 @@ class Measurement:
         self,
         case: Case,
         settings: Settings,
-        device: limits.Device | None,
+        device: roofline.Device | None,
         *,
         begin: Callable[[str, str, str], None],
         emit: Callable[[Row], None],
     ) -> None:
         self._case, self._settings = case, settings
-        self._device, self._limits = torch.device(case.device), device
+        self._device, self._gpu = torch.device(case.device), device
         self._begin, self._emit = begin, emit
         self._baseline = peers.baseline(case.device)
         self._checked: dict[tuple[str, bool], Checked | Row] = {}
@@ -216,10 +216,10 @@ class Measurement:
 
     def _time(self, mode: str, rows: Mapping[str, Row], clocks: Mapping[Cell, Clock]) -> None:
         settings, timed = self._settings, dict(rows)
-        health = Health(self._device)
+        telemetry = Telemetry(self._device)
 
         def before(cell: Cell) -> None:
-            health.sample()
+            telemetry.sample()
             self._begin(cell[0], mode, "timing")
 
         def failed(cell: Cell, exception: Exception) -> None:
@@ -243,7 +243,7 @@ class Measurement:
         )
         floor = floor_us(settings.sample_s) if self._case.on_gpu and timed else None
         for name, row in timed.items():
-            row |= self._times(name, samples) | health.columns()
+            row |= self._times(name, samples) | telemetry.columns()
             row |= self._model(mode, row)
             if floor is not None:
                 row["event_floor_us"] = floor
@@ -268,7 +268,7 @@ class Measurement:
         return row
 
     def _model(self, mode: str, row: Row) -> Row:
-        work = limits.work(self._case, mode, self._settings.seed)
+        work = roofline.work(self._case, mode, self._settings.seed)
         seconds = 1e-6 * headline_us(row)
         columns: Row = {
             "flop": work.flop,
@@ -276,10 +276,10 @@ class Measurement:
             "tflops": work.flop / seconds / 1e12,
             "gbps": work.bytes / seconds / 1e9,
         }
-        if self._limits is not None:
-            limit = limits.limit(self._case, mode, self._limits, self._settings.seed)
+        if self._gpu is not None:
+            limit = roofline.limit(self._case, mode, self._gpu, self._settings.seed)
             columns |= limit.columns()
-            columns["limit_constants"] = self._limits.origin
+            columns["limit_constants"] = self._gpu.origin
             columns["pct_of_limit"] = 100 * limit.limit_us / headline_us(row)
         return columns
 

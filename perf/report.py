@@ -68,7 +68,7 @@ def _introduction(rows: pd.DataFrame) -> Iterator[str]:
     if "cuda" in kinds:
         yield (
             "On the GPU `event_us` counts. The limit is a model, not a measurement: "
-            "`perf/limits.py`."
+            "`perf/roofline.py`."
         )
 
 

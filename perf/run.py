@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from perf import environment, limits, peers, tables
+from perf import environment, peers, roofline, tables
 from perf.measure import Row, Settings
 from perf.sweep import OutOfTimeError, Sweep, Unit
 
@@ -56,7 +56,7 @@ def run(
     _check_machine(out, facts)
     run_id = _new_run_id(out)
     tables.add_environment(out, run_id, facts)
-    known = limits.find(str(facts["gpu"])) if "gpu" in facts else None
+    known = roofline.find(str(facts["gpu"])) if "gpu" in facts else None
     calibration = tables.read_calibration(out)
     if known is not None and calibration.get("device") == known.name:
         known = known.measured(calibration["measured"])

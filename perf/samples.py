@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from perf import axes, peers
+from perf import peers, presets
 from perf.cases import Case
 from perf.sweep import Unit
 
@@ -82,7 +82,7 @@ def flash(device: str) -> list[Case]:
 def acceptance(device: str) -> list[Unit]:
     """Return what ``python -m perf accept`` measures, the preset ``smoke`` on a CPU."""
     if device == "cpu":
-        return axes.units("smoke", {}, (), device)
+        return presets.units("smoke", {}, (), device)
     baseline = peers.baseline(device)
     beside: tuple[tuple[list[Case], Sequence[str]], ...] = (
         (headline(device), ("tritonrnn", baseline, "loop_graphed")),

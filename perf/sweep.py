@@ -15,8 +15,8 @@ from pathlib import Path
 
 from perf import peers
 from perf.cases import Case
-from perf.limits import Device
 from perf.measure import Row, Settings
+from perf.roofline import Device
 from perf.schema import KEYS
 from perf.tables import RowFile
 from perf.worker import Begun, Crashed, Finished, Measured, Message, Request, serve
@@ -83,7 +83,7 @@ class Sweep:
         budget_s: float = float("inf"),
     ) -> None:
         self._file, self._run_id = file, run_id
-        self._settings, self._limits = settings, device
+        self._settings, self._gpu = settings, device
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + budget_s
         self._done = {tuple(str(row[key]) for key in KEYS) for row in file.rows}
 
@@ -115,9 +115,7 @@ class Sweep:
         at = Begun("", "", "starting")
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "log"
-            request = Request(
-                left.case, self._with_baseline(left), self._settings, self._limits, log
-            )
+            request = Request(left.case, self._with_baseline(left), self._settings, self._gpu, log)
             with worker(request) as (pipe, ended):
                 while True:
                     message = self._receive(pipe)

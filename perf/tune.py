@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from perf import axes, peers, precompile, tables
+from perf import peers, precompile, presets, tables
 from perf.measure import Settings
 from perf.run import run as run_units
 from perf.run import waiting
@@ -60,7 +60,7 @@ def units(preset: str, device: str) -> list[Unit]:
     """Return the cases of a preset, forward and forward+backward, with every plan as a peer."""
     names = (OURS, *plans(device))
     modes = ",".join(MODES)
-    found = axes.units(preset, {"modes": modes, "layouts": "padded"}, names, device)
+    found = presets.units(preset, {"modes": modes, "layouts": "padded"}, names, device)
     # So that what is done so far is a sample of all.
     Random(0).shuffle(found)
     return found

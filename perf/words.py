@@ -15,13 +15,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 import tritonrnn
 from perf import environment, loss_curves, tables
-from perf.contenders import (
+from perf.paired_training import (
     TURN_STEPS,
-    Contender,
     MakeRNN,
     Recipe,
+    Trainee,
     curves_table,
-    make_contenders,
+    make_trainees,
     speedup,
     train,
 )
@@ -90,10 +90,10 @@ def majority_accuracy(training: LabelledWords, held_out: LabelledWords) -> float
     return held_out.labels.count(label) / len(held_out)
 
 
-def backend_of(contender: Contender[WordClassifier], letters: PackedSequence) -> str:
-    """Return what computes a contender's recurrence on this batch."""
-    embedded = contender.model.embed(letters)
-    rnn = contender.model.rnn
+def backend_of(trainee: Trainee[WordClassifier], letters: PackedSequence) -> str:
+    """Return what computes a trainee's recurrence on this batch."""
+    embedded = trainee.model.embed(letters)
+    rnn = trainee.model.rnn
     if isinstance(rnn, tritonrnn.RNN):
         return tritonrnn.explain(rnn, embedded).backend
     return "cuDNN" if torch.backends.cudnn.is_acceptable(embedded.data) else "ATen"
@@ -129,7 +129,7 @@ def classify(
 
 
 def results_table(
-    contenders: Sequence[Contender[WordClassifier]],
+    trainees: Sequence[Trainee[WordClassifier]],
     training: LabelledWords,
     held_out: LabelledWords,
     alphabet: Alphabet,
@@ -137,7 +137,7 @@ def results_table(
     epochs: int,
     device: torch.device,
 ) -> pd.DataFrame:
-    """Return one row for each contender, the reference first.
+    """Return one row for each trainee, the reference first.
 
     ``loss`` is its mean over the last epoch. ``speedup_vs_nn`` stands when something else takes the
     machine for a while; ``seconds`` does not.
@@ -146,19 +146,19 @@ def results_table(
     letters = next(encoded.batches(BATCH_SIZE)).to(device).letters
     majority = majority_accuracy(training, held_out)
     rows = []
-    for contender in contenders:
-        seconds = sum(contender.turn_seconds)
-        last_epoch = contender.losses[-(len(contender.losses) // epochs) :]
+    for trainee in trainees:
+        seconds = sum(trainee.turn_seconds)
+        last_epoch = trainee.losses[-(len(trainee.losses) // epochs) :]
         rows.append(
             {
-                "model": contender.name,
+                "model": trainee.name,
                 "loss": sum(last_epoch) / len(last_epoch),
-                "held_out_accuracy": accuracy(contender.model, encoded, device),
+                "held_out_accuracy": accuracy(trainee.model, encoded, device),
                 "majority_accuracy": majority,
                 "words_per_s": epochs * len(training) / seconds,
                 "seconds": seconds,
-                "backend": backend_of(contender, letters),
-                "speedup_vs_nn": speedup(contenders[0], contender),
+                "backend": backend_of(trainee, letters),
+                "speedup_vs_nn": speedup(trainees[0], trainee),
             }
         )
     return pd.DataFrame(rows)
@@ -195,7 +195,7 @@ def run(
         f"{len(training) + len(held_out):,} words of {len(LANGUAGES)} languages, "
         f"{len(held_out):,} of them held out; {device}, {torch.get_num_threads()} threads"
     )
-    contenders = make_contenders(
+    trainees = make_trainees(
         lambda rnn_class: WordClassifier(rnn_class, len(alphabet), hidden_size),
         RECIPE,
         seed,
@@ -204,7 +204,7 @@ def run(
     encoded = EncodedWords(training.words, training.labels, alphabet)
     generator = torch.Generator().manual_seed(seed)
     train(
-        contenders,
+        trainees,
         (
             [batch.to(device) for batch in encoded.shuffled(BATCH_SIZE, generator)]
             for _ in range(epochs)
@@ -214,8 +214,8 @@ def run(
         device=device,
         console=console,
     )
-    results = results_table(contenders, training, held_out, alphabet, epochs=epochs, device=device)
-    reference, ours, twin = contenders
+    results = results_table(trainees, training, held_out, alphabet, epochs=epochs, device=device)
+    reference, ours, twin = trainees
     comparison = loss_curves.compare(reference.losses, twin.losses, ours.losses)
 
     formats = ("", ".5f", ".3f", ".3f", ",.0f", ".1f", "", ".2f")
@@ -235,6 +235,6 @@ def run(
         run_id = environment.new_run_id()
         keys = {"epochs": epochs, "hidden_size": hidden_size, "seed": seed, "top": top}
         tables.append_rows(out, "words", results.assign(run_id=run_id, **keys))
-        tables.append_rows(out, "words_curves", curves_table(contenders).assign(run_id=run_id))
+        tables.append_rows(out, "words_curves", curves_table(trainees).assign(run_id=run_id))
         tables.add_environment(out, run_id, environment.describe(device))
     return comparison.agrees

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from perf.cases import Case
-from perf.limits import Device
 from perf.measure import Measurement, Row, Settings, failure
+from perf.roofline import Device
 
 # Triton's interpreter is never timed, and no peer's back end is chosen from outside.
 UNSET = ("TRITON_INTERPRET", "TRITONRNN_BACKEND")

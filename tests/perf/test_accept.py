@@ -19,7 +19,17 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from perf import accept, axes, precompile, recorded_tests, samples, sanitize, schema, tables, tune
+from perf import (
+    accept,
+    precompile,
+    presets,
+    recorded_tests,
+    samples,
+    sanitize,
+    schema,
+    tables,
+    tune,
+)
 from perf.__main__ import app
 from perf.cases import Case
 from perf.measure import Settings
@@ -167,8 +177,8 @@ def test_command_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
 
 
 def test_acceptance_on_a_cpu_survives_kill_9_and_says_what_needs_a_gpu(tmp_path, monkeypatch):
-    assert samples.acceptance("cpu") == axes.units("smoke", {}, (), "cpu")
-    few = axes.units("smoke", {"modes": "infer", "layouts": "padded"}, (), "cpu")
+    assert samples.acceptance("cpu") == presets.units("smoke", {}, (), "cpu")
+    few = presets.units("smoke", {"modes": "infer", "layouts": "padded"}, (), "cpu")
     monkeypatch.setattr(samples, "acceptance", lambda device: few)
     monkeypatch.setattr(accept, "SETTINGS", Settings(rounds=2, sample_s=0))
     out = tmp_path / "out"

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import perf
-from perf import axes, cpu
+from perf import cpu, presets
 from perf.__main__ import app
 from perf.sweep import Unit
 
@@ -92,7 +92,7 @@ def test_units_are_five_cases_in_three_modes():
 
 def tiny_units(ours: str) -> list[Unit]:
     sizes = {"T": "5", "B": "3", "I": "4", "H": "6", "layers": "1", "directions": "1"}
-    return axes.units("cpu", sizes, (cpu.REFERENCE, cpu.AGAIN, ours), "cpu")
+    return presets.units("cpu", sizes, (cpu.REFERENCE, cpu.AGAIN, ours), "cpu")
 
 
 def cpu_command(*more: str):

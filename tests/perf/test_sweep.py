@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 import perf
-from perf import axes, schema, tables
+from perf import presets, schema, tables
 from perf.__main__ import app
 from perf.sweep import Unit
 
@@ -49,7 +49,7 @@ def test_smoke_sweep_has_a_row_for_every_cell(smoke):
     rows = perf.load(smoke)
     cells = {
         (unit.case.case_id, *cell)
-        for unit in axes.units("smoke", {}, (), "cpu")
+        for unit in presets.units("smoke", {}, (), "cpu")
         for cell in unit.cells()
     }
     assert len(rows) == len(cells)
@@ -197,33 +197,33 @@ def test_folder_of_another_machine_is_left_alone(tmp_path):
     [("1,16", (1, 16)), ("64:512:x2", (64, 128, 256, 512)), ("10:30:+10,7", (10, 20, 30, 7))],
 )
 def test_axes_are_read(text, expected):
-    assert axes.numbers(text) == expected
+    assert presets.integers(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "x", "4:8", "4:8:x1", "4:8:+0", "0", "0:8:x2", "-1"])
 def test_axes_that_make_no_sense_raise(text):
     with pytest.raises(ValueError, match="Expected"):
-        axes.numbers(text)
+        presets.integers(text)
 
 
 def test_axes_replace_those_of_the_preset_and_no_case_comes_twice():
     given = {"H": "16,32", "dtypes": "bf16,fp32", "layouts": "padded"}
-    units = axes.units("smoke", given, ("loop",), "cuda")
+    units = presets.units("smoke", given, ("loop",), "cuda")
     assert len({unit.case for unit in units}) == len(units) == 4
     assert {unit.case.fp32_mode for unit in units if unit.case.dtype == "bf16"} == {"none"}
     assert all(unit.case.T == 8 and unit.case.I == 4 for unit in units)
-    assert set(axes.units("headline", {}, (), "cuda")[0].modes) == {"infer", "fwdbwd"}
+    assert set(presets.units("headline", {}, (), "cuda")[0].modes) == {"infer", "fwdbwd"}
 
 
-@pytest.mark.parametrize("preset", axes.PRESETS)
+@pytest.mark.parametrize("preset", presets.PRESETS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_presets_name_cases(preset, device):
-    units = axes.units(preset, {}, (), device)
+    units = presets.units(preset, {}, (), device)
     assert len({unit.case.case_id for unit in units}) == len(units) > 0
 
 
 def test_unit_without_what_is_done():
-    [unit, *_] = axes.units("smoke", {}, ("loop", "nn_aten"), "cpu")
+    [unit, *_] = presets.units("smoke", {}, ("loop", "nn_aten"), "cpu")
     done = [("loop", mode) for mode in unit.modes if mode != "bwd"] + [("nn_aten", "bwd")]
     left = unit.without(done)
     assert left == Unit(
@@ -254,7 +254,7 @@ def test_device_that_is_not_there_is_told(tmp_path, command, monkeypatch):
 
 def test_help_has_the_names_of_every_axis():
     text = invoke("run", "--help").output
-    for names in axes.NAMED_AXES.values():
+    for names in presets.NAMED_AXES.values():
         assert all(name in text for name in names)
 
 

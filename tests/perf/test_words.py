@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_packed_sequence
 from typer.testing import CliRunner
 
 import tritonrnn
-from perf import contenders, loss_curves, tables, word_lists
+from perf import loss_curves, paired_training, tables, word_lists
 from perf.__main__ import app
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
@@ -97,7 +97,7 @@ def test_normalize_spells_as_the_lists_do():
 def test_perturb_moves_by_one_unit_in_the_last_place():
     model = nn.Linear(30, 20)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    contenders.perturb(model, contenders.rounding_unit(torch.device("cpu")))
+    paired_training.perturb(model, paired_training.rounding_unit(torch.device("cpu")))
     for old, new in zip(before, model.parameters()):
         assert torch.equal(torch.nextafter(old, 2 * old), new)
 
@@ -150,9 +150,9 @@ def test_words_command_trains_compares_and_writes(tmp_path):
         assert "papillon" in result.output
     rows = pd.read_parquet(tmp_path / "words.parquet")
     assert list(rows["model"]) == 2 * [
-        contenders.REFERENCE,
-        contenders.OURS,
-        contenders.TWIN,
+        paired_training.REFERENCE,
+        paired_training.OURS,
+        paired_training.TWIN,
     ]
     assert list(rows["backend"][:3]) == ["ATen", "torch", "ATen"]
     assert rows["held_out_accuracy"].between(0, 1).all()

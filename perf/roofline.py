@@ -35,7 +35,7 @@ from pathlib import Path
 
 from perf.cases import DTYPES, Case
 
-CONSTANTS = Path(__file__).with_name("limits.json")
+CONSTANTS = Path(__file__).with_name("roofline.json")
 
 # Matrix instructions take sequences by eights.
 SEQUENCES_PER_TILE = 8
@@ -43,11 +43,11 @@ SEQUENCES_PER_TILE = 8
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU's constants, with units in their names; see ``limits.json`` for their sources.
+    """A GPU's constants, with units in their names; see ``roofline.json`` for their sources.
 
     Attributes:
         name: As torch gives it.
-        constants: By the names that ``limits.json`` has.
+        constants: By the names that ``roofline.json`` has.
         origin: "published", or "measured" if a calibration replaced some.
     """
 

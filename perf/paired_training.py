@@ -47,7 +47,7 @@ class Recipe(Generic[Model]):
 
 
 @dataclass
-class Contender(Generic[Model]):
+class Trainee(Generic[Model]):
     """A model in training.
 
     Attributes:
@@ -66,7 +66,7 @@ class Contender(Generic[Model]):
 
     def warm_up(self, batches: Sequence[Any], device: torch.device) -> None:
         """Take a few steps with a copy, so that no start-up cost is timed."""
-        Contender(self.name, copy.deepcopy(self.model), self.recipe).take_turn(batches, device)
+        Trainee(self.name, copy.deepcopy(self.model), self.recipe).take_turn(batches, device)
 
     def take_turn(self, batches: Sequence[Any], device: torch.device) -> None:
         """Train on the batches, one step each, and record losses and time."""
@@ -106,22 +106,22 @@ def perturb(model: nn.Module, unit: float) -> None:
         parameter.add_(torch.ldexp(torch.full_like(parameter, unit), exponent) * parameter.sign())
 
 
-def make_contenders(
+def make_trainees(
     build: Callable[[MakeRNN], Model], recipe: Recipe[Model], seed: int, device: torch.device
-) -> list[Contender[Model]]:
+) -> list[Trainee[Model]]:
     """Build the reference, ours and the reference's perturbed twin from one seed."""
-    contenders = []
+    trainees = []
     for name, rnn_class in ((REFERENCE, nn.RNN), (OURS, tritonrnn.RNN), (TWIN, nn.RNN)):
         torch.manual_seed(seed)
         model = build(rnn_class)
         if name == TWIN:
             perturb(model, rounding_unit(device))
-        contenders.append(Contender(name, model.to(device), recipe))
-    return contenders
+        trainees.append(Trainee(name, model.to(device), recipe))
+    return trainees
 
 
 def train(
-    contenders: Sequence[Contender[Model]],
+    trainees: Sequence[Trainee[Model]],
     portions: Iterable[Sequence[Any]],
     *,
     steps: int,
@@ -129,12 +129,12 @@ def train(
     device: torch.device,
     console: Console,
 ) -> None:
-    """Train every contender on the same batches, taking turns in random order.
+    """Train every trainee on the same batches, taking turns in random order.
 
     Args:
-        contenders: To be trained.
+        trainees: To be trained.
         portions: Batches, on the device. Each portion is built ahead of its turns, for all
-            contenders: batches are no part of what is timed.
+            trainees: batches are no part of what is timed.
         steps: How many batches there are in all.
         seed: Of the order.
         device: Where to train.
@@ -151,19 +151,17 @@ def train(
         console=console,
     ) as progress:
         bars = {
-            contender.name: progress.add_task(contender.name, total=steps, loss=float("nan"))
-            for contender in contenders
+            trainee.name: progress.add_task(trainee.name, total=steps, loss=float("nan"))
+            for trainee in trainees
         }
         for index, batches in enumerate(portions):
             if index == 0:
-                for contender in contenders:
-                    contender.warm_up(batches[:WARM_UP_STEPS], device)
+                for trainee in trainees:
+                    trainee.warm_up(batches[:WARM_UP_STEPS], device)
             for share in _in_turns(batches):
-                for contender in random.sample(contenders, len(contenders)):
-                    contender.take_turn(share, device)
-                    progress.update(
-                        bars[contender.name], advance=len(share), loss=contender.losses[-1]
-                    )
+                for trainee in random.sample(trainees, len(trainees)):
+                    trainee.take_turn(share, device)
+                    progress.update(bars[trainee.name], advance=len(share), loss=trainee.losses[-1])
 
 
 def _in_turns(batches: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -171,7 +169,7 @@ def _in_turns(batches: Sequence[Any]) -> Iterator[Sequence[Any]]:
         yield batches[start : start + TURN_STEPS]
 
 
-def speedup(reference: Contender[Model], own: Contender[Model]) -> float:
+def speedup(reference: Trainee[Model], own: Trainee[Model]) -> float:
     """Return how much faster one trained than the reference.
 
     The median over the turns, so that it stands when something else takes the machine for a while.
@@ -180,12 +178,12 @@ def speedup(reference: Contender[Model], own: Contender[Model]) -> float:
     return float(pd.Series([theirs / its for theirs, its in turns]).median())
 
 
-def curves_table(contenders: Sequence[Contender[Model]]) -> pd.DataFrame:
-    """Return the loss of every contender at every step, one row each."""
+def curves_table(trainees: Sequence[Trainee[Model]]) -> pd.DataFrame:
+    """Return the loss of every trainee at every step, one row each."""
     return pd.concat(
         [
             pd.DataFrame({"model": c.name, "step": range(len(c.losses)), "loss": c.losses})
-            for c in contenders
+            for c in trainees
         ],
         ignore_index=True,
     )

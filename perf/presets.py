@@ -135,7 +135,7 @@ PRESETS: dict[str, tuple[Grid, ...]] = {
 }
 
 
-def numbers(text: str) -> tuple[int, ...]:
+def integers(text: str) -> tuple[int, ...]:
     """Read ``1,16``, ``64:1024:x2`` (doubling) or ``0:100:+10`` (adding), or several of them.
 
     Raises:
@@ -216,7 +216,7 @@ def units(
     named = {
         axis: words(text, NAMED_AXES[axis]) for axis, text in given.items() if axis in NAMED_AXES
     }
-    sizes = {axis: numbers(text) for axis, text in given.items() if axis not in NAMED_AXES}
+    sizes = {axis: integers(text) for axis, text in given.items() if axis not in NAMED_AXES}
     names = tuple(names) or peers.defaults(device)
     found: dict[Case, dict[str, Sequence[str]]] = {}
     for grid in PRESETS[preset]:

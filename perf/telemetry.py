@@ -9,7 +9,7 @@ from contextlib import suppress
 import torch
 
 
-class Health:
+class Telemetry:
     """Samples of a GPU's state; of none on a CPU, or where NVML is not to be had."""
 
     def __init__(self, device: torch.device) -> None:
