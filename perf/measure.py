@@ -1,4 +1,4 @@
-"""One case: every peer is checked, weighed and timed against the others."""
+"""Measure one case: check every peer, weigh its memory and time it against the others."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from perf.timing import Clock, EventClock, GraphClock, Job, WallClock, floor_us,
 Row = dict[str, object]
 Cell = tuple[str, str]
 
-# Rows whose time is nearer to that of an empty kernel tell little of the peer.
+# A row gets a note if its time is below that of so many empty kernels.
 FLOORS = 5
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """Hold how to measure.
 
     Attributes:
         rounds: Samples of each peer.
         sample_s: About how long a sample lasts.
         max_s: About how long the rounds of a case and mode may last.
-        threads: That torch may use on the CPU; 0 for its own choice.
-        seed: Of the inputs, the weights and the order of the peers.
+        threads: CPU threads of torch; 0 for its own choice.
+        seed: Seed of the inputs, the weights and the order of the peers.
     """
 
     rounds: int = 20
@@ -47,7 +47,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Checked:
-    """A peer that was run once and compared with float64."""
+    """Hold a peer that was run once and compared with float64."""
 
     runner: Runner
     max_rel_err: float
@@ -55,14 +55,14 @@ class Checked:
 
 
 class Measurement:
-    """Measures one case in this process.
+    """Measure one case in this process.
 
     Args:
         case: What to run.
         settings: How to measure.
-        device: Constants for the model of the limit, if the device's are known.
-        begin: Told the peer, mode and phase that come next: where to look if nothing comes after.
-        emit: Takes each row as soon as it is known.
+        device: Constants of the roofline model, if they are known for the device.
+        begin: Called with the peer, mode and phase that come next, to name them after a crash.
+        emit: Called with each row as soon as it is known.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Measurement:
         self._workload = self._drawn.to(self._case.device, DTYPES[self._case.dtype])
         for mode in modes:
             names = [name for name, its_mode in able if its_mode == mode]
-            # Whatever else is measured is measured against the baseline, and judged by its error.
+            # The baseline comes first: the others are timed against it and judged by its error.
             self._measure(mode, sorted(names, key=lambda name: name != self._baseline))
 
     def _measure(self, mode: str, names: Sequence[str]) -> None:
@@ -130,7 +130,7 @@ class Measurement:
         self._time(mode, rows, clocks)
 
     def _check(self, name: str, mode: str) -> Row:
-        """Return a row whose status says whether the peer's results are right."""
+        """Return a row with the status of the peer's results: right, wrong or failed."""
         trains = mode != "infer"
         if (name, trains) not in self._checked:
             self._checked[name, trains] = self._run_once(name, trains)
@@ -151,12 +151,12 @@ class Measurement:
         return row
 
     def _reference_error(self, trains: bool) -> float | None:
-        """Return the error of nn.RNN at the precision of the case, if it could be had."""
+        """Return the error of nn.RNN at the precision of the case, if nn.RNN ran."""
         if self._case.layout != "jagged":
             reference = self._checked.get((self._baseline, trains))
             return reference.max_rel_err if isinstance(reference, Checked) else None
         if trains not in self._packed_errors:
-            # The baseline takes no nested tensor, but the same batch packed.
+            # The baseline takes no nested tensor, so it runs the same batch packed.
             results = oracle.nn_results(
                 self._case,
                 self._drawn,
@@ -231,7 +231,7 @@ class Measurement:
             elif timed.pop(name, None) is not None:
                 self._emit(rows[name] | failure(exception))
 
-        # Seeded by what is measured, so that a case resumed is a case repeated.
+        # Seeded by the case and mode, so that a case has the same order after a resumed run.
         random = Random(f"{settings.seed} {self._case.case_id} {mode}")
         samples = time_in_rounds(
             clocks,
@@ -292,7 +292,7 @@ class Measurement:
 
     @contextmanager
     def _failing(self, name: str, mode: str) -> Iterator[None]:
-        """Make a row of what is raised inside, unless the process can't go on."""
+        """Make a row of an exception raised inside, unless the process can't continue."""
         try:
             yield
         except Exception as exception:
@@ -302,7 +302,7 @@ class Measurement:
 
 
 def make_job(runner: Runner, workload: Workload, mode: str) -> Job:
-    """Return what a mode times of a peer."""
+    """Return the job of a peer that a mode times."""
     tokens = workload.tokens.detach().clone().requires_grad_(mode != "infer")
     leaves = [tokens, *runner.parameters] if mode != "infer" else []
     gradients = (workload.output_grad, workload.h_n_grad)
@@ -328,7 +328,7 @@ def make_job(runner: Runner, workload: Workload, mode: str) -> Job:
 
 
 def headline_us(row: Row) -> float:
-    """Return the time that counts: the GPU's own where there is one, else what a user waits."""
+    """Return the time that counts: GPU time where there is one, else wall time."""
     value = row.get("event_us_p50", row["wall_us_p50"])
     assert isinstance(value, float)
     return value
@@ -342,17 +342,18 @@ def quantiles(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def is_out_of_memory(exception: BaseException) -> bool:
-    """Whether memory ran out: the GPU's, or the CPU's, for which torch has no exception."""
+    """Return whether memory ran out: the GPU's, or the CPU's, for which torch has no exception."""
     return isinstance(exception, (torch.OutOfMemoryError, MemoryError)) or (
         "can't allocate memory" in str(exception)
     )
 
 
 def gpu_is_lost() -> bool:
-    """Whether the GPU can do nothing more for this process.
+    """Return whether this process can't use the GPU any more.
 
-    It is asked, not told by the exception: torch raises the same for an illegal access, which
-    stays, and for a call that a CUDA graph can't record, which does not. Triton raises its own.
+    The GPU is asked, because the exception does not show it: torch raises the same one for an
+    illegal access, after which the context is lost, and for a call that a CUDA graph can't capture,
+    after which it is not. Triton raises exceptions of its own.
     """
     if not torch.cuda.is_initialized():
         return False
@@ -364,7 +365,7 @@ def gpu_is_lost() -> bool:
 
 
 def failure(exception: BaseException) -> Row:
-    """Return the columns that tell of an exception."""
+    """Return the columns of a row for an exception."""
     if is_out_of_memory(exception):
         status = "oom"
     elif isinstance(exception, NotImplementedError):
@@ -375,5 +376,5 @@ def failure(exception: BaseException) -> Row:
 
 
 def first_line(exception: BaseException) -> str:
-    """Return the first line of what an exception says."""
+    """Return the first line of an exception's message."""
     return next(iter(str(exception).strip().splitlines()), "")[:300]

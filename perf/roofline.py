@@ -1,4 +1,4 @@
-"""The one model of the limit: no run of a case takes less than max(compute, memory, serial).
+"""Model the roofline: no run of a case takes less than max(compute, memory, serial).
 
 With N tokens, G directions, e bytes an element, for each layer of I inputs (of all layers but the
 first, I is G·H), forward:
@@ -13,16 +13,15 @@ The chain of a step is that of the cheapest strategy which can hold the weights:
     multiprocessor  each slice of the batch on one multiprocessor, weights and state inside
     cluster         the weights spread over a cluster, the state exchanged between its members,
                     and a barrier of the cluster
-    grid            the weights spread over the whole device, the state handed over through L2
+    grid            the weights spread over the whole device, the state exchanged through L2
     launches        a node of a CUDA graph a step
 
-Every strategy may cut the batch into slices, down to the eight sequences that a matrix instruction
-takes, and keep weights in registers. So T 1024, B 16, H 256 in bf16 has two multiprocessors of
-eight sequences each, 160 + 256 clocks a step and 215 us in all on an H200. The estimate that the
-model was first told with, 350 to 500 us, is of one multiprocessor for the whole batch: 160 + 512
-clocks, 348 us, and more where the weights are read from shared memory at each step. A kernel of
-ours may be bound by that. But a limit is what no kernel can go below, and it is the cheapest way of
-the formulas that counts.
+Every strategy may cut the batch into slices, down to the eight sequences of one MMA, and keep
+weights in registers. So T 1024, B 16, H 256 in bf16 takes two multiprocessors of eight sequences
+each: 160 + 256 clocks a step, 215 us in all on an H200. One multiprocessor for all sixteen
+sequences would take 160 + 512 clocks, 348 us, and more where it reads weights from shared memory at
+each step. A kernel of ours may be bound by that; but no kernel can be faster than the limit, so the
+cheapest strategy counts.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ from perf.cases import DTYPES, Case
 
 CONSTANTS = Path(__file__).with_name("roofline.json")
 
-# Matrix instructions take sequences by eights.
+# MMA instructions take sequences in multiples of eight.
 SEQUENCES_PER_TILE = 8
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU's constants, with units in their names; see ``roofline.json`` for their sources.
+    """Hold a GPU's constants, with units in their names; ``roofline.json`` has their sources.
 
     Attributes:
-        name: As torch gives it.
-        constants: By the names that ``roofline.json`` has.
-        origin: "published", or "measured" if a calibration replaced some.
+        name: The device's name in torch.
+        constants: Values by their names in ``roofline.json``.
+        origin: "published", or "measured" if a calibration replaced some of them.
     """
 
     name: str
@@ -59,18 +58,18 @@ class Device:
         return self.constants[constant]
 
     def measured(self, calibration: Mapping[str, float]) -> Device:
-        """Return this device with the constants that were measured in place of the published."""
+        """Return this device with measured constants in place of the published ones."""
         known = {name: value for name, value in calibration.items() if name in self.constants}
         return replace(self, constants={**self.constants, **known}, origin="measured")
 
     def us(self, clocks: float) -> float:
-        """Return how long so many clock cycles last."""
+        """Return the microseconds of so many clock cycles."""
         return clocks / (1e3 * self["clock_GHz"])
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a case has to do: floating-point operations, and bytes to move at least."""
+    """Count what a case has to do: floating-point operations, and bytes to move at least."""
 
     flop: float
     bytes: float
@@ -78,7 +77,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Limit:
-    """The least time of a case, in its three parts."""
+    """Hold the three parts of a case's least time."""
 
     compute_us: float
     hbm_us: float
@@ -87,7 +86,7 @@ class Limit:
 
     @property
     def limit_us(self) -> float:
-        """The largest part."""
+        """Return the largest part."""
         return max(self.compute_us, self.hbm_us, self.serial_us)
 
     def columns(self) -> dict[str, object]:
@@ -104,13 +103,13 @@ class Limit:
 
 
 def sources() -> dict[str, dict[str, dict[str, object]]]:
-    """Return, for each known device, each constant's value and source."""
+    """Return the value and the source of each constant of each known device."""
     data = json.loads(CONSTANTS.read_text())
     return {name: {**data["hopper"], **own} for name, own in data["devices"].items()}
 
 
 def find(name: str | None) -> Device | None:
-    """Return a device's published constants by the name that torch gives it; None if unknown."""
+    """Return the published constants of a device by its name in torch; None if unknown."""
     constants = sources().get(name or "")
     if constants is None:
         return None
@@ -118,12 +117,12 @@ def find(name: str | None) -> Device | None:
 
 
 def passes(mode: str) -> tuple[int, int]:
-    """Return how often a mode runs forward and backward."""
+    """Return how often a mode runs the forward and the backward pass."""
     return {"infer": (1, 0), "fwd": (1, 0), "bwd": (0, 1), "fwdbwd": (1, 1)}[mode]
 
 
 def work(case: Case, mode: str, seed: int) -> Work:
-    """Return what a case has to do; ``seed`` is of a ragged batch's lengths."""
+    """Return the work of a case; ``seed`` draws the lengths of a ragged batch."""
     forward, backward = passes(mode)
     N, G, H, e = case.tokens(seed), case.directions, case.H, DTYPES[case.dtype].itemsize
     flop = nbytes = 0
@@ -137,7 +136,7 @@ def work(case: Case, mode: str, seed: int) -> Work:
 
 
 def precision(case: Case) -> str:
-    """Return the name that the constants have for the products of a case."""
+    """Return the precision of a case's products, as the constants name it."""
     return "tf32" if case.dtype == "fp32" and case.fp32_mode == "tf32" else case.dtype
 
 
@@ -155,9 +154,9 @@ def limit(case: Case, mode: str, device: Device, seed: int) -> Limit:
 
 
 def chains(case: Case, device: Device) -> Iterator[tuple[float, str]]:
-    """Yield the microseconds of a step by every strategy that can hold the weights."""
+    """Yield the microseconds of a step with every strategy that can hold the weights."""
     e, H = DTYPES[case.dtype].itemsize, case.H
-    # Layers overlap in a wavefront, each on multiprocessors of its own, as directions are.
+    # Layers overlap in a wavefront, each on multiprocessors of its own; so do directions.
     groups = case.directions * case.layers
     available = int(device["multiprocessors"]) // groups
     largest = min(available, int(device["cluster_multiprocessors"]))
@@ -181,13 +180,13 @@ def chains(case: Case, device: Device) -> Iterator[tuple[float, str]]:
 
 
 def _work_clk(case: Case, device: Device, members: int, slices: int) -> float | None:
-    """Clocks that a step's product takes, or None if its weights do not fit.
+    """Return the clocks of a step's product, or None if its weights do not fit.
 
     Args:
         case: What to run.
-        device: Where.
+        device: Where to run it.
         members: Multiprocessors that share the weights of one direction.
-        slices: Parts that the batch is cut in, each with such a set of multiprocessors.
+        slices: Parts of the batch, each with its own set of multiprocessors.
     """
     e, H = DTYPES[case.dtype].itemsize, case.H
     rows = math.ceil(H / members)
@@ -195,7 +194,7 @@ def _work_clk(case: Case, device: Device, members: int, slices: int) -> float | 
     if share_bytes > device["register_weight_bytes"] + device["shared_bytes"]:
         return None
     sequences = math.ceil(case.B / slices)
-    # What registers don't hold is read from shared memory at every step, beside the product.
+    # Weights beyond the registers are read from shared memory at every step, beside the product.
     from_shared = max(0.0, share_bytes - device["register_weight_bytes"])
     read_clk = from_shared / device["shared_bytes_per_clk"]
     return max(_matrix_clk(case, device, sequences, members), read_clk)
