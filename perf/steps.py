@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from perf.tables import renamed
+
 STATE = "steps.json"
 
 # done, failed and unavailable are final; an unfinished step continues the next time.
@@ -61,7 +63,7 @@ class Ledger:
         self._path = folder / STATE
         folder.mkdir(parents=True, exist_ok=True)
         content = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self.records = {name: Record(**record) for name, record in content.items()}
+        self.records = {name: Record(**renamed(record)) for name, record in content.items()}
 
     def write(self, name: str, record: Record) -> None:
         """Write the record of a step."""
