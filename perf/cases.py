@@ -23,6 +23,8 @@ LENGTHS = ("equal", "linear", "uniform", "words", "lognormal")
 # alone. fwdbwd: both, as in training.
 MODES = ("infer", "fwd", "bwd", "fwdbwd")
 
+# TF32 keeps 10 bits of the fraction.
+TF32_EPS = 2.0**-10
 # Lengths of words, as frequent as in a list of English words; scaled to T.
 WORD_LENGTHS = (2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 10, 12, 15)
 LOGNORMAL_SIGMA = 0.75
@@ -72,6 +74,12 @@ class Case:
     def on_gpu(self) -> bool:
         """Return whether the case runs on a GPU."""
         return torch.device(self.device).type == "cuda"
+
+    @property
+    def eps(self) -> float:
+        """Return the rounding of the case's products."""
+        tf32 = self.dtype == "fp32" and self.fp32_mode == "tf32"
+        return TF32_EPS if tf32 else torch.finfo(DTYPES[self.dtype]).eps
 
     def columns(self) -> dict[str, object]:
         """Return the columns of a row that name this case."""

@@ -108,9 +108,7 @@ class Measurement:
         trains = mode != "infer"
         if names and trains not in self._exact:
             self._begin("", mode, "float64")
-            self._exact[trains] = oracle.exact_results(
-                self._case, self._drawn, self._settings.seed, trains=trains
-            )
+            self._exact[trains] = self._module_results(oracle.RNN, torch.float64, trains)
         rows: dict[str, Row] = {}
         clocks: dict[Cell, Clock] = {}
         for name in names:
@@ -137,7 +135,7 @@ class Measurement:
         checked = self._checked[name, trains]
         if not isinstance(checked, Checked):
             return {**checked, "mode": mode}
-        tolerance = oracle.tolerance(self._case, self._reference_error(trains))
+        tolerance = oracle.tolerance(self._case.eps, self._reference_error(trains))
         row = self._row((name, mode)) | {
             "status": "ok",
             "max_rel_err": checked.max_rel_err,
@@ -157,15 +155,25 @@ class Measurement:
             return reference.max_rel_err if isinstance(reference, Checked) else None
         if trains not in self._packed_errors:
             # The baseline takes no nested tensor, so it runs the same batch packed.
-            results = oracle.nn_results(
-                self._case,
-                self._drawn,
-                self._settings.seed,
-                DTYPES[self._case.dtype],
-                trains=trains,
-            )
-            self._packed_errors[trains] = oracle.relative_error(results, self._exact[trains])
+            results = self._module_results(nn.RNN, DTYPES[self._case.dtype], trains)
+            self._packed_errors[trains] = oracle.max_relative_error(results, self._exact[trains])
         return self._packed_errors[trains]
+
+    def _module_results(
+        self, rnn_class: type[nn.RNN], dtype: torch.dtype, trains: bool
+    ) -> list[Tensor]:
+        """Return the results of a class of modules in some dtype.
+
+        The inputs and weights have the values that a peer gets: rounded to the dtype of the case.
+        """
+        case, narrow = self._case, DTYPES[self._case.dtype]
+        module = case.make_module(rnn_class, self._settings.seed).to(narrow).to(case.device, dtype)
+        workload = self._drawn.to(case.device, narrow).to(case.device, dtype)
+        # A jagged batch is packed, because nn.RNN takes no nested tensor.
+        runner = Runner(
+            lambda tokens: workload.run_packed(module, tokens), list(module.parameters())
+        )
+        return runner.results(workload, trains=trains)
 
     def _run_once(self, name: str, trains: bool) -> Checked | Row:
         module = self._case.make_module(nn.RNN, self._settings.seed)
@@ -174,8 +182,8 @@ class Measurement:
         try:
             runner = peers.find(name).build(self._case, module, self._workload)
             with runner.context():
-                results = oracle.results_of(runner, self._workload, trains=trains)
-            error = oracle.relative_error(results, self._exact[trains])
+                results = runner.results(self._workload, trains=trains)
+            error = oracle.max_relative_error(results, self._exact[trains])
         except Exception as exception:
             if gpu_is_lost():
                 raise
@@ -183,7 +191,7 @@ class Measurement:
         return Checked(runner, error, time.perf_counter() - started)
 
     def _weigh(self, runner: Runner, mode: str) -> Row:
-        runner = replace(runner, forward=runner.unrecorded or runner.forward)
+        runner = replace(runner, forward=runner.uncaptured or runner.forward)
         job = make_job(runner, self._workload, mode)
         with job.context():
             called, _ = memory.footprint(job.call, self._device)
@@ -203,7 +211,7 @@ class Measurement:
         clocks: dict[Cell, Clock] = {(name, "wall_us"): WallClock(job(), seconds)}
         if self._case.on_gpu:
             clocks[name, "event_us"] = EventClock(job(), seconds)
-            if runner.unrecorded is not None:
+            if runner.uncaptured is not None:
                 row["note"] = "no CUDA graph: it replays some of its own"
                 return clocks
             try:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from perf import oracle, peers
+from perf import peers
 from perf.cases import DTYPES, Case, Workload
 from perf.measure import first_line
 from perf.sweep import Unit
@@ -73,7 +73,7 @@ def compile_one(task: tuple[str, Case]) -> Compiled:
         runner = peers.find(name).build(case, module, workload)
         with runner.context():
             for trains in (False, True):
-                oracle.results_of(runner, workload, trains=trains)
+                runner.results(workload, trains=trains)
     except Exception as exception:
         error = f"{type(exception).__name__}: {first_line(exception)}"
     return Compiled(name, case, time.monotonic() - started, error)

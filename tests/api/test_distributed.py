@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from perf.distributed import Tagger, Training, train, train_in_two
-from tests.support.reference import assert_as_accurate
+from perf.oracle import assert_as_accurate
 
 WAYS = ("DistributedDataParallel", "fully_shard")
 ON_TORCH = [Training(way) for way in WAYS]
@@ -62,5 +62,5 @@ def test_what_a_training_raises_is_told(together):
 
 
 def test_processes_that_take_too_long_are_ended():
-    with pytest.raises(RuntimeError, match="did not come to their end in 0 s"):
+    with pytest.raises(RuntimeError, match="did not finish in 0 s"):
         train_in_two(ON_TORCH, limit_s=0)

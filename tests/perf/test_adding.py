@@ -1,4 +1,4 @@
-"""The adding problem: its data, and that both modules learn it alike."""
+"""The adding problem: its data, and both modules learn it alike."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_batches_are_sums_of_one_marked_number_of_each_half():
     assert set(marks.unique().tolist()) == {0.0, 1.0}
     for half in (marks[:4], marks[4:]):
         assert (half.sum(0) == 1).all()
-        # Wherever in it.
+        # Anywhere in the half.
         assert half.any(1).all()
     torch.testing.assert_close((numbers * marks).sum(0), sums)
 
@@ -62,7 +62,7 @@ def test_adder_starts_as_the_identity():
 
 
 def test_adding_command_learns_alike_and_draws(tmp_path):
-    """Until whoever always answers 1 is left behind."""
+    """Train until the loss is below that of always answering 1."""
     result = invoke("--steps", "300", "--hidden", "32", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert "The loss curves agree" in result.output

@@ -1,4 +1,4 @@
-"""The targets of the CPU path: how they are judged, and a tiny run of the command."""
+"""The targets of the CPU path: their verdicts, and a tiny run of the command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def case_id(T: int, layout: str) -> str:
 
 
 def made_up_rows(cases: Iterable[tuple[int, str, float, float]]) -> pd.DataFrame:
-    """Rows from (T, what it counts for, median speedup, p10 of the noise)."""
+    """Return rows from (T, the target it counts for, median speedup, p10 of the noise)."""
     rows = []
     for T, counts_for, speedup, noise_p10 in cases:
         for peer, p10, p50 in (

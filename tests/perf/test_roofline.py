@@ -1,4 +1,4 @@
-"""The model of the limit, against cases worked by hand."""
+"""The roofline model, against cases worked by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from perf.cases import Case
 H200 = roofline.find("NVIDIA H200")
 assert H200 is not None
 
-# Round numbers, to be worked by hand: clocks are nanoseconds.
+# Round numbers, for working by hand: clocks are nanoseconds.
 ROUND = roofline.Device(
     "round",
     {
@@ -129,7 +129,7 @@ def test_fp32_is_slower_than_tf32_on_a_gpu():
 
 
 def test_serial_part_outweighs_the_others():
-    # T 1024, B 16, H 256, bf16: compute 4 us and memory 4 us are as good as nothing.
+    # T 1024, B 16, H 256, bf16: compute and memory take 4 us each.
     case = Case(T=1024, B=16, I=256, H=256, dtype="bf16", fp32_mode="none")
     limit = roofline.limit(case, "infer", H200, seed=0)
     assert limit.compute_us == pytest.approx(2 * 1024 * 16 * 256 * 512 / 989e6, rel=1e-6)
@@ -182,7 +182,7 @@ def test_measured_constants_replace_the_published():
 # Calibration
 
 
-def test_calibration_on_a_cpu_says_what_does_not_apply(monkeypatch, tmp_path):
+def test_calibration_on_a_cpu_names_what_does_not_apply(monkeypatch, tmp_path):
     monkeypatch.setattr(calibrate, "CPU_COPY_BYTES", 2**12)
     monkeypatch.setattr(calibrate, "CPU_MATRIX_SIZE", 16)
     monkeypatch.setattr(calibrate, "SAMPLE_S", 0.0)
@@ -201,7 +201,7 @@ def test_calibration_measures_what_the_model_uses():
 
 @pytest.fixture(scope="module")
 def probe_instructions() -> dict[str, list[str]]:
-    """What the compiler makes of the probes for a GPU that is not there."""
+    """The instructions of the probes, compiled for a GPU that need not be there."""
     program = """
     import json, re
     from triton.backends.compiler import GPUTarget
@@ -219,7 +219,12 @@ def probe_instructions() -> dict[str, list[str]]:
             {"HIDDEN": probes.CHAIN_HIDDEN, "SEQUENCES": probes.CHAIN_SEQUENCES},
             probes.CHAIN_WARPS,
         ),
-        ("ping_pong_kernel", {"flag_ptr": "*i32", "round_trips": "i32", "patience": "i32"}, {}, 1),
+        (
+            "ping_pong_kernel",
+            {"flag_ptr": "*i32", "round_trips": "i32", "max_spins": "i32"},
+            {},
+            1,
+        ),
     ):
         source = ASTSource(getattr(probes, name), signature, constants)
         target = GPUTarget("cuda", 90, 32)
@@ -244,14 +249,14 @@ def places(instructions: list[str], what: str) -> list[int]:
     return [place for place, one in enumerate(instructions) if re.search(what, one)]
 
 
-def test_chain_probe_walks_what_the_model_calls_the_chain(probe_instructions):
+def test_chain_probe_runs_the_chain_of_the_model(probe_instructions):
     sass = probe_instructions["chain_kernel"]
     begun, ended = places(sass, "SR_CLOCK")
     store = places(sass, "STSM")[0]
     [barrier] = [place for place in places(sass, "BAR.SYNC") if place > store][:1]
     product, epilogue = places(sass, "HGMMA")[0], places(sass, "MUFU.TANH")[-1]
     [again] = [place for place in places(sass, "BRA") if place > epilogue][:1]
-    # Once round the loop; the counter is read before it and after, wherever else it might be moved.
+    # One iteration of the loop, with the counter read before and after the whole loop.
     assert begun < store < barrier < product < epilogue < again < ended
     assert not places(sass[store:again], "LDG|STG")
 
@@ -271,8 +276,8 @@ def test_empty_probe_does_nothing(probe_instructions):
 
 def test_measured_chain_leaves_out_what_the_model_counts_beside_it(monkeypatch):
     # 300 cycles a step at 1.5 GHz, and a launch.
-    walk = lambda device, steps: (5000 + 300 * steps, (5000 + 300 * steps) / 1.5)  # noqa: E731
-    monkeypatch.setattr(calibrate, "walk", walk)
+    run_chain = lambda device, steps: (5000 + 300 * steps, (5000 + 300 * steps) / 1.5)  # noqa: E731
+    monkeypatch.setattr(calibrate, "run_chain", run_chain)
     device = torch.device("cuda")
     # 16 sequences by 64 x 64: 2 * 16 * 64 * 64 / 4096.
     assert calibrate.chain_clk(device) == pytest.approx(300 - 32)

@@ -22,7 +22,7 @@ from perf.sweep import Unit
 CHECKOUT = Path(__file__).parents[2]
 QUICK = ("--rounds", "2", "--seconds", "0", "--threads", "1")
 # Longer than a busy machine needs to start a worker.
-PATIENT = ("--timeout", "120")
+LONG_TIMEOUT = ("--timeout", "120")
 
 
 def invoke(*arguments: str):
@@ -40,7 +40,7 @@ def faulty(*names: str) -> str:
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("smoke")
-    result = sweep(out, "--preset", "smoke", *PATIENT)
+    result = sweep(out, "--preset", "smoke", *LONG_TIMEOUT)
     assert result.exit_code == 0, result.output
     return out
 
@@ -76,7 +76,7 @@ def test_rows_are_complete_where_there_is_no_gpu(smoke):
 
 def test_ours_runs_its_torch_path_and_saves_less_than_a_loop(smoke):
     rows = perf.load(smoke)
-    assert rows.loc[rows["peer"] == "tritonrnn", "plan"].eq("torch, walk").all()
+    assert rows.loc[rows["peer"] == "tritonrnn", "plan"].eq("torch, in-place").all()
     trained = rows[(rows["mode"] == "fwdbwd") & (rows["layout"] == "padded")].set_index("peer")
     assert trained["saved_MiB"]["tritonrnn"] < trained["saved_MiB"]["loop"]
     inferred = rows[(rows["mode"] == "infer") & (rows["peer"] == "nn_aten")]
@@ -174,7 +174,7 @@ def test_killed_sweep_goes_on_where_it_was(tmp_path):
     rows = tables.read_lines(path)
     assert rows[: len(measured)] == measured
     assert sorted(row["T"] for row in rows) == [3, 4, 5]
-    # The baseline ran beside it every time, though nobody asked for its rows.
+    # The baseline ran beside it every time, although its rows were not asked for.
     assert all(row["speedup_vs_nn"] > 0 for row in rows)
     assert len({row["run_id"] for row in rows}) == 2
 
@@ -235,14 +235,14 @@ def test_unit_without_what_is_done():
 @pytest.mark.parametrize(
     "arguments", [("--preset", "gone"), ("--peers", "gone"), ("--T", "none"), ("--mode", "train")]
 )
-def test_bad_arguments_are_told(tmp_path, arguments):
+def test_bad_arguments_are_refused(tmp_path, arguments):
     result = invoke("run", "--out", str(tmp_path), *arguments)
     assert result.exit_code == 2
     assert "Expected" in result.output
 
 
 @pytest.mark.parametrize("command", ["run", "calibrate", "accept", "tune", "env", "words"])
-def test_device_that_is_not_there_is_told(tmp_path, command, monkeypatch):
+def test_device_that_is_not_there_is_refused(tmp_path, command, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     takes_out = command not in ("env", "words")
     out = ("--out", str(tmp_path)) if takes_out else ()
@@ -258,7 +258,7 @@ def test_help_has_the_names_of_every_axis():
         assert all(name in text for name in names)
 
 
-def test_show_and_env_print_what_they_know(smoke):
+def test_show_and_env_print_facts(smoke):
     shown = invoke("show", "padded", str(smoke))
     assert shown.exit_code == 0
     [line] = [line for line in shown.output.splitlines() if "wall_us_p50" in line][:1]

@@ -1,4 +1,4 @@
-"""python -m perf words: its data, its arithmetic and a tiny run; and tables that grow."""
+"""``python -m perf words``: its data, its arithmetic and a tiny run; and tables that grow."""
 
 import json
 import math
@@ -83,7 +83,7 @@ def test_batches_hold_every_word_once_with_its_letters_and_label(few_words):
         for row, length, label in zip(letters, lengths, batch.labels):
             seen.append((tuple(row[:length].tolist()), int(label)))
     expected = [
-        (tuple(alphabet.numbers(word)), label)
+        (tuple(alphabet.indices(word)), label)
         for word, label in zip(few_words.words, few_words.labels)
     ]
     assert sorted(seen) == sorted(expected)
