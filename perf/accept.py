@@ -49,7 +49,7 @@ KERNEL_TESTS = tuple(
         "kernels/test_recurrence",
         "kernels/test_registers",
         "kernels/test_kernels",
-        "perf/test_results",
+        "api/test_results",
     )
 )
 

@@ -63,7 +63,7 @@ def test_adder_starts_as_the_identity():
 
 def test_adding_command_learns_alike_and_draws(tmp_path):
     """Train until the loss is below that of always answering 1."""
-    result = invoke("--steps", "300", "--hidden", "32", "--out", str(tmp_path))
+    result = invoke("--steps", "200", "--T", "12", "--hidden", "32", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert "The loss curves agree" in result.output
     rows = pd.read_parquet(tmp_path / "adding.parquet")
@@ -71,7 +71,7 @@ def test_adding_command_learns_alike_and_draws(tmp_path):
     assert list(rows["model"]) == names
     assert (rows["loss"] < 0.8 * adding.BLIND_LOSS).all()
     curves = pd.read_parquet(tmp_path / "adding_curves.parquet")
-    assert len(curves) == 3 * 300
+    assert len(curves) == 3 * 200
     assert np.isfinite(curves["loss"]).all()
     assert set(json.loads((tmp_path / "env.json").read_text())) == set(rows["run_id"])
     assert (tmp_path / "adding.png").read_bytes().startswith(b"\x89PNG")

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 import perf
 from perf import presets, schema, tables
 from perf.__main__ import app
-from perf.sweep import Unit
+from perf.sweep import Sweep, Unit
+from perf.worker import Begun
 
 CHECKOUT = Path(__file__).parents[2]
 QUICK = ("--rounds", "2", "--seconds", "0", "--threads", "1")
@@ -107,11 +108,27 @@ def test_finished_sweep_runs_nothing_again(smoke):
     assert (smoke / "rows.jsonl").read_text() == before
 
 
-def test_every_failure_is_a_row_and_spares_the_others(tmp_path):
+@pytest.mark.slow
+def test_every_failure_is_a_row_and_spares_the_others(tmp_path, monkeypatch):
     names = (
         *("Fine", "Declines", "Throws", "ThrowsLater", "Wrong", "NotANumber", "Hungry"),
-        *("Dies", "Interpreted"),
+        *("Dies", "Hangs", "Interpreted"),
     )
+    receive, attempt = Sweep._receive, Sweep._attempt
+
+    def be_impatient(self, pipe):
+        # Only with the peer that hangs: a busy machine may need long to start a worker.
+        message = receive(self, pipe)
+        if isinstance(message, Begun) and message.peer.endswith(":Hangs"):
+            self._timeout_s = 0.5
+        return message
+
+    def be_patient(self, left, log):
+        self._timeout_s = 120
+        attempt(self, left, log)
+
+    monkeypatch.setattr(Sweep, "_receive", be_impatient)
+    monkeypatch.setattr(Sweep, "_attempt", be_patient)
     result = sweep(tmp_path, "--mode", "infer", "--layout", "padded", "--peers", faulty(*names))
     assert result.exit_code == 1
     rows = perf.load(tmp_path)
@@ -127,6 +144,7 @@ def test_every_failure_is_a_row_and_spares_the_others(tmp_path):
         "NotANumber": "wrong",
         "Hungry": "oom",
         "Dies": "error",
+        "Hangs": "timeout",
         "Interpreted": "ok",
     }
     assert rows["error"]["Declines"] == "it never does"
@@ -135,24 +153,14 @@ def test_every_failure_is_a_row_and_spares_the_others(tmp_path):
     assert rows["error"]["Wrong"].startswith("off by 0.001")
     assert "SIGSEGV" in rows["error"]["Dies"]
     assert "last words" in rows["error"]["Dies"]
+    assert rows["error"]["Hangs"] == "nothing for 0.5 s while in: check"
     assert rows["plan"]["Interpreted"] == "not set"
     assert rows.loc[rows["status"] != "ok", "wall_us_p50"].isna().all()
 
 
-def test_hanging_peer_times_out(tmp_path):
-    sweep(
-        tmp_path,
-        *("--mode", "infer", "--layout", "padded", "--peers", faulty("Fine", "Hangs")),
-        *("--timeout", "15"),
-    )
-    rows = perf.load(tmp_path).set_index("peer")
-    assert rows["status"]["tests.support.faulty_peers:Hangs"] == "timeout"
-    assert rows["error"]["tests.support.faulty_peers:Hangs"] == "nothing for 15 s while in: check"
-    assert rows["status"]["tests.support.faulty_peers:Fine"] == "ok"
-
-
+@pytest.mark.slow
 def test_killed_sweep_goes_on_where_it_was(tmp_path):
-    axes_given = ("--T", "3,4,5", "--mode", "infer", "--layout", "padded", "--peers", "tritonrnn")
+    axes_given = ("--T", "3,4", "--mode", "infer", "--layout", "padded", "--peers", "tritonrnn")
     command = [sys.executable, "-m", "perf", "run", "--out", str(tmp_path), *QUICK, *axes_given]
     path = tmp_path / "rows.jsonl"
     process = subprocess.Popen(
@@ -166,14 +174,14 @@ def test_killed_sweep_goes_on_where_it_was(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     measured = tables.read_lines(path)
-    assert 1 <= len(measured) < 3
+    assert len(measured) == 1
     # As if it had been killed within a line.
     with path.open("a") as file:
         file.write('{"case_id": "T4-')
     assert sweep(tmp_path, *axes_given).exit_code == 0
     rows = tables.read_lines(path)
     assert rows[: len(measured)] == measured
-    assert sorted(row["T"] for row in rows) == [3, 4, 5]
+    assert sorted(row["T"] for row in rows) == [3, 4]
     # The baseline ran beside it every time, although its rows were not asked for.
     assert all(row["speedup_vs_nn"] > 0 for row in rows)
     assert len({row["run_id"] for row in rows}) == 2
