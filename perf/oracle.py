@@ -6,15 +6,18 @@ The recurrence is run in float64. It shares no code with tritonrnn; a test holds
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
-EPILOGUES: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
+# E(z, y) of the forward pass, which ignores y, and of the backward pass, where y is a state.
+EPILOGUES: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "tanh": lambda z, y: torch.tanh(z),
     "relu": lambda z, y: torch.relu(z),
     "tanh_grad": lambda z, y: z * (1 - y * y),
@@ -57,13 +60,16 @@ def scan(
     """
     M = operand(M)
     states = []
-    for a_t, aux_t in ((x, None) for x in a) if aux is None else zip(a, aux):
+    for a_t, aux_t in zip(a, itertools.repeat(None) if aux is None else aux):
         z = a_t if state is None else a_t + operand(state[: len(a_t)]) @ M.T
-        states.append(EPILOGUES[epilogue](z, aux_t))
-        # Sequences that have ended, or not begun, keep their state.
-        ended = state is None or len(a_t) == len(state)
-        state = states[-1] if ended else torch.cat([states[-1], state[len(a_t) :]])
-    assert state is not None
+        s_t = EPILOGUES[epilogue](z, aux_t)
+        states.append(s_t)
+        if state is None or len(s_t) == len(state):
+            state = s_t
+        else:
+            # Sequences that have ended, or not begun, keep their state.
+            state = torch.cat([s_t, state[len(s_t) :]])
+    assert state is not None, "no step"
     return states, state
 
 

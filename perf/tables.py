@@ -64,7 +64,7 @@ class RowFile:
             write(self._folder, "rows", schema.typed(pd.DataFrame(self.rows)))
 
 
-def renamed(row: Mapping[str, Any]) -> dict[str, Any]:
+def renamed(row: Mapping[Any, Any]) -> dict[str, Any]:
     """Return a row of any earlier version with the names of today."""
     return {
         RENAMED_COLUMNS.get(name, name): RENAMED_VALUES.get(name, {}).get(value, value)
@@ -103,15 +103,16 @@ def load(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
 def _load_one(path: Path) -> pd.DataFrame:
     path = path / ROWS if path.is_dir() else path
     if path.suffix == ".parquet":
-        lines = pd.read_parquet(path).to_dict("records")
+        lines = [renamed(row) for row in pd.read_parquet(path).to_dict("records")]
     elif path.suffix == ".csv":
         # An empty field is missing; the word "none" is a value.
-        lines = pd.read_csv(path, keep_default_na=False, na_values=[""]).to_dict("records")
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+        lines = [renamed(row) for row in table.to_dict("records")]
     elif path.exists():
         lines = read_lines(path)
     else:
         raise FileNotFoundError(f"no rows at {path}")
-    rows = pd.DataFrame([renamed(line) for line in lines])
+    rows = pd.DataFrame(lines)
     runs = read_environments(path.parent)
     facts = pd.DataFrame([{"run_id": run_id} | runs[run_id] for run_id in runs])
     if facts.empty:

@@ -95,6 +95,7 @@ def cpu_command(*more: str):
     return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_cpu_command_checks_times_and_writes(monkeypatch, tmp_path):
     sizes = {"T": "5", "B": "3", "I": "4", "H": "6", "layers": "1", "directions": "1"}
     sizes |= {"layouts": "packed", "modes": "fwdbwd"}

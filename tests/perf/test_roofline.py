@@ -249,6 +249,7 @@ def places(instructions: list[str], what: str) -> list[int]:
     return [place for place, one in enumerate(instructions) if re.search(what, one)]
 
 
+@pytest.mark.slow
 def test_chain_probe_runs_the_chain_of_the_model(probe_instructions):
     sass = probe_instructions["chain_kernel"]
     begun, ended = places(sass, "SR_CLOCK")
@@ -261,6 +262,7 @@ def test_chain_probe_runs_the_chain_of_the_model(probe_instructions):
     assert not places(sass[store:again], "LDG|STG")
 
 
+@pytest.mark.slow
 def test_flag_probe_acquires_and_releases_at_the_scope_of_the_gpu(probe_instructions):
     sass = probe_instructions["ping_pong_kernel"]
     assert places(sass, "LDG.E.STRONG.GPU")
@@ -269,6 +271,7 @@ def test_flag_probe_acquires_and_releases_at_the_scope_of_the_gpu(probe_instruct
     assert release < add
 
 
+@pytest.mark.slow
 def test_empty_probe_does_nothing(probe_instructions):
     sass = probe_instructions["empty_kernel"]
     assert not places(sass[: places(sass, "EXIT")[0]], "ST|LD[GS]|MMA|BAR")
