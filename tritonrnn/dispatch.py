@@ -134,20 +134,20 @@ def choose_now(
         raise RuntimeError(f"the triton back end can't serve this call: {obstacle}")
     if asked != "torch" and not obstacle:
         # Only here: without Triton, there is nothing to import.
-        from tritonrnn.kernels import launch, plan
+        from tritonrnn.kernels import cost, devices, launch, plan
 
         problem = plan.Problem(
             T, B, G, H, launch.DTYPES[dtype], rounds_to_tf32(device, dtype), nonlinearity
         )
-        limits = launch.device_limits(device)
-        chosen = plan.choose_plan(problem, limits)
+        limits = devices.device_of(device)
+        chosen = cost.choose_plan(problem, limits)
         if isinstance(chosen, plan.LaunchPlan):
             if asked == "triton" or chosen.name not in _NOT_BY_DEFAULT:
                 return Choice("triton", chosen, "the kernels have a plan for it.")
             obstacle = f"the {chosen.name} plan has yet to be run on a GPU."
         elif asked == "triton" or ragged:
             why = "triton was asked for." if asked == "triton" else "cuDNN takes no such batch."
-            return Choice("triton", plan.plan_without_torch(problem, limits), why)
+            return Choice("triton", cost.best_triton_plan(problem, limits), why)
         else:
             obstacle = chosen.reason
     if recorded:
