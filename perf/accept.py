@@ -47,7 +47,6 @@ KERNEL_TESTS = tuple(
     f"tests/{name}.py"
     for name in (
         "kernels/test_recurrence",
-        "kernels/test_registers",
         "kernels/test_kernels",
         "api/test_results",
     )

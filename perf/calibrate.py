@@ -15,6 +15,7 @@ import torch
 
 from perf import environment, roofline, tables
 from perf.timing import Clock, EventClock, Job, WallClock
+from tritonrnn.kernels.devices import DEVICES
 
 COPY_BYTES = 2**30
 MATRIX_SIZE = 8192
@@ -30,8 +31,6 @@ MIN_LAUNCHES = 8
 GAIN = 1.5
 # Spins of about half a microsecond, after which a program gives up waiting for the other.
 MAX_SPINS = 10_000_000
-# The rate of wgmma, with which the chain is measured: NVIDIA H100 white paper.
-BF16_FLOP_PER_CLK = 4096
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Probe:
     """Measure one constant.
 
     Attributes:
-        constant: Its name in ``roofline.json``.
+        constant: Its name in :func:`perf.roofline.sources`.
         measure: Returns its value for a device, in the unit of the name.
         needs_gpu: Why it does not apply to a CPU, or None if it does.
     """
@@ -128,7 +127,8 @@ def chain_clk(device: torch.device) -> float:
 
     step_clk = (run_chain(device, LONG)[0] - run_chain(device, SHORT)[0]) / (LONG - SHORT)
     product = 2 * probes.CHAIN_SEQUENCES * probes.CHAIN_HIDDEN**2
-    return step_clk - product / BF16_FLOP_PER_CLK
+    # The probe is for Hopper, whose wgmma it uses.
+    return step_clk - DEVICES["sm_90"].product_clocks(product, "16-bit")
 
 
 def handoff_us(device: torch.device) -> float:

@@ -60,7 +60,7 @@ class Measurement:
     Args:
         case: What to run.
         settings: How to measure.
-        device: Constants of the roofline model, if they are known for the device.
+        gpu: Constants of the roofline model, if they are known for the device.
         begin: Called with the peer, mode and phase that come next, to name them after a crash.
         emit: Called with each row as soon as it is known.
     """
@@ -69,13 +69,13 @@ class Measurement:
         self,
         case: Case,
         settings: Settings,
-        device: roofline.Device | None,
+        gpu: roofline.GPU | None,
         *,
         begin: Callable[[str, str, str], None],
         emit: Callable[[Row], None],
     ) -> None:
         self._case, self._settings = case, settings
-        self._device, self._gpu = torch.device(case.device), device
+        self._device, self._gpu = torch.device(case.device), gpu
         self._begin, self._emit = begin, emit
         self._baseline = peers.baseline(case.device)
         self._checked: dict[tuple[str, bool], Checked | Row] = {}

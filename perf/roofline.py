@@ -13,7 +13,7 @@ The chain of a step is that of the cheapest strategy which can hold the weights:
     multiprocessor  each slice of the batch on one multiprocessor, weights and state inside
     cluster         the weights spread over a cluster, the state exchanged between its members,
                     and a barrier of the cluster
-    grid            the weights spread over the whole device, the state exchanged through L2
+    grid            the weights spread over the whole GPU, the state exchanged through L2
     launches        a node of a CUDA graph a step
 
 Every strategy may cut the batch into slices, down to the eight sequences of one MMA, and keep
@@ -33,6 +33,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from perf.cases import DTYPES, Case
+from tritonrnn.kernels.devices import DEVICES, Device
 
 CONSTANTS = Path(__file__).with_name("roofline.json")
 
@@ -41,12 +42,12 @@ SEQUENCES_PER_TILE = 8
 
 
 @dataclass(frozen=True)
-class Device:
-    """Hold a GPU's constants, with units in their names; ``roofline.json`` has their sources.
+class GPU:
+    """Hold a GPU's constants, with units in their names; :func:`sources` has their sources.
 
     Attributes:
-        name: The device's name in torch.
-        constants: Values by their names in ``roofline.json``.
+        name: The GPU's name in torch.
+        constants: Values by their names.
         origin: "published", or "measured" if a calibration replaced some of them.
     """
 
@@ -57,8 +58,8 @@ class Device:
     def __getitem__(self, constant: str) -> float:
         return self.constants[constant]
 
-    def measured(self, calibration: Mapping[str, float]) -> Device:
-        """Return this device with measured constants in place of the published ones."""
+    def measured(self, calibration: Mapping[str, float]) -> GPU:
+        """Return this GPU with measured constants in place of the published ones."""
         known = {name: value for name, value in calibration.items() if name in self.constants}
         return replace(self, constants={**self.constants, **known}, origin="measured")
 
@@ -103,17 +104,36 @@ class Limit:
 
 
 def sources() -> dict[str, dict[str, dict[str, object]]]:
-    """Return the value and the source of each constant of each known device."""
+    """Return the value and the source of each constant of each known GPU."""
     data = json.loads(CONSTANTS.read_text())
-    return {name: {**data["hopper"], **own} for name, own in data["devices"].items()}
+    published = {
+        name: {"value": value, "source": "tritonrnn.kernels.devices"}
+        for name, value in device_constants(DEVICES["sm_90"]).items()
+    }
+    return {name: {**published, **data["sm_90"], **own} for name, own in data["gpus"].items()}
 
 
-def find(name: str | None) -> Device | None:
-    """Return the published constants of a device by its name in torch; None if unknown."""
+def device_constants(device: Device) -> dict[str, float]:
+    """Return the constants that the choice of a plan uses too."""
+    constants = {
+        "multiprocessors": device.multiprocessors,
+        "clock_GHz": device.clock_mhz / 1e3,
+        "shared_bytes": device.shared_bytes,
+    }
+    names = {"bf16": "16-bit", "fp16": "16-bit", "tf32": "tf32", "fp32": "fp32"}
+    rates = {
+        f"{name}_FLOP_per_clk": 1 / device.product_clocks(1, arithmetic)
+        for name, arithmetic in names.items()
+    }
+    return constants | rates
+
+
+def find(name: str | None) -> GPU | None:
+    """Return the published constants of a GPU by its name in torch; None if unknown."""
     constants = sources().get(name or "")
     if constants is None:
         return None
-    return Device(str(name), {key: float(str(c["value"])) for key, c in constants.items()})
+    return GPU(str(name), {key: float(str(c["value"])) for key, c in constants.items()})
 
 
 def passes(mode: str) -> tuple[int, int]:
@@ -140,67 +160,67 @@ def precision(case: Case) -> str:
     return "tf32" if case.dtype == "fp32" and case.fp32_mode == "tf32" else case.dtype
 
 
-def limit(case: Case, mode: str, device: Device, seed: int) -> Limit:
-    """Return the least time of a case on a device."""
+def limit(case: Case, mode: str, gpu: GPU, seed: int) -> Limit:
+    """Return the least time of a case on a GPU."""
     todo = work(case, mode, seed)
-    chain_us, strategy = min(chains(case, device))
+    chain_us, strategy = min(chains(case, gpu))
     steps = sum(passes(mode)) * (case.T + case.layers - 1)
     return Limit(
-        compute_us=todo.flop / (1e6 * device[f"{precision(case)}_TFLOPps"]),
-        hbm_us=todo.bytes / (1e6 * device["hbm_TBps"]),
+        compute_us=todo.flop / (1e6 * gpu[f"{precision(case)}_TFLOPps"]),
+        hbm_us=todo.bytes / (1e6 * gpu["hbm_TBps"]),
         serial_us=steps * chain_us,
         strategy=strategy,
     )
 
 
-def chains(case: Case, device: Device) -> Iterator[tuple[float, str]]:
+def chains(case: Case, gpu: GPU) -> Iterator[tuple[float, str]]:
     """Yield the microseconds of a step with every strategy that can hold the weights."""
     e, H = DTYPES[case.dtype].itemsize, case.H
     # Layers overlap in a wavefront, each on multiprocessors of its own; so do directions.
     groups = case.directions * case.layers
-    available = int(device["multiprocessors"]) // groups
-    largest = min(available, int(device["cluster_multiprocessors"]))
+    available = int(gpu["multiprocessors"]) // groups
+    largest = min(available, int(gpu["cluster_multiprocessors"]))
     for members in (2**power for power in range(largest.bit_length())):
-        work_clk = _work_clk(case, device, members, available // members)
+        work_clk = _work_clk(case, gpu, members, available // members)
         if work_clk is not None:
-            clk = device["chain_clk"] + work_clk
+            clk = gpu["chain_clk"] + work_clk
             if members == 1:
-                yield device.us(clk), "multiprocessor"
+                yield gpu.us(clk), "multiprocessor"
             else:
-                clk += device["cluster_exchange_clk"] + device["cluster_barrier_clk"]
-                yield device.us(clk), "cluster"
+                clk += gpu["cluster_exchange_clk"] + gpu["cluster_barrier_clk"]
+                yield gpu.us(clk), "cluster"
     for slices in range(1, min(case.B, available) + 1):
-        work_clk = _work_clk(case, device, available // slices, slices)
+        work_clk = _work_clk(case, gpu, available // slices, slices)
         if work_clk is not None:
-            state_clk = e * H * math.ceil(case.B / slices) / device["l2_bytes_per_clk"]
-            clk = device["chain_clk"] + work_clk + state_clk
-            yield device.us(clk) + device["handoff_us"], "grid"
-    matrix_clk = _matrix_clk(case, device, case.B, max(1, available))
-    yield device["graph_node_us"] + device.us(matrix_clk), "launches"
+            state_clk = e * H * math.ceil(case.B / slices) / gpu["l2_bytes_per_clk"]
+            clk = gpu["chain_clk"] + work_clk + state_clk
+            yield gpu.us(clk) + gpu["handoff_us"], "grid"
+    matrix_clk = _matrix_clk(case, gpu, case.B, max(1, available))
+    yield gpu["graph_node_us"] + gpu.us(matrix_clk), "launches"
 
 
-def _work_clk(case: Case, device: Device, members: int, slices: int) -> float | None:
+def _work_clk(case: Case, gpu: GPU, members: int, slices: int) -> float | None:
     """Return the clocks of a step's product, or None if its weights do not fit.
 
     Args:
         case: What to run.
-        device: Where to run it.
+        gpu: Where to run it.
         members: Multiprocessors that share the weights of one direction.
         slices: Parts of the batch, each with its own set of multiprocessors.
     """
     e, H = DTYPES[case.dtype].itemsize, case.H
     rows = math.ceil(H / members)
     share_bytes = e * rows * H
-    if share_bytes > device["register_weight_bytes"] + device["shared_bytes"]:
+    if share_bytes > gpu["register_weight_bytes"] + gpu["shared_bytes"]:
         return None
     sequences = math.ceil(case.B / slices)
     # Weights beyond the registers are read from shared memory at every step, beside the product.
-    from_shared = max(0.0, share_bytes - device["register_weight_bytes"])
-    read_clk = from_shared / device["shared_bytes_per_clk"]
-    return max(_matrix_clk(case, device, sequences, members), read_clk)
+    from_shared = max(0.0, share_bytes - gpu["register_weight_bytes"])
+    read_clk = from_shared / gpu["shared_bytes_per_clk"]
+    return max(_matrix_clk(case, gpu, sequences, members), read_clk)
 
 
-def _matrix_clk(case: Case, device: Device, sequences: int, members: int) -> float:
+def _matrix_clk(case: Case, gpu: GPU, sequences: int, members: int) -> float:
     tiles = math.ceil(sequences / SEQUENCES_PER_TILE) * SEQUENCES_PER_TILE
-    per_clk = members * device[f"{precision(case)}_FLOP_per_clk"]
+    per_clk = members * gpu[f"{precision(case)}_FLOP_per_clk"]
     return 2 * tiles * case.H**2 / per_clk

@@ -16,7 +16,7 @@ from pathlib import Path
 from perf import peers
 from perf.cases import Case
 from perf.measure import Row, Settings
-from perf.roofline import Device
+from perf.roofline import GPU
 from perf.schema import KEYS
 from perf.tables import RowFile
 from perf.worker import Begun, Crashed, Finished, Measured, Message, Request, serve
@@ -67,7 +67,7 @@ class Sweep:
         file: File of the rows; cells that it holds are not measured again.
         run_id: The id of this run.
         settings: How to measure.
-        device: Constants of the roofline model, if they are known for the device.
+        gpu: Constants of the roofline model, if they are known for the device.
         timeout_s: A worker that sends nothing for longer is killed.
         budget_s: Time after which the sweep stops.
     """
@@ -77,13 +77,13 @@ class Sweep:
         file: RowFile,
         run_id: str,
         settings: Settings,
-        device: Device | None,
+        gpu: GPU | None,
         *,
         timeout_s: float,
         budget_s: float = float("inf"),
     ) -> None:
         self._file, self._run_id = file, run_id
-        self._settings, self._gpu = settings, device
+        self._settings, self._gpu = settings, gpu
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + budget_s
         self._done = {tuple(str(row[key]) for key in KEYS) for row in file.rows}
 

@@ -13,7 +13,7 @@ import torch
 
 from perf.cases import Case
 from perf.measure import Measurement, Row, Settings, failure
-from perf.roofline import Device
+from perf.roofline import GPU
 
 # Unset, so that Triton's interpreter is never timed and each peer chooses its own back end.
 UNSET = ("TRITON_INTERPRET", "TRITONRNN_BACKEND")
@@ -31,7 +31,7 @@ class Request:
     case: Case
     modes: Mapping[str, Sequence[str]]
     settings: Settings
-    device: Device | None
+    gpu: GPU | None
     output: Path
 
 
@@ -85,7 +85,7 @@ def serve(pipe: Connection, request: Request) -> None:
         Measurement(
             request.case,
             request.settings,
-            request.device,
+            request.gpu,
             begin=lambda *where: pipe.send(Begun(*where)),
             emit=lambda row: pipe.send(Measured(row)),
         ).run(request.modes)

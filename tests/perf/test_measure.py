@@ -22,6 +22,7 @@ from perf.peers.ours import forced_plan
 from perf.peers.peer import Runner
 from perf.switches import cudnn_off, set_precision
 from perf.timing import EventClock, Job, WallClock, time_in_rounds
+from tests.support.recurrence import PLANS_HERE
 from tritonrnn.kernels.plan import PLANS
 
 TINY = Case(T=8, B=4, I=2, H=3)
@@ -358,7 +359,7 @@ def test_unknown_peer_raises(name):
         find(name)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", PLANS_HERE)
 def test_forced_plan_reaches_the_launch_and_is_undone(name, monkeypatch):
     from tritonrnn.kernels import launch
 

@@ -16,12 +16,13 @@ import torch
 
 from perf import calibrate, roofline
 from perf.cases import Case
+from tritonrnn.kernels.devices import DEVICES
 
 H200 = roofline.find("NVIDIA H200")
 assert H200 is not None
 
 # Round numbers, for working by hand: clocks are nanoseconds.
-ROUND = roofline.Device(
+ROUND = roofline.GPU(
     "round",
     {
         "multiprocessors": 8,
@@ -285,4 +286,14 @@ def test_measured_chain_leaves_out_what_the_model_counts_beside_it(monkeypatch):
     # 16 sequences by 64 x 64: 2 * 16 * 64 * 64 / 4096.
     assert calibrate.chain_clk(device) == pytest.approx(300 - 32)
     assert calibrate.clock_GHz(device) == pytest.approx(1.5)
-    assert H200["bf16_FLOP_per_clk"] == calibrate.BF16_FLOP_PER_CLK
+
+
+@pytest.mark.parametrize("name", roofline.sources())
+def test_constants_are_those_of_the_choice_of_a_plan(name):
+    gpu = roofline.find(name)
+    assert gpu is not None
+    expected = {"multiprocessors": 132, "clock_GHz": 1.98, "shared_bytes": 227 * 1024}
+    expected |= {"bf16_FLOP_per_clk": 4096, "fp16_FLOP_per_clk": 4096}
+    expected |= {"tf32_FLOP_per_clk": 2048, "fp32_FLOP_per_clk": 256}
+    assert roofline.device_constants(DEVICES["sm_90"]) == expected
+    assert expected.items() <= dict(gpu.constants).items()
