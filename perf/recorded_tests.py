@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytest
+if TYPE_CHECKING:
+    import pytest
 
 VARIABLE = "PERF_RECORDED_TESTS"
 # Lines that are kept of the message of a failure.
@@ -50,4 +52,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_runtest_logstart() -> None:
     """Stop if the command that started the tests is gone; when resumed, it runs them again."""
     if os.getppid() != PARENT:
+        # Imported here, because ``perf accept`` needs this module where pytest is not installed.
+        import pytest
+
         pytest.exit("the process that started the tests is gone")
