@@ -50,21 +50,21 @@ class OperatorCall:
         data, hx, *weights = (
             None if x is None else x.detach().requires_grad_(requires_grad) for x in tensors
         )
-        extents = case.input(data).batch_sizes if case.is_packed else None
+        seq_metadata = case.input(data).batch_sizes if case.is_packed else None
         if self.layout == "jagged":
             lengths = torch.linspace(case.T, 1, case.B).long().roll(2).tolist()
-            extents = torch.tensor(list(accumulate(lengths, initial=0)))
+            seq_metadata = torch.tensor(list(accumulate(lengths, initial=0)))
             data = data.detach().flatten(0, 1)[: sum(lengths)].requires_grad_(requires_grad)
         reset = None
         t, b = torch.arange(case.T)[:, None], torch.arange(case.B)
         if self.lengths:
-            extents = b % (case.T + 1)
-            padding = self.turned(t >= extents)[..., None]
+            seq_metadata = b % (case.T + 1)
+            padding = self.turned(t >= seq_metadata)[..., None]
             data = data.detach().masked_fill(padding, torch.nan).requires_grad_(requires_grad)
         if self.reset:
             reset = self.turned((t + b) % 3 == 0)
         settings = (self.layout, case.nonlinearity, case.D == 2, self.backend)
-        return (data, hx, weights, extents, reset, *settings)
+        return (data, hx, weights, seq_metadata, reset, *settings)
 
     def backward(self, with_grads: tuple[bool, bool] = (True, True)) -> tuple:
         """The arguments of ``elman_backward``, with every gradient wanted that there is."""

@@ -105,7 +105,10 @@ class Block(NamedTuple):
 
 
 class Operand(NamedTuple):
-    """One side of a product: its TF32 part, and what that leaves; see :func:`split_tf32`."""
+    """One side of a product: its TF32 part, and what that leaves; see :func:`split_tf32`.
+
+    Of M, tuples of tiles.
+    """
 
     large: Any
     small: Any
@@ -238,7 +241,7 @@ def prepare_step(step, a, aux, batch, block, C: tl.constexpr, MAY_BEGIN: tl.cons
         drive = tl.where(is_first(step, block), drive + block.v_0, drive)
     prepared = drive
     if batch.aux_ptr is not None:
-        prepared = prepare_aux(aux, C.EPILOGUE)
+        prepared = prepare_aux(aux, C)
     return drive, prepared
 
 
@@ -251,7 +254,7 @@ def load_and_prepare_step(step, row, batch, block, C: tl.constexpr):
     drive = a.to(tl.float32) + tl.where(is_first(step, block), block.v_0, 0.0)
     prepared = drive
     if batch.aux_ptr is not None:
-        prepared = prepare_aux(aux, C.EPILOGUE)
+        prepared = prepare_aux(aux, C)
     return drive, prepared
 
 
@@ -274,8 +277,8 @@ def compute_state(step, z, aux, batch, block, C: tl.constexpr):
         # Before the epilogue, while z is fp32: a choice between halves of registers takes three
         # times the instructions. Where every sequence has all T tokens, nobody sees a dead state.
         z = tl.where(is_live(step, block), z, 0.0)
-    s = apply_epilogue(z, aux, C.EPILOGUE)
-    return downcast(s, batch.a_ptr.dtype.element_ty, C.INTERPRETED)
+    s = apply_epilogue(z, aux, C)
+    return downcast(s, batch.a_ptr.dtype.element_ty, C)
 
 
 @triton.jit
@@ -285,22 +288,27 @@ def store_step(step, row, s, batch, block):
 
 
 @triton.jit
-def load_weights(m_ptrs, mask_h, stride_m_column, NUM_TILES: tl.constexpr, C: tl.constexpr):
-    """Load a program's rows of M for the whole walk: a tuple of NUM_TILES operands.
+def load_weights(m_ptrs, mask_h, stride_m_column, C: tl.constexpr):
+    """Load a program's rows of M for the whole walk: an operand of C.NUM_TILES tiles.
 
     Tiles of BLOCK_K consecutive columns or, where C.STRIDE_K > 1, of every STRIDE_K-th column.
     """
+    NUM_TILES: tl.constexpr = C.NUM_TILES
     offs_k = C.STRIDE_K * tl.arange(0, C.BLOCK_K)
-    tiles = ()
+    large = ()
+    small = ()
     for i in tl.static_range(NUM_TILES):
         k = i if C.STRIDE_K > 1 else i * C.BLOCK_K
         mask = mask_h & (k + offs_k < C.H)[None, :]
         m = tl.load(m_ptrs + k * stride_m_column, mask=mask, other=0.0)
+        tile = split_tf32(m, C)
         # Triton knows no starred expressions.
-        tiles = tiles + (split_tf32(m, C),)  # type: ignore[assignment]  # noqa: RUF005
+        large = large + (tile.large,)  # type: ignore[assignment]  # noqa: RUF005
+        small = small + (tile.small,)  # type: ignore[assignment]  # noqa: RUF005
         # One tile after the other, lest the elements of all of them be in registers at once.
         tl.debug_barrier()
-    return tiles
+    # Not a tuple of operands: Triton 3.6 forgets the fields of a named tuple in a tuple.
+    return Operand(large=large, small=small)
 
 
 @triton.jit
@@ -325,7 +333,7 @@ def split_tf32(x, C: tl.constexpr):
 
 
 @triton.jit
-def dot_acc(m, s, z, PRECISION: tl.constexpr):
+def dot_acc(m, s, z, C: tl.constexpr):
     """Return ``m s + z`` of two operands.
 
     A tensor core truncates the sum of each instruction (Fasi et al., Numerical behavior of NVIDIA
@@ -333,37 +341,43 @@ def dot_acc(m, s, z, PRECISION: tl.constexpr):
     many instructions. So products of fp32 accuracy begin with the smallest, from zero, and are few
     columns wide; z and the product are added in fp32.
     """
-    if PRECISION == "tf32x3":
+    if C.PRECISION == "tf32x3":
         product = tl.dot(m.small, s.large, input_precision="tf32")
         product = tl.dot(m.large, s.small, product, input_precision="tf32")
         return z + tl.dot(m.large, s.large, product, input_precision="tf32")
     else:
-        return tl.dot(m.large, s.large, z, input_precision=PRECISION)
+        return tl.dot(m.large, s.large, z, input_precision=C.PRECISION)
 
 
 @triton.jit
-def prepare_aux(aux, EPILOGUE: tl.constexpr):
+def dot_tile(tiles, i: tl.constexpr, s, z, C: tl.constexpr):
+    """Return ``M_i s + z`` of the i-th tile of M."""
+    return dot_acc(Operand(large=tiles.large[i], small=tiles.small[i]), s, z, C)
+
+
+@triton.jit
+def prepare_aux(aux, C: tl.constexpr):
     """Compute the part of the epilogue that does not need z."""
     aux = aux.to(tl.float32)
-    if EPILOGUE == "tanh_grad":
+    if C.EPILOGUE == "tanh_grad":
         aux = 1.0 - aux * aux
     return aux
 
 
 @triton.jit
-def apply_epilogue(z, aux, EPILOGUE: tl.constexpr):
+def apply_epilogue(z, aux, C: tl.constexpr):
     """Return E(z, aux), in fp32, of an aux from :func:`prepare_aux`."""
-    if EPILOGUE == "tanh":
+    if C.EPILOGUE == "tanh":
         return tanh(z)
-    elif EPILOGUE == "tanh_approx":
+    elif C.EPILOGUE == "tanh_approx":
         return tanh_approx(z)
-    elif EPILOGUE == "relu":
+    elif C.EPILOGUE == "relu":
         # Not a maximum, which would lose a NaN.
         return tl.where(z < 0, 0.0, z)
-    elif EPILOGUE == "tanh_grad":
+    elif C.EPILOGUE == "tanh_grad":
         return z * aux
     else:
-        tl.static_assert(EPILOGUE == "relu_grad")
+        tl.static_assert(C.EPILOGUE == "relu_grad")
         # Chosen, not multiplied: torch gives 0 where the unit is off, whatever z is.
         return tl.where(aux > 0, z, 0.0)
 
@@ -414,9 +428,9 @@ def round_to_tf32(x):
 
 
 @triton.jit
-def downcast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+def downcast(x, dtype: tl.constexpr, C: tl.constexpr):
     """Round an fp32 tile to dtype, to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:
+    if C.INTERPRETED and dtype == tl.bfloat16:
         # Triton's interpreter truncates instead, which is exact for a value of 8 bits.
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
@@ -425,13 +439,13 @@ def downcast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def optimization_barrier(x, INTERPRETED: tl.constexpr):
+def optimization_barrier(x, C: tl.constexpr):
     """Return x, 32 bits a register, by an instruction that the compiler neither moves nor removes.
 
     Otherwise Triton moves the store of a loaded tile to shared memory up to its load, between the
     loads; and LLVM packs two 16-bit elements, loaded one by one, wherever they are used.
     """
-    if INTERPRETED:
+    if C.INTERPRETED:
         return x
     PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
     return tl.inline_asm_elementwise(

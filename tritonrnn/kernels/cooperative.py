@@ -33,7 +33,7 @@ from tritonrnn.kernels.common import (
     Constants,
     compute_state,
     convert_layout_like,
-    dot_acc,
+    dot_tile,
     has_previous,
     load_step,
     load_weights,
@@ -135,7 +135,7 @@ def cooperative_kernel(
     offs_k = tl.arange(0, C.BLOCK_K)
     m_ptr += tl.program_id(2).to(tl.int64) * stride_m_group
     m_ptrs = m_ptr + (offs_h[:, None] * stride_m_row + offs_k[None, :] * stride_m_column)
-    tiles = load_weights(m_ptrs, (offs_h < C.H)[:, None], stride_m_column, C.NUM_TILES, C)
+    tiles = load_weights(m_ptrs, (offs_h < C.H)[:, None], stride_m_column, C)
 
     # Every num_cta_groups-th batch block is this CTA group's.
     cta_group, num_cta_groups = tl.program_id(0), tl.num_programs(0)
@@ -210,7 +210,7 @@ def walk_step(step, batch, block, state, tiles, counter_ptr, target, max_spins, 
     row_2 = row_offset(step + 2, batch, block, C)
     next_a, next_aux = load_step(step + 1, state.next_row, batch, block)
 
-    max_spins = wait(counter_ptr, target, max_spins, C.INTERPRETED)
+    max_spins = wait(counter_ptr, target, max_spins, C)
     z = dot_previous(step, batch, block, state.previous_row, tiles, z, C)
     s = compute_state(step, z, aux, batch, block, C)
     store_step(step, state.row, s, batch, block)
@@ -251,9 +251,9 @@ def dot_previous(step, batch, block, row, tiles, z, C: tl.constexpr):
         tl.debug_barrier()
         arrived = ()
         for i in tl.static_range(len(loaded)):
-            s = optimization_barrier(loaded[i], C.INTERPRETED)
+            s = optimization_barrier(loaded[i], C)
             arrived = arrived + (s,)  # type: ignore[assignment]  # noqa: RUF005
         for i in tl.static_range(len(arrived)):
             s = split_tf32(arrived[i], C)
-            z = dot_acc(tiles[first // BLOCK_K + i], s, z, C.PRECISION)
+            z = dot_tile(tiles, first // BLOCK_K + i, s, z, C)
     return z

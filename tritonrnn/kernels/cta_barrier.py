@@ -38,24 +38,24 @@ def arrive(counter_ptr):
 
 
 @triton.jit
-def wait(counter_ptr, target, max_spins, INTERPRETED: tl.constexpr):
+def wait(counter_ptr, target, max_spins, C: tl.constexpr):
     """Return when the counter has reached target, or else after max_spins polls.
 
     Returns max_spins for the next wait: the same, or 0 after a wait in vain.
     """
     spins = max_spins
-    missing = target - poll(counter_ptr, INTERPRETED)
+    missing = target - poll(counter_ptr, C)
     while (missing > 0) & (spins > 0):
-        missing = target - poll(counter_ptr, INTERPRETED)
+        missing = target - poll(counter_ptr, C)
         spins -= 1
     tl.debug_barrier()
     return tl.where(missing > 0, 0, max_spins)
 
 
 @triton.jit
-def poll(counter_ptr, INTERPRETED: tl.constexpr):
+def poll(counter_ptr, C: tl.constexpr):
     """Read the counter with acquire semantics, each thread for itself."""
-    if INTERPRETED:
+    if C.INTERPRETED:
         return tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     else:
         # Triton has no acquire load, and its scalar atomics hand the result from one thread to

@@ -84,22 +84,16 @@ class RegistersConstants(Constants):
         )
 
 
-class Stage(NamedTuple):
-    """Where a step's tiles of a and aux land in shared memory; a twice where there is no aux."""
-
-    a: Any
-    aux: Any
-
-
 class Shared(NamedTuple):
-    """The program's shared memory.
+    """The program's tiles in shared memory.
 
     states      the state of even steps, and of odd ones
-    stages      NUM_STAGES stages, of one step in NUM_STAGES each
+    a, aux      NUM_STAGES tiles each, of one step in NUM_STAGES; a twice where there is no aux
     """
 
     states: Any
-    stages: Any
+    a: Any
+    aux: Any
 
 
 class PipelineState(NamedTuple):
@@ -150,16 +144,25 @@ def registers_kernel(
         reverse_groups=reverse_groups,
     )
     m = load_operand(m_ptr, C)
-    block = make_block_in(C.MMA, batch, C)
-    rows = make_block_in(C.MEMORY, batch, C)
+    MMA: gl.constexpr = C.MMA
+    MEMORY: gl.constexpr = C.MEMORY
+    block = make_block_in(MMA, batch, C)
+    rows = make_block_in(MEMORY, batch, C)
     dtype: gl.constexpr = a_ptr.dtype.element_ty
-    shared = Shared(
-        states=(allocate_tile(dtype, C), allocate_tile(dtype, C)),
-        stages=allocate_stages(dtype, aux_ptr is not None, C),
-    )
+    states = (allocate_tile(dtype, C), allocate_tile(dtype, C))
+    a_tiles = ()
+    aux_tiles = ()
+    for _ in gl.static_range(NUM_STAGES):
+        a_tile = allocate_tile(dtype, C)
+        aux_tile = a_tile
+        if aux_ptr is not None:
+            aux_tile = allocate_tile(dtype, C)
+        a_tiles = a_tiles + (a_tile,)  # type: ignore[assignment]  # noqa: RUF005
+        aux_tiles = aux_tiles + (aux_tile,)  # type: ignore[assignment]  # noqa: RUF005
+    shared = Shared(states=states, a=a_tiles, aux=aux_tiles)
     for step in gl.static_range(1, NUM_STAGES):
         row = row_offset(step, batch, rows, C)
-        prefetch_step(step, row, shared.stages[step], batch, rows)
+        prefetch_step(step, row, shared, step, batch, rows)
     a, aux = load_step(0, row_offset(0, batch, block, C), batch, block)
     drive, aux = prepare_step(0, a, aux, batch, block, C, True)
     s = gl.full([C.BLOCK_H, C.BLOCK_B], 0.0, dtype, C.MMA)
@@ -189,17 +192,16 @@ def walk_step(step, STAGE: gl.constexpr, state, m, shared, batch, block, rows, C
     """
     MAY_BEGIN: gl.constexpr = batch.row_map_ptr is not None
     previous, current = shared.states[STAGE % 2], shared.states[(STAGE + 1) % 2]
-    next_stage = shared.stages[(STAGE + 1) % NUM_STAGES]
     product = begin_product(m, previous, state.drive)
     # From here on, beside the product. The first step has none before it to store.
     store_state(step - 1, state.previous_row, state.s, previous, batch, block, rows, C)
-    prefetch_step(step + 4, state.row_4, shared.stages[STAGE], batch, rows)
+    prefetch_step(step + 4, state.row_4, shared, STAGE, batch, rows)
     row = row_offset(step, batch, rows, C)
     row_5 = row_offset(step + 5, batch, rows, C)
-    next_a = next_stage.a.load(C.MMA)
+    next_a = shared.a[(STAGE + 1) % NUM_STAGES].load(C.MMA)
     next_aux = next_a
     if batch.aux_ptr is not None:
-        next_aux = next_stage.aux.load(C.MMA)
+        next_aux = shared.aux[(STAGE + 1) % NUM_STAGES].load(C.MMA)
     drive, aux = prepare_step(step + 1, next_a, next_aux, batch, block, C, MAY_BEGIN)
     # From here on, on the chain of dependent latencies again.
     z = warpgroup_mma_wait(0, deps=[product])
@@ -234,12 +236,13 @@ def share_state(s, tile, C: gl.constexpr):
 
 
 @gluon.jit
-def prefetch_step(step, row, stage, batch, rows):
-    """Issue the async copies of a step, one commit group."""
+def prefetch_step(step, row, shared, STAGE: gl.constexpr, batch, rows):
+    """Issue the async copies of a step to its stage, one commit group."""
     mask = tile_mask(step, rows)
-    async_copy.async_copy_global_to_shared(stage.a, batch.a_ptr + row + rows.tile, mask)
+    async_copy.async_copy_global_to_shared(shared.a[STAGE], batch.a_ptr + row + rows.tile, mask)
     if batch.aux_ptr is not None:
-        async_copy.async_copy_global_to_shared(stage.aux, batch.aux_ptr + row + rows.tile, mask)
+        aux_ptrs = batch.aux_ptr + row + rows.tile
+        async_copy.async_copy_global_to_shared(shared.aux[STAGE], aux_ptrs, mask)
     async_copy.commit_group()
 
 
@@ -264,7 +267,7 @@ def prepare_step(step, a, aux, batch, block, C: gl.constexpr, MAY_BEGIN: gl.cons
         drive += tl.where(is_first(step, block), block.v_0, 0.0)
     prepared = drive
     if batch.aux_ptr is not None:
-        prepared = prepare_aux(aux, C.EPILOGUE)
+        prepared = prepare_aux(aux, C)
     return drive, prepared
 
 
@@ -279,7 +282,7 @@ def load_operand(m_ptr, C: gl.constexpr):
     m = tl.load(m_ptrs, mask=(offs_h < H) & (offs_k < H), other=0.0)
     if C.ITEM_BITS == 16:
         # Two elements are packed in a register here, not again in every step.
-        m = optimization_barrier(m, C.INTERPRETED)
+        m = optimization_barrier(m, C)
     return split_tf32(m, C).large
 
 
@@ -297,16 +300,3 @@ def allocate_tile(dtype: gl.constexpr, C: gl.constexpr):
     SHAPE: gl.constexpr = [C.BLOCK_H, C.BLOCK_B]
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(SHAPE, dtype, transposed=True)
     return gl.allocate_shared_memory(dtype, SHAPE, LAYOUT)
-
-
-@gluon.jit
-def allocate_stages(dtype: gl.constexpr, HAS_AUX: gl.constexpr, C: gl.constexpr):
-    """Allocate NUM_STAGES stages."""
-    stages = ()
-    for _ in gl.static_range(NUM_STAGES):
-        a = allocate_tile(dtype, C)
-        aux = a
-        if HAS_AUX:
-            aux = allocate_tile(dtype, C)
-        stages = stages + (Stage(a=a, aux=aux),)  # type: ignore[assignment]  # noqa: RUF005
-    return stages

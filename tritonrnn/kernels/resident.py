@@ -41,7 +41,7 @@ from tritonrnn.kernels.common import (
     Operand,
     compute_state,
     convert_layout_like,
-    dot_acc,
+    dot_tile,
     in_walk,
     load_and_prepare_step,
     load_step,
@@ -118,7 +118,7 @@ def resident_kernel(
     m_ptr += tl.program_id(2).to(tl.int64) * stride_m_group
     m_ptrs = m_ptr + (offs_h[:, None] * stride_m_row + offs_k[None, :] * stride_m_column)
     mask_h = (offs_h < C.H)[:, None]
-    tiles = load_weights(m_ptrs, mask_h, stride_m_column, C.NUM_TILES, C)
+    tiles = load_weights(m_ptrs, mask_h, stride_m_column, C)
     block = make_block(tl.program_id(0), range_h, tl.arange(0, C.BLOCK_B), batch, C)
     if C.NUM_STAGES > 1:
         walk(batch, block, tiles, C)
@@ -198,16 +198,17 @@ def walk_sync_loads(batch, block, tiles, C: tl.constexpr):
 @triton.jit
 def dot_tiles(tiles, s, z, C: tl.constexpr):
     """Return ``M s + z``: one product for each tile of M."""
-    large = split_k(s.large, C.NUM_TILES)
-    small = split_k(s.small, C.NUM_TILES)
-    for i in tl.static_range(len(tiles)):
-        z = dot_acc(tiles[i], Operand(large=large[i], small=small[i]), z, C.PRECISION)
+    large = split_k(s.large, C)
+    small = split_k(s.small, C)
+    for i in tl.static_range(len(large)):
+        z = dot_tile(tiles, i, Operand(large=large[i], small=small[i]), z, C)
     return z
 
 
 @triton.jit
-def split_k(s, NUM_TILES: tl.constexpr):
+def split_k(s, C: tl.constexpr):
     """Return a state in NUM_TILES tiles, each of every NUM_TILES-th hidden unit."""
+    NUM_TILES: tl.constexpr = C.NUM_TILES
     UNITS: tl.constexpr = s.shape[0] // NUM_TILES
     BLOCK_B: tl.constexpr = s.shape[1]
     if NUM_TILES == 4:

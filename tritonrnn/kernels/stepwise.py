@@ -97,6 +97,6 @@ def stepwise_kernel(
             m_k_ptrs = m_ptrs + tl.cast(k, tl.int64) * stride_m_column
             m = tl.load(m_k_ptrs, mask=block.mask_h & mask_k[None, :], other=0.0)
             s = tl.load(state_ptrs + k, mask=mask_k[:, None] & previous, other=0.0)
-            z = dot_acc(split_tf32(m, C), split_tf32(s, C), z, C.PRECISION)
+            z = dot_acc(split_tf32(m, C), split_tf32(s, C), z, C)
         s = compute_state(step, z, aux, batch, block, C)
         store_step(step, row, s, batch, block)
