@@ -43,14 +43,14 @@ BLIND_LOSS = 1 / 6
 
 
 class Batch(NamedTuple):
-    """Sequences of (number, mark), ``(T, B, 2)``, and the sums of the marked numbers, ``(B,)``."""
+    """Hold sequences of (number, mark), ``(T, B, 2)``, and sums of marked numbers, ``(B,)``."""
 
     input: Tensor
     sums: Tensor
 
 
 class Adder(nn.Module):
-    """A relu RNN that starts as the identity, and a linear head on its final state.
+    """Add numbers with a relu RNN that starts as the identity, and a linear head on ``h_n``.
 
     Le, Jaitly & Hinton 2015, arXiv:1504.00941.
     """

@@ -48,7 +48,7 @@ class Recipe(Generic[Model]):
 
 @dataclass
 class Trainee(Generic[Model]):
-    """A model in training.
+    """Train a model, and record its losses and times.
 
     Attributes:
         losses: Training loss of each step.

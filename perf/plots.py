@@ -23,7 +23,7 @@ from perf.peers import BASELINE, PEERS
 DPI, COLOURS = 90, 256
 # More facets on a side would be too small to read; the outermost and some between are shown.
 MOST_FACETS = 3
-# The first ten are filled shapes; the later ones, which get pale colours, are mostly thin strokes.
+# The first ten are filled; the others are strokes, which stay legible in the paler colours.
 MARKERS = "osD^vPX*<>x+1234"
 OURS = "tritonrnn"
 

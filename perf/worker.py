@@ -37,7 +37,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Begun:
-    """A phase begins. If no message follows, it failed in this phase."""
+    """Report that a phase begins. If no message follows, it failed in this phase."""
 
     peer: str
     mode: str
@@ -46,21 +46,21 @@ class Begun:
 
 @dataclass(frozen=True)
 class Measured:
-    """A row is known."""
+    """Report a row."""
 
     row: Row
 
 
 @dataclass(frozen=True)
 class Crashed:
-    """The process can't continue."""
+    """Report that the process can't continue."""
 
     columns: Row
 
 
 @dataclass(frozen=True)
 class Finished:
-    """There is nothing more to do."""
+    """Report that there is nothing more to do."""
 
 
 Message = Begun | Measured | Crashed | Finished

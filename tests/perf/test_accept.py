@@ -43,9 +43,6 @@ def invoke(*arguments: object):
     return CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
 
 
-# Steps
-
-
 def steps_of(outcomes: dict[str, Outcome | Exception], taken: list[tuple[str, float]]):
     def step(name: str, outcome: Outcome | Exception) -> Step:
         def run(seconds: float) -> Outcome:
@@ -115,9 +112,6 @@ def test_step_that_was_cut_off_is_unfinished(tmp_path):
     assert Ledger(tmp_path).records["a"] == Record("unfinished", 0.0, "cut off")
 
 
-# Resumed tests
-
-
 def test_tests_that_passed_are_not_run_again(tmp_path):
     (tmp_path / "test_it.py").write_text(
         textwrap.dedent("""
@@ -172,9 +166,6 @@ def test_command_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
     while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-# Acceptance
 
 
 @pytest.mark.slow
@@ -379,9 +370,6 @@ def test_sanitizer_is_run_for_each_tool_and_plan_and_its_findings_fail(tmp_path,
     assert outcome.message.count("RACECHECK SUMMARY: 0 hazards") == 1
     fake.unlink()
     assert acceptance.sanitizer(60.0).message == "compute-sanitizer is not installed"
-
-
-# Tuning
 
 
 def timed(peer: str, us: float, plan: str = "", **more: object) -> dict:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("torch_back_end")
 
 
 class SlightlyWrong(tritonrnn.RNN):
-    """Off by a ten-thousandth, and nowhere but in ``h_n``."""
+    """Return an ``h_n`` that is off by a ten-thousandth, and a right output."""
 
     def forward(self, input, hx=None):
         output, h_n = super().forward(input, hx)

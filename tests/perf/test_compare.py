@@ -121,9 +121,6 @@ def test_compare_refuses_other_machines_and_precisions(tmp_path):
     assert invoke("compare", before, newer).exit_code == 0
 
 
-# The report
-
-
 def made_up_sweep() -> list[dict]:
     rows = []
     for T in (64, 256, 1024):

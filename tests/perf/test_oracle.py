@@ -74,7 +74,7 @@ EXACT = [torch.linspace(1, 2, 9, dtype=torch.float64)] * 3
 
 
 def off_by(*errors: float) -> list[torch.Tensor]:
-    """One draw for each relative error."""
+    """Return one draw for each relative error."""
     return [((1 + error) * EXACT[0]).float() for error in errors]
 
 

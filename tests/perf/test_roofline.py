@@ -180,9 +180,6 @@ def test_measured_constants_replace_the_published():
     assert "no such constant" not in device.constants
 
 
-# Calibration
-
-
 def test_calibration_on_a_cpu_names_what_does_not_apply(monkeypatch, tmp_path):
     monkeypatch.setattr(calibrate, "CPU_COPY_BYTES", 2**12)
     monkeypatch.setattr(calibrate, "CPU_MATRIX_SIZE", 16)
@@ -202,7 +199,7 @@ def test_calibration_measures_what_the_model_uses():
 
 @pytest.fixture(scope="module")
 def probe_instructions() -> dict[str, list[str]]:
-    """The instructions of the probes, compiled for a GPU that need not be there."""
+    """Return the instructions of the probes, compiled for a GPU that need not be there."""
     program = """
     import json, re
     from triton.backends.compiler import GPUTarget

@@ -23,7 +23,7 @@ TOP = 400
 
 
 class SlightlyWrong(tritonrnn.RNN):
-    """Off by a ten-thousandth, and nowhere but in ``h_n``."""
+    """Return an ``h_n`` that is off by a ten-thousandth, and a right output."""
 
     def forward(self, input, hx=None):
         output, h_n = super().forward(input, hx)
@@ -32,9 +32,6 @@ class SlightlyWrong(tritonrnn.RNN):
 
 def invoke(*arguments: str):
     return CliRunner().invoke(app, arguments, catch_exceptions=False)
-
-
-# Words
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +99,6 @@ def test_perturb_moves_by_one_unit_in_the_last_place():
         assert torch.equal(torch.nextafter(old, 2 * old), new)
 
 
-# Loss curves
-
-
 def drifting(scale: float, *, steps: int = 400) -> np.ndarray:
     """Losses that fall from 2.6, plus a rounding error that grows tenfold every 80 steps."""
     step = np.arange(steps)
@@ -132,9 +126,6 @@ def test_curves_disagree_from_the_faulty_step_on(fault):
 def test_curves_of_different_lengths_raise():
     with pytest.raises(ValueError, match="one length, got 3, 3 and 2 steps"):
         loss_curves.compare([1, 1, 1], [1, 1, 1], [1, 1])
-
-
-# python -m perf words
 
 
 def words_arguments(*more: str) -> tuple[str, ...]:
