@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Triton reads this when a kernel is defined, so it must be set before any is imported.
 if not torch.cuda.is_available():
@@ -14,6 +15,11 @@ if not torch.cuda.is_available():
 # times as long over it.
 torch.set_num_threads(1)
 
+# The same examples in every run; `--hypothesis-profile=fresh` draws new ones, and many more.
+settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("fresh", max_examples=2000, deadline=None, print_blob=True)
+settings.load_profile("suite")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what only a GPU can show."""
@@ -21,6 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Draw the same random numbers in a test, whichever tests ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
