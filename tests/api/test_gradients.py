@@ -1,4 +1,4 @@
-"""Gradients: who gets one, where it lives, and what the backward pass keeps for it."""
+"""Gradients: what has one, where it is stored, and what is saved to compute it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("torch_back_end")
     ids=lambda names: "+".join(names) or "nothing",
 )
 @pytest.mark.parametrize("layout", ["time-major", "unsorted"])
-def test_only_what_is_trained_gets_a_gradient(trained, layout):
+def test_only_trained_leaves_have_a_gradient(trained, layout):
     case = Case(layout=layout, L=2, D=2, dtype=torch.float64)
     outcomes = []
     for module in pair(case):
@@ -64,7 +64,7 @@ def test_no_two_gradients_share_storage(layout, T, L, D):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_results_share_no_storage(layout):
-    """Changing h_n in place leaves output alone, and both leave the input alone."""
+    """``output``, ``h_n``, ``input`` and ``hx`` are four storages."""
     case = Case(layout=layout, L=2, D=2)
     _, ours = pair(case)
     data, hx = case.tensors()
@@ -88,8 +88,8 @@ def test_h_n_may_be_changed_in_place(layout):
 
 
 @pytest.mark.parametrize("layout", ["time-major", "batch-first", "packed"])
-def test_output_changed_in_place_never_gives_wrong_gradients(layout):
-    """Refusing in backward is right as well, as cuDNN does: what backward needs is gone."""
+def test_output_changed_in_place_has_no_wrong_gradient(layout):
+    """Backward may raise, as cuDNN's does: what it needs was overwritten."""
     case = Case(layout=layout, dtype=torch.float64)
     data, hx = case.tensors()
     gradients = []
@@ -105,7 +105,7 @@ def test_output_changed_in_place_never_gives_wrong_gradients(layout):
 
 
 def tensors_saved(case: Case) -> int:
-    """Bytes saved for backward outside the parameters, and counted once."""
+    """Return the bytes saved for backward, each storage once and no parameter."""
     _, ours = pair(case)
     data, hx = case.tensors()
     saved = {}
@@ -123,11 +123,11 @@ def tensors_saved(case: Case) -> int:
 
 
 def tensors_alive(case: Case) -> int:
-    """Bytes made by a forward and alive after it, the two results included."""
+    """Return the bytes that a forward pass allocates and keeps, its results included."""
     _, ours = pair(case)
     data, hx = case.tensors()
     input = case.input(data)
-    # What a layout derives once may stay on the input it was derived from.
+    # What is derived once from an input may be cached with it.
     ours(input, hx)
     with RecordedCalls() as calls:
         results = ours(input, hx)
@@ -145,7 +145,7 @@ def test_backward_keeps_input_and_output_of_each_layer_only(layout, nonlinearity
     longer = replace(case, T=48)
     more_tokens = int(longer.lengths().sum() - case.lengths().sum())
     grown = measure(longer) - measure(case)
-    # Row maps: a few int64 numbers a time step.
+    # Row maps: a few int64 elements a time step.
     row_maps = 4 * 8 * (longer.T - case.T)
     assert grown <= more_tokens * (case.I + L * D * case.H) * 4 + row_maps
 
@@ -153,7 +153,7 @@ def test_backward_keeps_input_and_output_of_each_layer_only(layout, nonlinearity
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("D", [1, 2])
 def test_infinite_output_of_one_sequence_stays_out_of_the_next(batch_first, D):
-    """The first sequence's last output overflows: it is nobody's previous state."""
+    """The last output of the first sequence overflows; it is no step's previous state."""
     data = torch.ones(2, 3, 1)
     data[0, -1], data[1, 0] = torch.inf, torch.inf
     data = data if batch_first else data.transpose(0, 1)
@@ -176,7 +176,7 @@ def test_batch_sizes_made_in_inference_mode_train():
     assert module.weight_hh_l0.grad is not None
 
 
-def test_batch_sizes_changed_unseen_are_read_again():
+def test_batch_sizes_changed_through_numpy_are_read_again():
     batch_sizes = torch.tensor([2, 2])
     module = tritonrnn.RNN(3, 5)
     packed = PackedSequence(torch.ones(4, 3), batch_sizes)

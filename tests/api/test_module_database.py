@@ -1,7 +1,7 @@
-"""torch's own database of modules, its entries for RNN and RNNCell run on ours.
+"""Entries of torch's module database for RNN and RNNCell, run on tritonrnn's modules.
 
-What torch's ``test/test_modules.py`` does with every entry of ``module_db``, for ours: forward
-against the entry's reference, factory arguments, repr, pickle, memory, gradients, errors.
+Follows torch's ``test/test_modules.py``: forward against the entry's reference, factory arguments,
+repr, pickle, memory formats, gradients, errors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ENTRIES = {info.module_cls.__name__: info for info in module_db if info.module_c
 
 
 def samples(name: str, dtype=torch.float64, training: bool = True, requires_grad: bool = False):
-    """The entry's samples; for RNN its packed ones as well."""
+    """Return the samples of an entry; for RNN the packed ones as well."""
     info = ENTRIES[name]
     options = {"with_packed_sequence": True} if name == "RNN" else {}
     return info.module_inputs_func(
@@ -43,7 +43,7 @@ def samples(name: str, dtype=torch.float64, training: bool = True, requires_grad
 
 
 def build(name: str, sample, dtype=torch.float64, training: bool = True):
-    """torch's module and ours with the same weights."""
+    """Return torch's module and ours with the same weights."""
     torch.manual_seed(0)
     arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
     theirs = ENTRIES[name].module_cls(*arguments, **options, dtype=dtype).train(training)
@@ -53,7 +53,7 @@ def build(name: str, sample, dtype=torch.float64, training: bool = True):
 
 
 def plain(results) -> list[torch.Tensor]:
-    """Tensors of what a module returned."""
+    """Return the tensors in what a module returned."""
     results = results if isinstance(results, tuple) else (results,)
     return [y.data if isinstance(y, PackedSequence) else y for y in results]
 
@@ -96,14 +96,13 @@ def test_gradients_agree_with_torch(name, training):
         gradients = []
         for module in build(name, sample, training=training):
             loss = sum(y.pow(3).sum() for y in plain(module(*sample.forward_input.args)))
-            # relu may leave nothing alive, and then there is nothing to compare.
             wanted = [*leaves(sample), *module.parameters()]
             gradients.append(torch.autograd.grad(loss, wanted))
         torch.testing.assert_close(*gradients)
 
 
 def check_gradients(check, name, training, stride):
-    """Of every ``stride``-th sample: neighbours differ in one option."""
+    """Check every ``stride``-th sample: adjacent ones differ in one option."""
     for sample in samples(name, training=training, requires_grad=True)[::stride]:
         _, ours = build(name, sample, training=training)
         inputs = sample.forward_input.args

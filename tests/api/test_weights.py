@@ -33,7 +33,8 @@ def weight_norm(module):
 def spectral_norm(module):
     torch.manual_seed(5)
     parametrizations.spectral_norm(module, "weight_hh_l1_reverse")
-    # In training each look at the weight changes it, and nobody promises how often forward looks.
+    # In training each access of the weight changes it, and forward may access it any number of
+    # times.
     module.eval()
 
 
@@ -46,7 +47,7 @@ def reset_data(module):
 
 
 def delete_and_set(module):
-    """A weight that is no Parameter, as DropConnect has it."""
+    """Make a weight no Parameter, as DropConnect does."""
     raw = module.weight_hh_l0
     del module._parameters["weight_hh_l0"]
     module.raw_weight = raw
