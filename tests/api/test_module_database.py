@@ -1,14 +1,10 @@
 """Entries of torch's module database for RNN and RNNCell, run on tritonrnn's modules.
 
-Follows torch's ``test/test_modules.py``: forward against the entry's reference, factory arguments,
-repr, pickle, memory formats, gradients, errors.
+Follows torch's ``test/test_modules.py``: forward against the entry's reference, gradients, memory
+formats, factory arguments, errors.
 """
 
 from __future__ import annotations
-
-import copy
-import pickle
-from functools import partial
 
 import pytest
 import torch
@@ -101,31 +97,6 @@ def test_gradients_agree_with_torch(name, training):
         torch.testing.assert_close(*gradients)
 
 
-def check_gradients(check, name, training, stride):
-    """Check every ``stride``-th sample: adjacent ones differ in one option."""
-    for sample in samples(name, training=training, requires_grad=True)[::stride]:
-        _, ours = build(name, sample, training=training)
-        inputs = sample.forward_input.args
-
-        def function(*tensors, ours=ours, inputs=inputs):
-            given, weights = tensors[: len(inputs)], tensors[len(inputs) :]
-            if isinstance(inputs[0], PackedSequence):
-                given = (inputs[0]._replace(data=given[0]), *given[1:])
-            parameters = dict(zip(dict(ours.named_parameters()), weights))
-            return tuple(plain(torch.func.functional_call(ours, parameters, given)))
-
-        assert check(function, (*leaves(sample), *ours.parameters()), fast_mode=True)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-def test_gradcheck_passes(name, training):
-    check_gradients(partial(torch.autograd.gradcheck, check_forward_ad=True), name, training, 5)
-
-
-def test_gradgradcheck_passes(name):
-    check_gradients(torch.autograd.gradgradcheck, name, True, 5)
-
-
 def test_non_contiguous_input_and_gradient_agree(name):
     def scattered(x):
         return torch.repeat_interleave(x.detach(), 2, dim=-1)[..., ::2].requires_grad_()
@@ -151,15 +122,6 @@ def test_factory_arguments_are_followed(name):
             *arguments, **options, device="meta", dtype=torch.bfloat16
         )
         assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
-
-
-def test_copies_agree(name, training):
-    for sample in samples(name, training=training):
-        theirs, ours = build(name, sample, training=training)
-        assert repr(ours) == repr(theirs)
-        expected = plain(ours(*sample.forward_input.args))
-        for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-            torch.testing.assert_close(plain(copied(*sample.forward_input.args)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
