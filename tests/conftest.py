@@ -11,8 +11,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# What is computed here is small, and threads that wait for one another on a busy machine take ten
-# times as long over it.
+# The tensors here are small: on a busy machine, several threads take ten times as long.
 torch.set_num_threads(1)
 
 # The same examples in every run; `--hypothesis-profile=fresh` draws new ones, and many more.
@@ -22,7 +21,7 @@ settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what only a GPU can show."""
+    """Skip tests that need a GPU where there is none."""
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -37,7 +36,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def torch_back_end() -> Iterator[None]:
-    """The torch path, also where the interpreter would let a kernel take tensors on the CPU."""
+    """Serve every call by the torch path, even where the interpreter could run the kernels."""
     from tritonrnn import backend
 
     with backend("torch"):

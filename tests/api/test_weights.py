@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import tritonrnn
-from tests.support.cases import Case, assert_same_results, gradients_of, pair, run
+from tests.support.cases import Case, assert_same_results, pair, run, with_gradients
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
@@ -67,7 +67,7 @@ def test_changed_weights_are_the_ones_used(change):
         change(module)
         output, h_n = module(data, hx)
         assert not torch.equal(before, output)
-        results.append(gradients_of(case, module, data, hx, output, h_n))
+        results.append(with_gradients(case, module, data, hx, output, h_n))
     assert_same_results(results[1], results[0])
 
 
