@@ -64,7 +64,7 @@ def _fresh_compiler():
     [
         ("time-major", True, "aot_eager", "torch"),
         ("batch-first", False, "aot_eager", "torch"),
-        ("packed", False, "aot_eager", "triton"),
+        pytest.param("packed", False, "aot_eager", "triton", marks=pytest.mark.slow),
         pytest.param("unsorted", True, "inductor", "torch", marks=pytest.mark.slow),
         pytest.param("batch-first", True, "inductor", "triton", marks=pytest.mark.slow),
     ],
@@ -142,12 +142,11 @@ def test_backward_of_a_compiled_call_ignores_a_later_context():
 @pytest.mark.skipif(
     torch.__version__.startswith("2.11."), reason="2.11 can't trace pad_packed_sequence"
 )
-@pytest.mark.parametrize("lengths", [[3, 2, 1], [1, 3, 2]], ids=str)
-def test_compiled_model_returns_a_packed_sequence_that_can_be_padded(lengths):
+def test_compiled_model_returns_a_packed_sequence_that_can_be_padded():
     module = tritonrnn.RNN(3, 5)
 
     def model(padded):
-        packed = pack_padded_sequence(padded, lengths, enforce_sorted=False)
+        packed = pack_padded_sequence(padded, [1, 3, 2], enforce_sorted=False)
         output, _ = module(packed)
         return output, pad_packed_sequence(output)[0]
 
