@@ -48,7 +48,7 @@ def walk(name: str, device: torch.device) -> int:
 
         a = normal(layout.N, G * H)
         problem = launch.problem_of(a, layout, G=G, epilogue=epilogue, tf32=True)
-        plan = PLANS[name](problem, launch.device_limits(device))
+        plan = PLANS[name](problem, launch.device_of(device))
         if plan is None:
             continue
         if plan.name == "cooperative":

@@ -1,4 +1,4 @@
-"""Compile the kernel's plans for a GPU that is not there, and read what came out.
+"""Compile the plans' kernels for a GPU that is not there, and read the listings.
 
 A launch and this module share every argument (``launch.kernel_arguments``); tensors on the meta
 device stand in for real ones. So Triton specialises here exactly as it does for a launch.
@@ -29,20 +29,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from triton.backends.compiler import GPUTarget
 
 from tritonrnn.kernels import launch
-from tritonrnn.kernels.plan import (
-    DEVICES,
-    PLANS,
-    DeviceLimits,
-    LaunchPlan,
-    Problem,
-)
+from tritonrnn.kernels.devices import DEVICES, Device
+from tritonrnn.kernels.plan import PLANS, LaunchPlan, Problem
 from tritonrnn.layout import SequenceLayout
 
 EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
 # Round sizes, and odd ones between them: rows that are no whole number of vectors are loaded and
-# stored number by number, with other layouts and more registers.
+# stored element by element, with other layouts and more registers.
 HIDDEN_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1272, 1536, 50, 97, 100, 201, 333)
-# The kernel of least means and the one of most: a layout, groups, and whether v_0 is given.
+# The simplest kernel and the one with everything: a layout, groups, and whether v_0 is given.
 BATCHES = (("padded", 1, False), ("packed", 2, True))
 # dtype of the tensors, and whether fp32 products may be TF32.
 DTYPES = {
@@ -52,14 +47,14 @@ DTYPES = {
     "fp32": (torch.float32, False),
 }
 T = 1024
-# Steps that a time loop has in one turn, where that is not one.
+# Steps of one iteration of a time loop, where that is not one.
 STEPS_A_LOOP = {"registers": 4}
 
 
 class _Target:
-    """Stands in for Triton's driver where there is no device."""
+    """Stand in for Triton's driver where there is no device."""
 
-    def __init__(self, device: DeviceLimits):
+    def __init__(self, device: Device):
         backend = "hip" if device.is_amd else "cuda"
         arch = device.arch if device.is_amd else int(device.arch.removeprefix("sm_"))
         self.target = GPUTarget(backend, arch, device.warp_size)
@@ -76,8 +71,8 @@ class _Target:
 
 
 @dataclass(frozen=True)
-class Specimen:
-    """What is compiled: a problem of one arithmetic, over a padded or a packed batch, its plan."""
+class CompileCase:
+    """What is compiled: a plan for a problem of one arithmetic, over a padded or a packed batch."""
 
     dtype: str
     problem: Problem
@@ -88,20 +83,20 @@ class Specimen:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One plan, compiled: the compiler's listings and what they say.
+    """One plan, compiled: the compiler's listings and what follows from them.
 
-    ``launches_at_once`` tells whether the driver is to run all programs at the same time or none.
+    ``is_cooperative_launch``: whether the driver runs all programs at the same time or none.
     """
 
     plan: LaunchPlan
     shared_bytes: int
-    launches_at_once: bool
+    is_cooperative_launch: bool
     compile_s: float
     assembly: dict[str, Any]
 
     @property
     def resources(self) -> tuple[int, int]:
-        """Registers a thread, and bytes a thread spills to memory."""
+        """Return the registers of a thread, and the bytes that a thread spills to memory."""
         if self.plan.device.is_amd:
             listing = self.assembly["amdgcn"]
             spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", listing)
@@ -110,8 +105,15 @@ class Compiled:
 
     @property
     def sass(self) -> list[str]:
-        """The instructions of the kernel, each with its address."""
+        """Return the instructions of the kernel, each with its address."""
         return re.findall(r"^\s+/\*([0-9a-f]{4,}\*/\s+.*?);", self._listing, re.MULTILINE)
+
+    @property
+    def step_sass(self) -> list[str]:
+        """Return the time loop; of a stepwise kernel, which is one step, everything."""
+        if self.plan.name == "stepwise":
+            return self.sass
+        return time_loop(self.sass, nested=self.plan.name == "cooperative")
 
     @cached_property
     def _listing(self) -> str:
@@ -119,7 +121,7 @@ class Compiled:
 
 
 def listing_of(cubin: bytes) -> str:
-    """What NVIDIA's ``cuobjdump`` says of a kernel: its resources and its instructions."""
+    """Return what NVIDIA's ``cuobjdump`` prints of a kernel: its resources and instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -128,18 +130,13 @@ def listing_of(cubin: bytes) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def compile_plan(
-    problem: Problem,
-    plan: LaunchPlan,
-    dtype: torch.dtype,
-    layout: str = "padded",
-    has_v_0: bool = True,
-) -> Compiled:
+def compile_case(case: CompileCase) -> Compiled:
     """Compile a plan as a launch would."""
+    problem, plan, dtype = case.problem, case.plan, DTYPES[case.dtype][0]
     T, B, G, H = problem.T, problem.B, problem.G, problem.H
     rows = (
         SequenceLayout.time_major(T, B)
-        if layout == "padded"
+        if case.layout == "padded"
         else SequenceLayout.packed((B,) * T, T * B)
     )
     backward = problem.epilogue.endswith("_grad")
@@ -157,7 +154,7 @@ def compile_plan(
         grid=launch.grid(problem, plan),
         **launch.kernel_arguments(
             a,
-            meta(G, B, H, dtype=torch.float32) if has_v_0 else None,
+            meta(G, B, H, dtype=torch.float32) if case.has_v_0 else None,
             M.transpose(1, 2) if backward else M,
             meta(*a.shape) if backward else None,
             rows,
@@ -176,7 +173,7 @@ def compile_plan(
 
 
 def time_loop(sass: list[str], nested: bool = False) -> list[str]:
-    """The instructions of the time loop.
+    """Return the instructions of the time loop.
 
     A loop is a branch to a lower address. The time loop is the longest of them or, nested in
     the loop over batch blocks of a cooperative plan, the shortest that has all matrix instructions
@@ -198,12 +195,12 @@ def time_loop(sass: list[str], nested: bool = False) -> list[str]:
 
 
 def count(instructions: list[str], mnemonic: str) -> int:
-    """How many of the instructions are of one kind."""
+    """Return how many of the instructions are of one kind."""
     pattern = re.compile(rf"\*/\s+(?:@!?\w+\s+)?{mnemonic}\b")
     return sum(bool(pattern.search(line)) for line in instructions)
 
 
-def specimens(
+def compile_cases(
     arch: str,
     *,
     dtypes: Iterable[str] = tuple(DTYPES),
@@ -212,8 +209,8 @@ def specimens(
     batches: Iterable[tuple[str, int, bool]] = BATCHES,
     plans: Iterable[str] = tuple(PLANS),
     B: int = 16,
-) -> list[Specimen]:
-    """Every plan that fits the device, over a spread of shapes."""
+) -> list[CompileCase]:
+    """Return every plan that fits the device, over a spread of shapes."""
     device = DEVICES[arch]
     made = []
     for name, H, epilogue, (layout, G, has_v_0) in product(dtypes, sizes, epilogues, batches):
@@ -221,17 +218,17 @@ def specimens(
         problem = Problem(T, B, G, H, launch.DTYPES[dtype], tf32, epilogue)
         for plan in (PLANS[choice](problem, device) for choice in plans):
             if plan is not None:
-                made.append(Specimen(name, problem, layout, has_v_0, plan))
+                made.append(CompileCase(name, problem, layout, has_v_0, plan))
     return made
 
 
 def table(
-    wanted: Sequence[Specimen],
+    wanted: Sequence[CompileCase],
     *,
     processes: int | None = None,
     tick: Callable[[], object] | None = None,
 ) -> pd.DataFrame:
-    """One row a specimen.
+    """Compile every case and return one row each.
 
     Args:
         wanted: what to compile.
@@ -242,7 +239,7 @@ def table(
     # New processes: what a fork would copy has threads, and the driver of this one.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(wanted)), context) as pool:
-        futures = [pool.submit(_row, specimen) for specimen in wanted]
+        futures = [pool.submit(_compile_row, case) for case in wanted]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -254,46 +251,45 @@ def table(
     return pd.DataFrame([future.result() for future in futures])
 
 
-def _row(specimen: Specimen) -> dict[str, Any]:
-    problem, plan = specimen.problem, specimen.plan
-    # Else a kernel that is in the cache would be said to compile in no time.
+def _compile_row(case: CompileCase) -> dict[str, Any]:
+    # Otherwise a kernel from the cache would seem to compile in no time.
     triton.knobs.compilation.always_compile = True
-    compiled = compile_plan(
-        problem, plan, DTYPES[specimen.dtype][0], specimen.layout, specimen.has_v_0
-    )
+    return row(case, compile_case(case))
+
+
+def row(case: CompileCase, compiled: Compiled) -> dict[str, Any]:
+    """Return the row of a compiled case."""
+    problem, plan = case.problem, case.plan
     registers, spill_bytes = compiled.resources
-    row = {
+    made = {
         "arch": plan.device.arch,
-        "dtype": specimen.dtype,
+        "dtype": case.dtype,
         "H": problem.H,
         "G": problem.G,
-        "layout": specimen.layout,
-        "v_0": specimen.has_v_0,
+        "layout": case.layout,
+        "v_0": case.has_v_0,
         "plan": plan.name,
         "epilogue": plan.epilogue,
         "block_h": plan.block_h,
         "block_b": plan.block_b,
         "num_warps": plan.num_warps,
-        # The instructions counted below are of as many blocks' steps.
-        "turns": plan.turns,
+        # The instructions below are of a step of as many batch blocks.
+        "interleave": plan.interleave,
         "registers": registers,
         "spill_bytes": spill_bytes,
         "shared_bytes": compiled.shared_bytes,
         "planned_bytes": plan.shared_bytes,
     }
     if not plan.device.is_amd:
-        # A stepwise kernel is one step: all of it counts, what its loop over M's columns has once.
-        loop = compiled.sass
-        if plan.name != "stepwise":
-            loop = time_loop(compiled.sass, nested=plan.name == "cooperative")
+        loop = compiled.step_sass
         steps = STEPS_A_LOOP.get(plan.name, 1)
-        row |= {
+        made |= {
             "sass_per_step": len(loop) // steps,
             "hgmma": count(loop, "HGMMA") // steps,
             "hmma": count(loop, "HMMA") // steps,
             "bar": count(loop, "BAR") // steps,
         }
-    return row | {"compile_s": round(compiled.compile_s, 2)}
+    return made | {"compile_s": round(compiled.compile_s, 2)}
 
 
 def _number(pattern: str, text: str) -> int:
@@ -303,7 +299,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 def versions(arch: str) -> dict[str, str]:
-    """The compilers that rows depend on."""
+    """Return the versions of the compilers that made the rows."""
     made_with = {"torch": torch.__version__, "triton": triton.__version__}
     if DEVICES[arch].is_amd:
         # Triton's own copy of LLVM.
@@ -331,7 +327,7 @@ def static(
     ):
         if not set(chosen) <= set(known):
             raise typer.BadParameter(f"Expected {option} to be one of {', '.join(known)}.")
-    wanted = specimens(
+    wanted = compile_cases(
         arch, dtypes=dtype or tuple(DTYPES), plans=plan or tuple(PLANS), sizes=size or HIDDEN_SIZES
     )
     if not wanted:

@@ -1,4 +1,4 @@
-"""Put tritonrnn's modules in the place of torch's inside a model."""
+"""Replace torch's modules inside a model by tritonrnn's."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {nn.RNN: RNN, nn.RNNCell
 def convert(model: Model) -> Model:
     """Replace every ``nn.RNN`` and ``nn.RNNCell`` inside a model.
 
-    Parameters, buffers and hooks are not copied: they are the same objects, so an optimizer built
-    before still works. Training mode, devices and dtypes stay as they are. A module used in
-    several places is replaced by one module. A subclass that has a ``forward`` of its own is left
-    alone; one that has not keeps its class as a base.
+    Parameters, buffers and hooks stay the same objects, so that an optimizer built before still
+    works. Training mode, devices and dtypes stay as they are. A module used in several places is
+    replaced by one module. A subclass with a ``forward`` of its own is left alone; any other keeps
+    its class as a base.
 
     Args:
-        model: any module. It is changed in place, unless it is itself to be replaced.
+        model: any module. It is changed in place, unless it is itself replaced.
 
     Returns:
         The model, or for a bare ``nn.RNN`` or ``nn.RNNCell`` its replacement.
@@ -36,7 +36,7 @@ def convert(model: Model) -> Model:
             replaced[module] = module if target is None else _move(module, target)
         return replaced[module]
 
-    # From the inside out: what is replaced hands on the children that it has then.
+    # Children first: a replacement takes over the children that a module has at that time.
     for module in reversed(list(model.modules())):
         for name, child in module._modules.items():
             if child is not None:
@@ -45,7 +45,7 @@ def convert(model: Model) -> Model:
 
 
 def _target(module: nn.Module) -> type[nn.Module] | None:
-    """The class to replace a module's by, or None to leave it alone."""
+    """Return the class that replaces a module's, or None to leave the module alone."""
     cls = type(module)
     if cls in _REPLACEMENTS:
         return _REPLACEMENTS[cls]
@@ -60,11 +60,11 @@ def _target(module: nn.Module) -> type[nn.Module] | None:
 
 
 def _move(module: nn.Module, target: type[nn.Module]) -> nn.Module:
-    """A module of another class with everything that this one has."""
+    """Return a module of another class that holds everything that this one holds."""
     moved = target.__new__(target)
     moved.__dict__.update(module.__dict__)
-    # The containers of what can be assigned are its own, so that assigning to one of the two does
-    # not reach the other. Those of the hooks are shared: a handle finds its hook through them.
+    # The containers of what can be assigned are copied: an assignment to one module must not reach
+    # the other. Those of the hooks are shared: a handle removes its hook through them.
     for name in ("_parameters", "_buffers", "_modules"):
         moved.__dict__[name] = dict(module.__dict__[name])
     if isinstance(module, nn.RNN):
@@ -74,24 +74,25 @@ def _move(module: nn.Module, target: type[nn.Module]) -> nn.Module:
 
 
 def _reparametrized(cls: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module]:
-    """A class that ``torch.nn.utils.parametrize`` made of torch's, made of ours instead."""
+    """Return a class like one that ``torch.nn.utils.parametrize`` made, but derived from ours."""
     members = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
     return type(cls.__name__, (ours,), members)
 
 
 @functools.cache
 def _adopted(cls: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a user's subclass that runs as ours does."""
+    """Return a subclass of a user's subclass with the methods of ours."""
     members: dict[str, Any] = {
         name: member
         for name, member in ours.__dict__.items()
         if name not in ("__init__", "__doc__", "__dict__", "__weakref__", "__module__")
     }
     members["__module__"] = cls.__module__
-    # Its class is made, not imported: pickling and copying make it again.
+    # The class can't be imported: unpickling and copying make it anew.
     members["__reduce_ex__"] = lambda self, _: (_new_adopted, (cls, ours), self.__getstate__())
     return type(cls.__name__, (cls,), members)
 
 
+# Pickles of converted models name this function, so its name and arguments stay.
 def _new_adopted(cls: type[nn.Module], ours: type[nn.Module]) -> nn.Module:
     return nn.Module.__new__(_adopted(cls, ours))  # type: ignore[arg-type]

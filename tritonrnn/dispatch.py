@@ -1,4 +1,4 @@
-"""Which back end serves a call, and in one sentence why."""
+"""Choose the back end and the plan that serve a call, and say why in one sentence."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from tritonrnn.layer import Recurrence
+from tritonrnn.paths import inplace
+from tritonrnn.paths.composite import why_composite
 from tritonrnn.precision import rounds_to_tf32
 
 if TYPE_CHECKING:
@@ -25,18 +28,18 @@ _chosen: ContextVar[Backend | None] = ContextVar("tritonrnn_backend", default=No
 
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
-    """Choose the back end of every call made inside, in this thread or task only.
+    """Choose the back end of every call inside, in this thread or task only.
 
-    A call keeps the back end of its forward pass for its backward pass, wherever that runs. The
-    environment variable ``TRITONRNN_BACKEND`` names the one to use outside of any such context.
+    The backward pass of a call uses the back end of its forward pass, wherever it runs. The
+    environment variable ``TRITONRNN_BACKEND`` names the back end of calls outside of any context.
 
     Args:
-        name: "triton", the kernels; "torch", the torch path on any device; "auto", the default,
-            the kernels for whatever they serve well and torch for the rest.
+        name: "triton" for the kernels; "torch" for torch's operators, on any device; "auto", the
+            default, for the kernels where they serve a call well and torch elsewhere.
 
     Raises:
         ValueError: ``name`` is none of the three.
-        RuntimeError: from a call inside which the named back end can't serve.
+        RuntimeError: in a call inside, if the named back end can't serve it.
     """
     token = _chosen.set(_checked(name, "backend"))
     try:
@@ -46,7 +49,7 @@ def backend(name: Backend) -> Iterator[None]:
 
 
 def current_backend() -> Backend:
-    """The back end asked for here: by the nearest context, else by the environment."""
+    """Return the back end asked for here: by the nearest context, else by the environment."""
     chosen = _chosen.get()
     if chosen is not None:
         return chosen
@@ -65,9 +68,8 @@ class Choice:
 
     Attributes:
         backend: "triton" or "torch"; "auto" while a program is being compiled.
-        plan: how. On triton a ``LaunchPlan``, of the forward pass. On torch: "walk", an operator
-            a layer that walks in place; "recorded", every step recorded by autograd; "native",
-            torch's own ``rnn_tanh`` and ``rnn_relu``, which on CUDA are cuDNN's.
+        plan: how. On triton the ``LaunchPlan`` of the forward pass; on torch the path, one of
+            ``tritonrnn.paths``: "in-place", "composite" or "aten".
         reason: why, in one sentence.
     """
 
@@ -82,22 +84,25 @@ def choose(
     *,
     T: int,
     B: int,
-    G: int,
+    G: int = 1,
     H: int,
     nonlinearity: str,
     ragged: bool = False,
 ) -> Choice:
-    """Choose for a call of these sizes, in the context that it is made in.
+    """Choose for a call of these sizes, in the context at hand.
 
-    While a program is being compiled or exported, the choice is left to the operator.
+    While a program is compiled or exported, the operator makes the choice later, when it runs.
 
     Args:
+        device: of the tensors.
+        dtype: in which the call is computed.
+        T, B, G, H: the sizes, by the dimension key of ``layout.py``.
+        nonlinearity: "tanh" or "relu".
         ragged: whether the layout is one of ``ragged.py``, which torch's own kernels don't take.
 
     Raises:
         RuntimeError: the back end asked for can't serve the call.
     """
-    recorded = why_recorded(dtype)
     if not torch.compiler.is_compiling():
         return choose_now(
             current_backend(),
@@ -110,9 +115,10 @@ def choose(
             nonlinearity=nonlinearity,
             ragged=ragged,
         )
-    if recorded:
-        return Choice("torch", "recorded", recorded)
-    return Choice("auto", "walk", "a compiled program chooses each time that it runs.")
+    composite = why_composite(dtype)
+    if composite:
+        return Choice("torch", "composite", composite)
+    return Choice("auto", "in-place", "a compiled program chooses each time that it runs.")
 
 
 def choose_now(
@@ -127,45 +133,53 @@ def choose_now(
     nonlinearity: str,
     ragged: bool = False,
 ) -> Choice:
-    """:func:`choose` of the back end asked for, whatever the context."""
-    recorded = why_recorded(dtype)
-    obstacle: str | None = recorded or _obstacle(device, dtype)
+    """Choose as :func:`choose` does, but for the back end ``asked`` and not by the context."""
+    composite = why_composite(dtype)
+    obstacle: str | None = composite or _obstacle(device, dtype)
     if asked == "triton" and obstacle:
         raise RuntimeError(f"the triton back end can't serve this call: {obstacle}")
     if asked != "torch" and not obstacle:
-        # Only here: without Triton, there is nothing to import.
-        from tritonrnn.kernels import launch, plan
+        # Imported only here: Triton may not be installed.
+        from tritonrnn.kernels import cost, devices, launch, plan
 
         problem = plan.Problem(
             T, B, G, H, launch.DTYPES[dtype], rounds_to_tf32(device, dtype), nonlinearity
         )
-        limits = launch.device_limits(device)
-        chosen = plan.choose_plan(problem, limits)
+        gpu = devices.device_of(device)
+        chosen = cost.choose_plan(problem, gpu)
         if isinstance(chosen, plan.LaunchPlan):
             if asked == "triton" or chosen.name not in _NOT_BY_DEFAULT:
                 return Choice("triton", chosen, "the kernels have a plan for it.")
             obstacle = f"the {chosen.name} plan has yet to be run on a GPU."
         elif asked == "triton" or ragged:
             why = "triton was asked for." if asked == "triton" else "cuDNN takes no such batch."
-            return Choice("triton", plan.plan_without_torch(problem, limits), why)
+            return Choice("triton", cost.best_triton_plan(problem, gpu), why)
         else:
             obstacle = chosen.reason
-    if recorded:
-        return Choice("torch", "recorded", recorded)
+    if composite:
+        return Choice("torch", "composite", composite)
     reason = "torch was asked for." if asked == "torch" else obstacle
-    # torch's own kernels are as good as any where there is no walk, and on CUDA they are cuDNN.
-    native = T == 1 or (device.type == "cuda" and T <= _LONGEST_OF_CUDNN)
-    native = native and not ragged
-    return Choice("torch", "native" if native else "walk", reason or "")
+    # torch's own kernels are as fast as any for a single step, and on CUDA they are cuDNN's.
+    is_aten = not ragged and (T == 1 or (device.type == "cuda" and T <= _MAX_STEPS_OF_CUDNN))
+    return Choice("torch", "aten" if is_aten else "in-place", reason or "")
+
+
+def recurrence_of(backend: str, device: torch.device, dtype: torch.dtype) -> Recurrence:
+    """Return the recurrence of a back end, "torch" or "triton"."""
+    if backend == "torch":
+        return inplace.recurrence
+    # Imported only here: Triton may not be installed.
+    from tritonrnn.kernels import launch
+
+    return functools.partial(launch.recurrence, tf32=rounds_to_tf32(device, dtype))
 
 
 # https://github.com/pytorch/pytorch/issues/133751
-_LONGEST_OF_CUDNN = 65535
+_MAX_STEPS_OF_CUDNN = 65535
 
-# Plans whose programs wait for one another, until their tests have passed on a GPU
-# (tests/kernels/test_gang_gpu.py): what goes wrong there ends the process's use of the GPU.
-# Torch's path takes their place, but where the Triton back end is asked for. (plan.UNTRIED are
-# passed over altogether, for another plan.)
+# Plans whose programs wait for each other. A fault in one can make the GPU unusable for the
+# process, so "auto" leaves their problems to torch until tests/kernels/test_cooperative_gpu.py has
+# passed on a GPU. (plan.UNTRIED lists plans for which another plan is taken.)
 _NOT_BY_DEFAULT = ("cooperative",)
 
 
@@ -175,7 +189,7 @@ def _has_triton() -> bool:
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels can't serve this device or dtype, or None if they can."""
+    """Return why the kernels can't serve this device or dtype, or None if they can."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernels compute in float32, bfloat16 and float16, not in {dtype}."
     if device.type not in ("cuda", "cpu"):
@@ -188,15 +202,4 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
             return "the tensors are on the CPU."
     elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "the kernels need a GPU of compute capability 8.0 or later."
-    return None
-
-
-def why_recorded(dtype: torch.dtype) -> str | None:
-    """Why every step has to be an operation that autograd records, or None if not."""
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active, which needs every step recorded."
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode AD is active, which needs every step recorded."
-    if dtype.is_complex:
-        return f"{dtype} is differentiated by torch, step by step."
     return None

@@ -1,4 +1,4 @@
-"""Say which back end and plan serve a call, and why, without running it."""
+"""Explain which back end and plan serve a call, and why, without running it."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from tritonrnn.call import check
 from tritonrnn.modules import RNN
+from tritonrnn.validation import check
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What serves a call. ``print`` it.
+    """What serves a call, for ``print``.
 
     Attributes:
         backend: "triton" or "torch".
-        plan: how that back end runs it.
+        plan: on triton the plan of the kernel, on torch the path: "in-place", "composite" or
+            "aten".
         reason: why this back end and plan, in one sentence.
         layout: "time_major", "batch_major", "packed" or "jagged".
         shape: the sizes of the call: steps T (of the longest sequence), sequences B, rows N,
-            input size I, hidden units H, layers L, directions D. Stretches between two resets
-            count as sequences.
-        dtype: what it is computed in.
-        device: where.
+            input size I, hidden units H, layers L, directions D. What lies between two resets
+            counts as a sequence.
+        dtype: in which it is computed.
+        device: on which it is computed.
     """
 
     backend: str
@@ -54,17 +55,18 @@ def explain(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> Explanation:
-    """Say which back end and plan would serve a call of the module here and now. Runs nothing.
+    """Return which back end and plan would serve a call of the module, here and now. Run nothing.
 
     Args:
-        module: a :class:`tritonrnn.RNN`, or what :func:`tritonrnn.convert` made of a subclass.
-        input, hx, lengths, reset: as its forward takes them.
+        module: a :class:`tritonrnn.RNN`, or a subclass of ``torch.nn.RNN`` after
+            :func:`tritonrnn.convert`.
+        input, hx, lengths, reset: the arguments of the call.
 
     Raises:
-        TypeError: ``module`` is no :class:`tritonrnn.RNN`.
-        Exception: whatever the call itself would raise before its first operation.
+        TypeError: ``module`` is neither.
+        Exception: what the call itself would raise before its first operation.
     """
-    # A converted subclass of torch.nn.RNN runs as ours does, and is no instance of it.
+    # A converted subclass of torch.nn.RNN runs RNN.forward, but is no instance of RNN.
     runs_as_ours = getattr(type(module), "forward", None) is RNN.forward
     if not isinstance(module, RNN) and not runs_as_ours:
         given = f"{type(module).__module__}.{type(module).__qualname__}"

@@ -1,4 +1,4 @@
-"""The stateless form: run the layers, drop out between them."""
+"""The stateless form of the modules: all layers, with dropout between them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from tritonrnn import ops, twice
-from tritonrnn.call import Call, check, compute_dtype
+from tritonrnn import ops
 from tritonrnn.dispatch import choose
 from tritonrnn.nested import like_jagged
+from tritonrnn.paths import aten
+from tritonrnn.paths.composite import elman_composite
+from tritonrnn.validation import Call, check, compute_dtype
 
 
 def rnn(
@@ -47,34 +49,34 @@ def rnn(
             ``b_hh (H,)``: the order of ``torch.nn.RNN``'s parameters.
         nonlinearity: φ, "tanh" or "relu".
         num_layers: L.
-        bidirectional: whether a second direction walks from the last step to the first.
-        batch_first: whether B comes first in ``input`` and ``output``. Never in ``hx`` and
-            ``h_n``, and not in an unbatched or packed input.
+        bidirectional: whether a second direction goes from the last step to the first.
+        batch_first: whether B comes first in ``input`` and ``output``. It never does in ``hx`` and
+            ``h_n``, nor in an unbatched or packed input.
         dropout: the probability with which an output of a layer, but the last, is zeroed.
         training: whether ``dropout`` is applied.
         lengths: of a padded batch, how many tokens each sequence has, ``(B,)``, integers from 0
-            to T, in any order and on any device. What lies behind them is not read, not even
-            NaN, and the output is 0 there; ``h_n`` is the state after each sequence's own last
-            token, or ``hx`` where it has none. None means T for all. On a GPU, lengths that lie
-            there are not waited for: the next call that waits for the device raises if one is
-            out of range.
+            to T, in any order and on any device. The steps after them are not read, so that they
+            may hold NaN, and the output is 0 there; ``h_n`` is the state after each sequence's own
+            last token, or ``hx`` where it has none. None means T for all. The call does not wait
+            for lengths on a GPU: if one is out of range, the next call that waits for the device
+            raises.
         reset: of a padded batch, where a sequence starts anew, bool, ``(T, B)``, or ``(B, T)`` if
-            ``batch_first``, or ``(T,)`` if unbatched. No state crosses from the step before into
-            a step that is marked: its walk starts from 0 there, and at step 0 drops ``hx``. A
-            second direction, which comes from the other side, starts from 0 at the step before.
-            Read on the host, so that on a GPU the call waits for it.
+            ``batch_first``, or ``(T,)`` if unbatched. A marked step starts from a state of 0
+            instead of the step before; step 0 starts from 0 instead of ``hx``. The second
+            direction comes from the other side, so that the step before a marked one starts from
+            0. It is read on the host: a call waits for a ``reset`` that is on a GPU.
 
     Returns:
         ``output``, the last layer's state at every step, shaped as the input with D * H features
         (a ``PackedSequence`` or nested if the input is), and ``h_n``, every layer's and
-        direction's state after its walk, shaped as ``hx``.
+        direction's last state, shaped as ``hx``.
 
     Raises:
         ValueError: the input is neither 2-D nor 3-D, or of another dtype than the weights;
             ``nonlinearity`` or ``dropout`` is out of range; a weight, ``lengths`` or ``reset``
-            has the wrong shape, or ``lengths`` numbers outside 0 to T; either is given with an
-            input that is not padded; or a nested input is not jagged in its second dimension, or
-            has holes.
+            has the wrong shape; ``lengths`` has a value outside 0 to T; ``lengths`` or ``reset``
+            is given with an input that is not padded; or a nested input is not jagged in its
+            second dimension, or has holes.
         TypeError: ``lengths`` or ``reset`` is no tensor of integers, or of bool.
         IndexError: a ``PackedSequence`` holds no step.
         RuntimeError: the input has no step, or not I features; ``batch_sizes`` don't describe the
@@ -158,9 +160,9 @@ def _step(
 ) -> Tensor:
     dtype = compute_dtype(input)
     B, H = len(input), len(w_hh)
-    choice = choose(input.device, dtype, T=1, B=B, G=1, H=H, nonlinearity=nonlinearity)
-    if choice.backend == "torch" and choice.plan != "recorded":
-        # One step has no walk to save: torch's own kernel is the torch path.
+    choice = choose(input.device, dtype, T=1, B=B, H=H, nonlinearity=nonlinearity)
+    if choice.backend == "torch" and choice.plan != "composite":
+        # For one step, torch's own kernel is as fast as any.
         step = torch.rnn_tanh_cell if nonlinearity == "tanh" else torch.rnn_relu_cell
         return step(input, input.new_zeros(B, H) if hx is None else hx, w_ih, w_hh, b_ih, b_hh)
     weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
@@ -171,6 +173,28 @@ def _step(
 
 
 def _run(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
+    """Run all layers on the path that was chosen."""
+    data, hx, layers = _prepared(call)
+    # A second derivative runs the layers again, with the same masks, which cuDNN keeps to itself.
+    # So each layer runs alone there, with masks of torch's. It does so without a graph as well, for
+    # a checkpoint to draw the same masks when it runs the layers again.
+    alone = dropout > 0 and aten.is_differentiated_once(data)
+    if call.choice.plan == "aten" and not alone:
+        settings = call.layout, call.nonlinearity, call.bidirectional
+        return aten.forward(data, hx, layers, call.seq_metadata, *settings, dropout)
+    D = 2 if call.bidirectional else 1
+    finals = []
+    for index, weights in enumerate(layers):
+        h_0 = None if hx is None else hx[index * D : (index + 1) * D]
+        data, h_n = _run_layer(call, data, h_0, weights)
+        if dropout > 0 and index + 1 < len(layers):
+            data = _dropout(data, dropout, call.layout)
+        finals.append(h_n)
+    return data, finals[0] if len(finals) == 1 else torch.cat(finals)
+
+
+def _prepared(call: Call) -> tuple[Tensor, Tensor | None, Sequence[Sequence[Tensor]]]:
+    """Return the input, hx in the input's order and the weights, all cast under autocast."""
     data, hx, layers = call.data, call.hx, call.weights
     if hx is not None and call.order is not None:
         hx = hx.index_select(1, call.order)
@@ -180,48 +204,40 @@ def _run(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
         data = data.to(call.dtype)
         hx = None if hx is None else hx.to(call.dtype)
         layers = [[weight.to(call.dtype) for weight in layer] for layer in layers]
-    plan = call.choice.plan
+    return data, hx, layers
+
+
+def _run_layer(
+    call: Call, data: Tensor, h_0: Tensor | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     settings = call.layout, call.nonlinearity, call.bidirectional
-    # Masks that only torch's kernels know can't be applied again for a second derivative. Where
-    # one takes that, each layer runs alone, in training or not, for a checkpoint to repeat them.
-    alone = dropout > 0 and twice.is_differentiated_once(data)
-    if plan == "native" and not alone:
-        return twice.forward(data, hx, layers, call.extents, *settings, dropout)
-    D = 2 if call.bidirectional else 1
-    finals = []
-    for index, weights in enumerate(layers):
-        h_0 = None if hx is None else hx[index * D : (index + 1) * D]
-        if plan == "native":
-            data, h_n = twice.forward(data, h_0, [weights], call.extents, *settings)
-        else:
-            data, h_n = (ops.elman_recorded if plan == "recorded" else ops.elman)(
-                data, h_0, weights, call.extents, call.reset, *settings, call.choice.backend
-            )
-        if dropout > 0 and index + 1 < len(layers):
-            data = _dropout(data, dropout, call.layout)
-        finals.append(h_n)
-    return data, finals[0] if len(finals) == 1 else torch.cat(finals)
+    if call.choice.plan == "aten":
+        return aten.forward(data, h_0, [weights], call.seq_metadata, *settings)
+    sources = data, h_0, weights, call.seq_metadata, call.reset
+    if call.choice.plan == "composite":
+        return elman_composite(*sources, *settings)
+    return ops.elman(*sources, *settings, call.choice.backend)
 
 
 def _dropout(data: Tensor, p: float, layout: str) -> Tensor:
     if layout != "batch_major" or data.device.type != "cpu" or p == 1:
         return torch.nn.functional.dropout(data, p)
-    # torch draws its mask step by step, whatever the input's layout: so does this, for the same
-    # seed to drop the same units.
+    # torch draws its masks in the order of steps, whatever the input's layout. So does this, for
+    # the same seed to drop the same units.
     in_steps = data.transpose(0, 1)
     noise = torch.empty_like(in_steps, memory_format=torch.contiguous_format)
     return (in_steps * noise.bernoulli_(1 - p).div_(1 - p)).transpose(0, 1)
 
 
 def _reset_at_first_step(hx: Tensor, call: Call) -> Tensor:
-    """``hx`` with zeros where the first direction starts anew at step 0."""
+    """Return ``hx`` with zeros where the first direction starts anew at step 0."""
     assert call.reset is not None
     dropped = call.reset[0] if call.layout == "time_major" else call.reset[:, 0]
-    if call.extents is not None:
-        # Where there is no step, none is marked.
-        dropped = dropped & (call.extents.to(dropped.device) > 0)
+    if call.seq_metadata is not None:
+        # A sequence without a token has no step 0 that could be marked.
+        dropped = dropped & (call.seq_metadata.to(dropped.device) > 0)
     dropped = dropped.to(hx.device)[:, None]
-    if not call.bidirectional:
-        return hx.masked_fill(dropped, 0)
-    forward, backward = hx[::2].masked_fill(dropped, 0), hx[1::2]
-    return torch.stack([forward, backward], 1).flatten(0, 1)
+    if call.bidirectional:
+        directions = torch.stack([dropped, torch.zeros_like(dropped)])
+        dropped = directions.repeat(len(call.weights), 1, 1)
+    return hx.masked_fill(dropped, 0)

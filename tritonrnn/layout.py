@@ -1,4 +1,4 @@
-"""One row map for every kind of input.
+"""The row map: where every token of an input lies, by one formula for every kind of input.
 
 The dimension key, used everywhere in tritonrnn:
 
@@ -15,9 +15,10 @@ sequence b has ``lengths[b]`` tokens:
     PackedSequence              sum(batch_sizes[:t])  b
     jagged, ``offsets``         t                     offsets[b]
 
-So no input is padded, unpacked or transposed to be walked, and lengths need not be sorted. Here are
-the first three, in which every row is a token and every sequence has one; ``ragged.py`` has the
-fourth, padded batches whose sequences end early, and sequences that a reset cuts in two.
+So the recurrence needs no padding, unpacking or transposition, and lengths need not be sorted. This
+file has the first three, in which every row is a token and every sequence has at least one.
+``ragged.py`` has the fourth, padded batches whose sequences end early, and sequences that resets
+split.
 """
 
 from __future__ import annotations
@@ -33,17 +34,16 @@ from torch import Tensor
 
 from tritonrnn.memo import Memo
 
-# What selects rows of a matrix: a slice where one does, which makes views of what it selects.
+# An index of rows of a matrix: a slice where possible, because a slice makes a view.
 Rows: TypeAlias = slice | Tensor
 
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """Where every token of a batch lives: T steps, B sequences, N rows.
+    """The rows of a batch of T steps and B sequences in N rows.
 
-    Build it with :meth:`time_major`, :meth:`batch_major` or :meth:`packed`. What is costly to
-    derive is derived when first asked for, so that a walk in torch never builds the tensors that
-    only a kernel reads, nor the other way round.
+    Build it with :meth:`time_major`, :meth:`batch_major` or :meth:`packed`. Each tensor is derived
+    when first asked for: torch never derives what only a kernel reads, nor the other way round.
     """
 
     T: int
@@ -54,21 +54,21 @@ class SequenceLayout:
 
     @classmethod
     def time_major(cls, T: int, B: int) -> SequenceLayout:
-        """A padded batch ``(T, B, F)``."""
+        """Return the layout of a padded batch ``(T, B, F)``."""
         return cls(T, B, T * B)
 
     @classmethod
     def batch_major(cls, B: int, T: int) -> SequenceLayout:
-        """A padded batch ``(B, T, F)``."""
+        """Return the layout of a padded batch ``(B, T, F)``."""
         return cls(T, B, T * B, batch_first=True)
 
     @classmethod
     def packed(cls, batch_sizes: Sequence[int], num_rows: int) -> SequenceLayout:
-        """The data of a ``PackedSequence``: ``batch_sizes[t]`` rows for step t.
+        """Return the layout of a ``PackedSequence``'s data: ``batch_sizes[t]`` rows for step t.
 
         Raises:
             IndexError: ``batch_sizes`` is empty.
-            RuntimeError: it grows, holds a number below 1, or does not add up to ``num_rows``.
+            RuntimeError: it grows, has a value below 1, or does not add up to ``num_rows``.
                 (``torch.nn.RNN`` raises the same two, or silently drops rows or steps.)
         """
         sizes = tuple(batch_sizes)
@@ -88,9 +88,9 @@ class SequenceLayout:
 
     @classmethod
     def of_packed(cls, batch_sizes: Tensor, num_rows: int) -> SequenceLayout:
-        """:meth:`packed` of a tensor, remembered for as long as the tensor lives unchanged.
+        """Return :meth:`packed` of a tensor, the same one while the tensor lives unchanged.
 
-        So all layers of a call share what is derived from it, and the backward pass as well.
+        So all layers and both passes of a call share what is derived from it.
         """
         return _packed.get(
             [batch_sizes], num_rows, lambda: cls.packed(batch_sizes.tolist(), num_rows)
@@ -98,17 +98,17 @@ class SequenceLayout:
 
     @cached_property
     def lengths(self) -> Tensor:
-        """Tokens of each sequence, ``[B]`` int64."""
+        """Return the number of tokens of each sequence, ``[B]`` int64."""
         if self.batch_sizes is not None:
-            # batch_sizes never grows, so sequence b is alive in as many steps as have more than
-            # b rows: a search in the ascending order.
+            # batch_sizes never grows, so sequence b has as many tokens as there are steps of more
+            # than b rows. The search needs ascending order.
             ascending = torch.tensor(self.batch_sizes[::-1], dtype=torch.int64)
             return self.T - torch.searchsorted(ascending, torch.arange(self.B), right=True)
         return torch.full((self.B,), self.T, dtype=torch.int64)
 
     @cached_property
     def time_base(self) -> Tensor:
-        """``[T]`` int64, where :attr:`lengths` is."""
+        """Return the row map's term of each step, ``[T]`` int64, on the device of lengths."""
         if self.batch_sizes is not None:
             before = list(accumulate(self.batch_sizes, initial=0))[:-1]
             return torch.tensor(before, dtype=torch.int64)
@@ -116,11 +116,11 @@ class SequenceLayout:
 
     @cached_property
     def batch_base(self) -> Tensor:
-        """``[B]`` int64, where :attr:`lengths` is."""
+        """Return the row map's term of each sequence, ``[B]`` int64, on the device of lengths."""
         return torch.arange(self.B) * (self.T if self.batch_first else 1)
 
     def row_map(self, device: torch.device) -> Tensor:
-        """``time_base[T], batch_base[B], lengths[B]`` as one int64 tensor on a device."""
+        """Return ``time_base[T], batch_base[B], lengths[B]`` as one int64 tensor on a device."""
         return self._on(device, "_row_map")
 
     @cached_property
@@ -128,10 +128,10 @@ class SequenceLayout:
         return torch.cat([self.time_base, self.batch_base, self.lengths])
 
     def _on(self, device: torch.device, name: str) -> Tensor:
-        """An attribute, on a device: one pinned, asynchronous copy for all layers and passes.
+        """Return a tensor attribute on a device: all layers and passes share one async copy.
 
-        A copy belongs to the stream that it was queued on. A CUDA graph that is being captured
-        gets one of its own, in its own memory.
+        A copy belongs to the stream on which it was queued. While a CUDA graph is captured, the
+        copy is a new one, in the graph's own memory.
         """
         rows = getattr(self, name)
         if rows.device == device or device.type != "cuda" or rows.is_cuda:
@@ -149,37 +149,37 @@ class SequenceLayout:
 
     @property
     def is_padded(self) -> bool:
-        """Whether every sequence has all T tokens."""
+        """Return whether every sequence has T tokens."""
         return self.batch_sizes is None
 
     @property
     def is_ragged(self) -> bool:
-        """Whether it is one of ``ragged.py``."""
+        """Return whether it is a layout of ``ragged.py``."""
         return False
 
     @property
-    def whole(self) -> SequenceLayout:
-        """The layout of the sequences that states are given and returned for.
+    def parent(self) -> SequenceLayout:
+        """Return the layout of the caller's sequences, which have the initial and final states.
 
-        Another one where sequences are cut, see ``ragged.py``.
+        It is another one where resets split sequences, see ``ragged.py``.
         """
         return self
 
-    def entering(self, v_0: Tensor, reverse: Sequence[bool]) -> Tensor:
-        """``v_0`` of this layout's sequences, ``[G, B, H]``, from that of the whole ones.
+    def initial_states(self, v_0: Tensor, reverse: Sequence[bool]) -> Tensor:
+        """Return the initial states of this layout's sequences, ``[G, B, H]``.
 
         Args:
-            v_0: what enters each whole sequence, ``[G, whole.B, H]``.
-            reverse: for each group whether it enters at the last token, not the first.
+            v_0: those of the parent's sequences, ``[G, parent.B, H]``.
+            reverse: for each group whether it starts at the last token of a sequence.
         """
         return v_0
 
     def first_rows(self, device: torch.device) -> Rows:
-        """The row of every sequence's first token; any row where it has none."""
+        """Return the row of every sequence's first token, or any row where it has none."""
         return slice(0, self.N, self.T) if self.batch_first else slice(0, self.B)
 
     def last_rows(self, device: torch.device) -> Rows:
-        """The row of every sequence's last token; any row where it has none."""
+        """Return the row of every sequence's last token, or any row where it has none."""
         if self.batch_first:
             return slice(self.T - 1, self.N, self.T)
         if self.is_padded:
@@ -191,17 +191,18 @@ class SequenceLayout:
         return self.batch_base + self.time_base[self.lengths - 1]
 
     def empty(self, device: torch.device) -> Tensor | None:
-        """Which sequences have no token, ``[B]`` bool, or None where all have one."""
+        """Return which sequences have no token, ``[B]`` bool, or None if all have one."""
         return None
 
-    def dead_rows(self, device: torch.device) -> Tensor | None:
-        """Which rows hold no token, ``[N]`` bool, or None where all hold one."""
+    def padding_rows(self, device: torch.device) -> Tensor | None:
+        """Return which rows hold no token, ``[N]`` bool, or None if all hold one."""
         return None
 
-    def neighbours(self, device: torch.device) -> tuple[Rows, Rows]:
-        """Rows ``(earlier, later)``, pair by pair two consecutive tokens of one sequence.
+    def adjacent_rows(self, device: torch.device) -> tuple[Rows, Rows]:
+        """Return rows ``(earlier, later)``: pairs of consecutive tokens of one sequence.
 
-        The pairs at :meth:`seams` are none: they are here so that slices do.
+        They include the pairs of two sequences at :meth:`boundary_rows`, because slices can't leave
+        them out.
         """
         if self.batch_first:
             return slice(0, max(self.N - 1, 0)), slice(1, self.N)
@@ -209,11 +210,11 @@ class SequenceLayout:
             return slice(0, self.N - self.B), slice(self.B, self.N)
         return self._on(device, "_earlier_rows"), slice(self.B, self.N)
 
-    def seams(self, device: torch.device) -> tuple[Rows, Rows] | None:
-        """Rows ``(last, first)`` where :meth:`neighbours` pairs what is of two sequences, or None.
+    def boundary_rows(self, device: torch.device) -> tuple[Rows, Rows] | None:
+        """Return rows ``(last, first)`` that mark pairs of two sequences, or None without any.
 
-        Every pair to be left out has its earlier row in ``last`` and its later one in ``first``,
-        and no other pair has either.
+        Each such pair of :meth:`adjacent_rows` has its earlier row in ``last`` and its later row in
+        ``first``. No other pair has its earlier row in ``last`` or its later row in ``first``.
         """
         if self.batch_first:
             return self.last_rows(device), self.first_rows(device)
@@ -228,11 +229,11 @@ class SequenceLayout:
 
     @property
     def packed_form(self) -> PackedForm | None:
-        """How to walk these sequences in torch where :meth:`steps` can't, else None."""
+        """Return the layout for the paths in torch if :meth:`steps` can't serve them, else None."""
         return None
 
     def steps(self, matrix: Tensor) -> Sequence[Tensor]:
-        """The rows of ``matrix [N, F]`` step by step, the longest sequence first: views."""
+        """Return views of the rows of ``matrix [N, F]`` by step, the longest sequence first."""
         if self.batch_sizes is not None:
             return matrix.split(self.batch_sizes)
         if self.batch_first:
@@ -240,7 +241,7 @@ class SequenceLayout:
         return matrix.unflatten(0, (self.T, self.B)).unbind(0)
 
     def join(self, steps: Sequence[Tensor]) -> Tensor:
-        """The inverse of :meth:`steps`: a new ``[N, F]`` matrix."""
+        """Return the matrix ``[N, F]`` that has these :meth:`steps`."""
         if self.batch_first:
             return torch.stack(list(steps), 1).flatten(0, 1)
         return torch.cat(list(steps))
@@ -250,9 +251,9 @@ class PackedForm(NamedTuple):
     """The tokens of a layout in the order of a ``PackedSequence``.
 
     Attributes:
-        rows: where they are, step by step.
+        rows: the row of each token, step by step.
         order: the sequences that have a token, the longest first.
-        layout: of those rows.
+        layout: of the tokens in this order.
     """
 
     rows: Tensor
@@ -263,7 +264,7 @@ class PackedForm(NamedTuple):
 _packed: Memo[SequenceLayout] = Memo()
 
 
-def abridged(numbers: Sequence[int]) -> str:
-    """Numbers for a message, the first few of many."""
-    shown = ", ".join(map(str, numbers[:8]))
-    return f"({shown}, ... {len(numbers)} in all)" if len(numbers) > 8 else f"({shown})"
+def abridged(values: Sequence[int]) -> str:
+    """Return values for a message, the first few if there are many."""
+    shown = ", ".join(map(str, values[:8]))
+    return f"({shown}, ... {len(values)} in all)" if len(values) > 8 else f"({shown})"

@@ -1,4 +1,4 @@
-"""What was derived from tensors, remembered for as long as they live unchanged."""
+"""A cache of values derived from tensors, each valid while its tensors live unchanged."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Derived = TypeVar("Derived")
 
 
 class Memo(Generic[Derived]):
-    """One derived value for each tensor, the last one.
+    """The last value that was derived from each tensor.
 
-    What is derived may not refer to the tensor, a view of it included, or neither is ever freed.
+    The value must not refer to the tensor or to a view of it, or neither is ever freed.
     """
 
     def __init__(self) -> None:
@@ -27,9 +27,12 @@ class Memo(Generic[Derived]):
         parameters: Hashable,
         derive: Callable[[], Derived],
     ) -> Derived:
-        """``derive()``, or what it gave for these very tensors and parameters before.
+        """Return ``derive()``, or what it returned before for the same tensors and parameters.
 
-        Parameters say how many tensors there are.
+        Args:
+            tensors: one or more. Equal parameters must imply equally many.
+            parameters: what else the value depends on.
+            derive: computes the value.
         """
         if not all(_can_be_watched(tensor) for tensor in tensors):
             return derive()
@@ -47,29 +50,30 @@ class Memo(Generic[Derived]):
 
 
 class _Snapshot:
-    """What a tensor held: on the CPU its numbers, which NumPy may change as well; else a version.
+    """What a tensor held.
 
-    To read numbers on a GPU is to wait for it. What is derived there is derived on a stream, and
-    on no other may it be read without waiting.
+    On the CPU these are its values, because NumPy can change them without torch's knowledge.
+    Reading values on a GPU would wait for it, so there it is the tensor's version and the current
+    stream: what was derived on one stream must not be read on another without waiting.
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self.numbers: list[int] | Tensor | None = None
+        self.values: list[int] | Tensor | None = None
         if tensor.device.type != "cpu":
             self.tensor = WeakIdRef(tensor)
             self.version = _version(tensor)
         elif tensor.dim() == 1:
-            # The numbers of a batch's sequences or steps are few: lists are quicker.
-            self.numbers = tensor.tolist()
+            # One value a sequence or a step: few enough that a list is faster.
+            self.values = tensor.tolist()
         else:
-            self.numbers = tensor.detach().clone()
+            self.values = tensor.detach().clone()
 
     def still_holds(self, tensor: Tensor) -> bool:
-        if self.numbers is None:
+        if self.values is None:
             return self.tensor() is tensor and self.version == _version(tensor)
-        if isinstance(self.numbers, list):
-            return tensor.dim() == 1 and self.numbers == tensor.tolist()
-        return torch.equal(self.numbers, tensor)
+        if isinstance(self.values, list):
+            return tensor.dim() == 1 and self.values == tensor.tolist()
+        return torch.equal(self.values, tensor)
 
 
 def _version(tensor: Tensor) -> Hashable:
@@ -78,10 +82,10 @@ def _version(tensor: Tensor) -> Hashable:
 
 
 def _can_be_watched(tensor: Tensor) -> bool:
-    """Whether a change of the tensor would be seen.
+    """Return whether a change of the tensor would be noticed.
 
-    Not while a CUDA graph is captured: the graph is to derive anew what it reads in each replay,
-    and what it derives lies in its own memory.
+    While a CUDA graph is captured it would not: each replay must derive its values anew, in the
+    graph's own memory.
     """
     if tensor.device.type == "cpu":
         return True

@@ -1,4 +1,4 @@
-"""RNN and RNNCell: the faces of torch.nn, over this package's recurrence."""
+"""RNN and RNNCell: torch.nn's modules on this package's recurrence."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ class RNN(torch.nn.RNNBase):
 
     Arguments, parameters (their names, order and initial values), inputs, outputs and errors are
     those of :class:`torch.nn.RNN`, and a ``state_dict`` of either loads into the other. See
-    :func:`tritonrnn.functional.rnn` for every shape, and for what raises.
+    :func:`tritonrnn.functional.rnn` for every shape and error.
 
     Args:
         input_size: I, the features of the input at each step.
         hidden_size: H, the hidden units of each layer and direction.
-        num_layers: layers, each fed by the one before.
+        num_layers: L, layers, each fed by the one before.
         nonlinearity: "tanh" or "relu".
         bias: whether there are ``bias_ih`` and ``bias_hh``.
         batch_first: whether the batch comes first in input and output (never in the states).
         dropout: the probability with which an output of a layer, but the last, is zeroed in
             training.
-        bidirectional: whether a second direction walks from the last step to the first.
+        bidirectional: whether a second direction goes from the last step to the first; D is 2 then
+            and else 1.
         device, dtype: of the parameters.
 
     Raises:
@@ -114,11 +115,11 @@ class RNN(torch.nn.RNNBase):
         )
 
     # RNNBase keeps a second list of the parameters, weak references to them and, on CUDA, one
-    # buffer that they all lie in. All of it goes stale when weights are swapped, tied or
-    # parametrised, and no kernel here wants it: the weights are looked up at every call instead.
+    # buffer that holds them all. All of that goes stale when weights are swapped, tied or
+    # parametrised, and no kernel here needs it: the weights are looked up at every call instead.
 
     def _weights(self) -> list[Tensor]:
-        # A method: an AttributeError inside a property would name the property.
+        # Not a property: an AttributeError inside would name the property, not the weight.
         return [getattr(self, name) for name in self._flat_weights_names]
 
     @property  # type: ignore[override]
@@ -135,7 +136,7 @@ class RNN(torch.nn.RNNBase):
         pass
 
     def flatten_parameters(self) -> None:
-        """Do nothing: no kernel here wants the parameters in one buffer."""
+        """Do nothing: no kernel here needs the parameters in one buffer."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         torch.nn.Module.__setstate__(self, state)

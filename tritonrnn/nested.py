@@ -1,4 +1,4 @@
-"""Jagged nested tensors: the rows and offsets that they are made of, and back."""
+"""Jagged nested tensors: their rows and offsets, and back again."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def jagged_parts(input: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens ``[N, F]`` of a nested tensor of B sequences, and their offsets ``[B + 1]``.
+    """Return the tokens ``[N, F]`` of a nested tensor of B sequences, and offsets ``[B + 1]``.
 
     Raises:
-        ValueError: it is not of layout ``torch.jagged``, not 3-D, ragged in another dimension than
-            its second, or has holes between its sequences.
+        ValueError: the tensor is not of layout ``torch.jagged``, not 3-D, ragged in another
+            dimension than its second, or has holes between its sequences.
     """
     if input.layout != torch.jagged:
         raise ValueError(
@@ -29,7 +29,7 @@ def jagged_parts(input: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def like_jagged(input: Tensor, tokens: Tensor) -> Tensor:
-    """The tokens ``[N, F]`` in sequences as those of ``input``, in which they can be added."""
+    """Return the tokens ``[N, F]`` as a nested tensor like ``input``: the two can be added."""
     return torch.nested.nested_tensor_from_jagged(
         tokens,
         offsets=input.offsets(),  # type: ignore[attr-defined]

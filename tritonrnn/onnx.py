@@ -1,6 +1,6 @@
-"""Export to ONNX: a layer becomes the standard operator RNN. Needs ``tritonrnn[onnx]``.
+"""Export to ONNX: a layer becomes ONNX's standard RNN operator. Needs ``tritonrnn[onnx]``.
 
-Import it by name, as ``import tritonrnn`` alone loads neither this nor onnxscript::
+``import tritonrnn`` alone loads neither this module nor onnxscript. Import it by name::
 
     import tritonrnn.onnx
 
@@ -24,38 +24,41 @@ from onnxscript import ir, opset18
 
 from tritonrnn.layer import split_weights
 
-# Its stubs want tensors where it takes numbers.
+# The stubs of opset18 demand tensors where it takes Python numbers too.
 op: Any = opset18
 
 _DTYPES = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
 
 
 def translation_table() -> dict[Any, Callable[..., Any]]:
-    """What ``torch.onnx.export(dynamo=True)`` takes as its ``custom_translation_table``.
+    """Return the ``custom_translation_table`` for ``torch.onnx.export(dynamo=True)``.
 
-    A layer becomes one node of https://onnx.ai/onnx/operators/onnx__RNN.html, all its directions
-    in it. An input that is padded, time or batch first, needs no other node but transpositions,
-    and steps and batch may be dynamic; its ``lengths`` are the node's ``sequence_lens``. A
-    ``PackedSequence`` that the model makes of its arguments (its data and its batch_sizes) is
-    padded for the node, whose ``sequence_lens`` keep out what was added, and packed again.
+    A layer with all its directions becomes one node of
+    https://onnx.ai/onnx/operators/onnx__RNN.html. A padded input, time or batch first, needs no
+    other nodes but transpositions; steps and batch may be dynamic, and ``lengths`` become the
+    node's ``sequence_lens``. A model may also make a ``PackedSequence`` of its arguments (data and
+    batch_sizes). It is padded for the node, with ``sequence_lens``, and packed again.
 
-    ONNX's RNN computes in float16, float32 and float64; onnxruntime 1.32, on a CPU, not in float64.
-    For what the operator can't compute, the export fails with a
-    ``torch.onnx.errors.OnnxExporterError`` that says what that was.
+    ONNX's RNN computes in float16, float32 and float64, but onnxruntime 1.32 on a CPU not in
+    float64.
 
     Returns:
-        The functions that translate, by operator.
+        The translating functions, by operator.
+
+    Raises:
+        torch.onnx.errors.OnnxExporterError: from the export, with the reason, if the node can't
+            compute a layer.
     """
     return {torch.ops.tritonrnn.elman.default: _elman}
 
 
-# Annotated for the exporter, which takes what is annotated as a number or a string for an
-# attribute of the node, and anything else for an input of it.
+# The exporter reads the annotations: a number or a string is an attribute of the node, anything
+# else an input.
 def _elman(
     input: Any,
     hx: Any,
     weights: Any,
-    extents: Any,
+    seq_metadata: Any,
     reset: Any,
     layout: str,
     nonlinearity: str,
@@ -82,22 +85,22 @@ def _elman(
         "activations": ["Tanh" if nonlinearity == "tanh" else "Relu"] * len(groups),
     }
     if layout in ("time_major", "batch_major"):
-        lengths = None if extents is None else op.Cast(extents, to=ir.DataType.INT32)
+        lengths = None if seq_metadata is None else op.Cast(seq_metadata, to=ir.DataType.INT32)
     if layout == "time_major":
         output, h_n = op.RNN(input, *operands, lengths, hx, **settings)
-        return _joined(output), h_n
+        return _merge_groups(output), h_n
     if layout == "batch_major":
-        # Not by the node's own attribute `layout`, which onnxruntime does not know.
+        # The node's own attribute `layout` is unknown to onnxruntime.
         time_major = op.Transpose(input, perm=[1, 0, 2])
         output, h_n = op.RNN(time_major, *operands, lengths, hx, **settings)
-        return op.Transpose(_joined(output), perm=[1, 0, 2]), h_n
+        return op.Transpose(_merge_groups(output), perm=[1, 0, 2]), h_n
     if layout == "packed":
-        rows, live = _packed_rows(extents)
+        rows, live = _packed_rows(seq_metadata)
         lengths = op.ReduceSum(op.Cast(live, to=ir.DataType.INT32), [0], keepdims=False)
         output, h_n = op.RNN(op.Gather(input, rows), *operands, lengths, hx, **settings)
-        # Of [T, B], in that order, the live ones are the rows of what is packed.
-        everywhere = op.Reshape(_joined(output), [-1, len(groups) * settings["hidden_size"]])
-        return op.Compress(everywhere, op.Reshape(live, [-1]), axis=0), h_n
+        # In the order of [T, B], the live tokens are the rows of the packed data.
+        padded = op.Reshape(_merge_groups(output), [-1, len(groups) * settings["hidden_size"]])
+        return op.Compress(padded, op.Reshape(live, [-1]), axis=0), h_n
     raise NotImplementedError(f"ONNX's RNN takes no input whose layout is {layout!r}")
 
 
@@ -105,15 +108,15 @@ def _stack(tensors: Sequence[Any]) -> Any:
     return op.Concat(*(op.Unsqueeze(tensor, [0]) for tensor in tensors), axis=0)
 
 
-def _joined(output: Any) -> Any:
-    """``[T, B, G * H]`` of the node's ``[T, G, B, H]``."""
+def _merge_groups(output: Any) -> Any:
+    """Return ``[T, B, G * H]`` from the node's ``[T, G, B, H]``."""
     return op.Reshape(op.Transpose(output, perm=[0, 2, 1, 3]), [0, 0, -1])
 
 
 def _packed_rows(batch_sizes: Any) -> tuple[Any, Any]:
-    """For every step and sequence, ``[T, B]``: its row in the packed data, and whether it has one.
+    """Return each token's row in the packed data, ``[T, B]``, and whether there is such a token.
 
-    Row 0, which there is, stands for a row that there isn't.
+    Where there is none, the row is 0, which always exists.
     """
     count = op.Unsqueeze(batch_sizes, [1])
     b = op.Range(0, op.Squeeze(op.Slice(batch_sizes, [0], [1]), [0]), 1)

@@ -1,7 +1,7 @@
-"""One layer as a torch operator: schema, shapes for tracing, autograd.
+"""One layer as a torch operator: its schema, its shapes for a tracer, its autograd.
 
-``torch.ops.tritonrnn.elman`` and ``elman_backward`` hide a layer's walk from tracers, so that a
-compiled or exported program holds one node a layer, whatever its length.
+A tracer sees ``torch.ops.tritonrnn.elman`` and ``elman_backward`` as one operator each. So a
+compiled or exported program holds one node a layer, whatever the number of steps.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonrnn import differentiable, layer, native
-from tritonrnn.dispatch import Backend, choose_now, current_backend, why_recorded
+from tritonrnn import layer
+from tritonrnn.dispatch import Backend, choose_now, current_backend, recurrence_of
 from tritonrnn.layout import SequenceLayout
+from tritonrnn.paths import aten
+from tritonrnn.paths.composite import elman_composite, gradients, is_batched, why_composite
 from tritonrnn.precision import products_as_in_rnn
-from tritonrnn.ragged import layout_of
+from tritonrnn.ragged import rows_of
 
-# `layout`, `extents` and `reset` are what layout_of takes, beyond the shape of the input.
+# Saved programs name these arguments, so their names stay. `extents` is `seq_metadata` in Python.
 _library = torch.library.Library("tritonrnn", "DEF")
 _library.define(
     "elman(Tensor input, Tensor? hx, Tensor[] weights, Tensor? extents, Tensor? reset, str layout, "
@@ -37,7 +39,7 @@ def elman(
     input: Tensor,
     hx: Tensor | None,
     weights: Sequence[Tensor],
-    extents: Tensor | None,
+    seq_metadata: Tensor | None,
     reset: Tensor | None,
     layout: str,
     nonlinearity: str,
@@ -51,38 +53,30 @@ def elman(
             ("packed", "jagged").
         hx: ``[G, B, H]``, or None for zero.
         weights: the layer's, in the order of ``torch.nn.RNN``.
-        extents: batch_sizes ``[T]`` (packed), offsets ``[B + 1]`` (jagged) or lengths ``[B]``
-            (of a padded input, None if all are T): integers, of a packed input on the CPU.
-        reset: where a sequence of its own begins, ``[T, B]`` or ``[B, T]`` bool as the input is,
-            or None.
+        seq_metadata: batch_sizes ``[T]`` (packed), offsets ``[B + 1]`` (jagged) or lengths ``[B]``
+            (padded, or None if all are T): integers, those of a packed input on the CPU.
+        reset: where a sequence starts anew, bool, ``[T, B]`` or ``[B, T]`` as the input is, or
+            None.
         layout: "time_major", "batch_major", "packed" or "jagged".
         nonlinearity: "tanh" or "relu".
         bidirectional: whether ``weights`` holds two directions.
-        backend: "torch" or "triton"; "auto" chooses between them when it runs.
+        backend: "torch" or "triton"; by "auto" the operator chooses each time it runs.
 
     Returns:
         ``output``, shaped as the input with G * H features, and ``h_n [G, B, H]``.
     """
     return torch.ops.tritonrnn.elman(
-        input, hx, weights, extents, reset, layout, nonlinearity, bidirectional, backend
+        input, hx, weights, seq_metadata, reset, layout, nonlinearity, bidirectional, backend
     )
 
 
-def _rows(
-    input: Tensor, layout: str, extents: Tensor | None, reset: Tensor | None
-) -> tuple[Tensor, SequenceLayout]:
-    """The input as ``[N, I]``, and where its rows lie."""
-    where = layout_of(layout, input.shape[:-1], extents, reset)
-    return input.reshape(where.N, input.shape[-1]), where
-
-
 @contextmanager
-def _plainly(input: Tensor) -> Iterator[None]:
-    """Run a kernel with nothing between it and torch's own.
+def _below_autograd_and_autocast(input: Tensor) -> Iterator[None]:
+    """Run the operator's kernel as torch runs its own: below autograd, views and autocast.
 
-    A kernel is not below autograd by itself when called directly or from an exported program; what
-    it returns would be views of what it made, which can't be changed in place; and autocast would
-    cast again what was cast once for the whole call.
+    When a kernel is called directly or by an exported program, autograd is still on: its results
+    would be tracked views, which can't be changed in place. Autocast would cast again what was
+    cast once for the whole call. Matrix products follow torch's switch for RNNs.
     """
     device = input.device
     with torch._C._AutoDispatchBelowADInplaceOrView(), products_as_in_rnn(device, input.dtype):
@@ -101,9 +95,9 @@ def _resolve(
     nonlinearity: str,
     bidirectional: bool,
 ) -> tuple[str, bool]:
-    """The back end, and whether torch's own kernels serve there.
+    """Return the back end, and whether its path is torch's own kernels.
 
-    That of a compiled program's call was not chosen when it was traced.
+    "auto" comes from compiled and exported programs: nothing was chosen when they were traced.
     """
     if backend != "auto":
         return backend, False
@@ -118,36 +112,39 @@ def _resolve(
         nonlinearity=nonlinearity,
         ragged=where.is_ragged,
     )
-    return choice.backend, choice.plan == "native"
+    return choice.backend, choice.plan == "aten"
 
 
 def _elman_kernel(
     input: Tensor,
     hx: Tensor | None,
     weights: Sequence[Tensor],
-    extents: Tensor | None,
+    seq_metadata: Tensor | None,
     reset: Tensor | None,
     layout: str,
     nonlinearity: str,
     bidirectional: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    with _plainly(input):
-        rows, where = _rows(input, layout, extents, reset)
-        B = where.whole.B
+    with _below_autograd_and_autocast(input):
+        rows, where = rows_of(input, layout, seq_metadata, reset)
+        B = where.parent.B
         if hx is not None and hx.shape[1] != B:
             raise RuntimeError(f"Expected hidden states of {B} sequences, got {hx.shape[1]}")
-        backend, is_native = _resolve(
+        backend, is_aten = _resolve(
             backend, current_backend, weights[1], where, nonlinearity, bidirectional
         )
-        if is_native:
-            # Without a graph: the backward pass walks, and wants the output only.
+        if is_aten:
+            # Without a graph: the operator's own backward pass needs the output only.
             with torch.no_grad():
-                output, h_n = native.forward(
-                    input, hx, [weights], extents, layout, nonlinearity, bidirectional
+                output, h_n = aten.forward(
+                    input, hx, [weights], seq_metadata, layout, nonlinearity, bidirectional
                 )
             return output.contiguous(), h_n.contiguous()
-        output, h_n = layer.forward(rows, hx, weights, where, nonlinearity, bidirectional, backend)
+        recurrence = recurrence_of(backend, input.device, input.dtype)
+        output, h_n = layer.forward(
+            rows, hx, weights, where, nonlinearity, bidirectional, recurrence
+        )
         return output.view(*input.shape[:-1], output.shape[-1]), h_n
 
 
@@ -158,7 +155,7 @@ def _elman_backward_kernel(
     hx: Tensor | None,
     weights: Sequence[Tensor],
     output: Tensor,
-    extents: Tensor | None,
+    seq_metadata: Tensor | None,
     reset: Tensor | None,
     layout: str,
     nonlinearity: str,
@@ -166,13 +163,13 @@ def _elman_backward_kernel(
     backend: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    with _plainly(input):
-        rows, where = _rows(input, layout, extents, reset)
-        # Not by the context: that was the forward pass's to obey, and may be another by now.
+    with _below_autograd_and_autocast(input):
+        rows, where = rows_of(input, layout, seq_metadata, reset)
+        # Not by the context, which was for the forward pass and may have changed since.
         backend, _ = _resolve(
             backend, lambda: "auto", weights[1], where, nonlinearity, bidirectional
         )
-        # The walk is in place: on a copy, which for an odd layout is the only one.
+        # The walk overwrites dz, so it gets a copy: one copy also where strides are unusual.
         if grad_output is None:
             dz = output.new_zeros(output.shape)
         else:
@@ -187,7 +184,7 @@ def _elman_backward_kernel(
             where,
             nonlinearity,
             bidirectional,
-            backend,
+            recurrence_of(backend, input.device, input.dtype),
             needs,
         )
         if grad_input is not None:
@@ -199,7 +196,7 @@ def _elman_fake(
     input: Tensor,
     hx: Tensor | None,
     weights: Sequence[Tensor],
-    extents: Tensor | None,
+    seq_metadata: Tensor | None,
     reset: Tensor | None,
     layout: str,
     nonlinearity: str,
@@ -211,31 +208,18 @@ def _elman_fake(
     if hx is not None:
         B = hx.shape[1]
     elif layout == "packed":
-        # batch_sizes[0]: data, which a tracer does not see.
+        # It is batch_sizes[0], a value that a tracer does not see.
         B = torch.library.get_ctx().new_dynamic_size()
     elif layout == "jagged":
-        assert extents is not None
-        B = extents.shape[0] - 1
+        assert seq_metadata is not None
+        B = seq_metadata.shape[0] - 1
     else:
         B = input.shape[1 if layout == "time_major" else 0]
     return input.new_empty(*input.shape[:-1], G * H), input.new_empty(G, B, H)
 
 
-def _elman_backward_fake(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    input: Tensor,
-    hx: Tensor | None,
-    weights: Sequence[Tensor],
-    output: Tensor,
-    extents: Tensor | None,
-    reset: Tensor | None,
-    layout: str,
-    nonlinearity: str,
-    bidirectional: bool,
-    backend: str,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def _elman_backward_fake(*args: Any) -> list[Tensor]:
+    _, _, input, hx, weights, *_, needs = args
     sources = (input, hx, *weights)
     return [
         source.new_empty(source.shape)
@@ -244,135 +228,87 @@ def _elman_backward_fake(
     ]
 
 
-def elman_recorded(
-    input: Tensor,
-    hx: Tensor | None,
-    weights: Sequence[Tensor],
-    extents: Tensor | None,
-    reset: Tensor | None,
-    layout: str,
-    nonlinearity: str,
-    bidirectional: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """The same as :func:`elman`, every step recorded by autograd instead."""
-    rows, where = _rows(input, layout, extents, reset)
-    with products_as_in_rnn(input.device, input.dtype):
-        output, h_n = differentiable.forward(rows, hx, weights, where, nonlinearity, bidirectional)
-    return output.unflatten(0, input.shape[:-1]), h_n
-
-
 class _Elman(torch.autograd.Function):
-    # Not with setup_context: torch then binds the arguments by inspection, 40 us a call, for the
-    # sake of torch.func, which never comes here.
+    # Without setup_context, which only torch.func needs, and that takes the composite path: with
+    # it, torch binds the arguments by inspection at each call, which takes 40 us.
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        settings, (input, hx, extents, reset, *weights) = args[:4], args[4:]
+        settings, (input, hx, seq_metadata, reset, *weights) = args[:4], args[4:]
         with torch._C._AutoDispatchBelowAutograd():
-            output, h_n = torch.ops.tritonrnn.elman(input, hx, weights, extents, reset, *settings)
+            output, h_n = elman(input, hx, weights, seq_metadata, reset, *settings)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output, input, hx, _saveable(extents), _saveable(reset), *weights)
+        indices = _saveable(seq_metadata), _saveable(reset)
+        ctx.save_for_backward(output, input, hx, *indices, *weights)
         return output, h_n
 
     @staticmethod
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        output, input, hx, extents, reset, *weights = ctx.saved_tensors
+        output, input, hx, seq_metadata, reset, *weights = ctx.saved_tensors
         needs_input, needs_hx, _, _, *needs_weights = ctx.needs_input_grad[4:]
         needs = [needs_input, needs_hx, *needs_weights]
         if grad_output is None and grad_h_n is None:
             return (None,) * len(ctx.needs_input_grad)
         run: Callable[..., list[Tensor]] = torch.ops.tritonrnn.elman_backward
-        if differentiable.is_batched((grad_output, grad_h_n)):
-            run = _recorded_backward
-        found = iter(
-            run(
-                grad_output,
-                grad_h_n,
-                input,
-                hx,
-                weights,
-                output,
-                extents,
-                reset,
-                *ctx.settings,
-                needs,
-            )
-        )
+        if is_batched((grad_output, grad_h_n)):
+            run = _backward_composite
+        sources = input, hx, weights, output, seq_metadata, reset
+        found = iter(run(grad_output, grad_h_n, *sources, *ctx.settings, needs))
         grads = [next(found) if need else None for need in needs]
         return (*[None] * 4, grads[0], grads[1], None, None, *grads[2:])
 
 
 def _saveable(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, but a copy of one that was made in inference mode, as autograd saves none."""
+    """Return the tensor, or a copy of an inference tensor, which autograd refuses to save."""
     return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
 def _elman_autograd(
-    input: Tensor,
-    hx: Tensor | None,
-    weights: Sequence[Tensor],
-    extents: Tensor | None,
-    reset: Tensor | None,
-    *settings: Any,
+    input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], *args: Any
 ) -> tuple[Tensor, Tensor]:
-    if why_recorded(input.dtype):
-        return elman_recorded(input, hx, weights, extents, reset, *settings)
+    seq_metadata, reset, *settings, backend = args
+    if why_composite(input.dtype):
+        return elman_composite(input, hx, weights, seq_metadata, reset, *settings)
     if torch.is_grad_enabled():
-        return _Elman.apply(*settings, input, hx, extents, reset, *weights)
+        return _Elman.apply(*settings, backend, input, hx, seq_metadata, reset, *weights)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.tritonrnn.elman(input, hx, weights, extents, reset, *settings)
+        return elman(input, hx, weights, *args)
 
 
 def _elman_backward_autograd(*args: Any) -> list[Tensor]:
-    """Record every step where a derivative of the derivative is wanted.
+    """Take the composite path where the result is to be differentiated again.
 
-    Within a backward pass, grad mode says so.
+    Within a backward pass, grad mode is on in that case only.
     """
     grad_output, grad_h_n, input, hx, weights, *_ = args
     tensors = (grad_output, grad_h_n, input, hx, *weights)
     differentiated = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in tensors
     )
-    if differentiated or why_recorded(input.dtype):
-        return _recorded_backward(*args)
+    if differentiated or why_composite(input.dtype):
+        return _backward_composite(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.tritonrnn.elman_backward(*args)
 
 
-def _recorded_backward(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    input: Tensor,
-    hx: Tensor | None,
-    weights: Sequence[Tensor],
-    output: Tensor,
-    extents: Tensor | None,
-    reset: Tensor | None,
-    layout: str,
-    nonlinearity: str,
-    bidirectional: bool,
-    backend: str,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    """Run the layer again, every step recorded, and leave its derivative to autograd."""
+def _backward_composite(*args: Any) -> list[Tensor]:
+    """Run the layer again on the composite path, and let autograd differentiate that."""
+    grad_output, grad_h_n, input, hx, weights, _, seq_metadata, reset, *settings, _, needs = args
 
     def run(input: Tensor, hx: Tensor | None, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        return elman_recorded(
-            input, hx, weights, extents, reset, layout, nonlinearity, bidirectional, backend
-        )
+        return elman_composite(input, hx, weights, seq_metadata, reset, *settings)
 
-    cotangents = grad_output, grad_h_n
-    return differentiable.gradients(run, (input, hx, *weights), needs, cotangents)
+    return gradients(run, (input, hx, *weights), needs, (grad_output, grad_h_n))
 
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Hide what the operator calls from ``torch.compile``.
+    """Hide a function of the operator's from ``torch.compile``.
 
-    Where a compiled program falls back to Python, it looks into every function that is called,
-    these included. (torch's own way to hide one imports the compiler at the first call.)
+    Where a compiled program falls back to Python, the compiler traces every function that is
+    called, these included. ``torch.compiler.disable`` would import the compiler at the first call;
+    so the hidden function is used only where the compiler is loaded already.
     """
     hidden = torch._disable_dynamo(function)
 

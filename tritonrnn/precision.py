@@ -1,8 +1,8 @@
-"""fp32 products follow torch's switch for RNNs, and no other.
+"""The accuracy of fp32 products on CUDA: it follows torch's switch for RNNs, and no other.
 
-``torch.backends.cudnn.rnn.fp32_precision`` is "tf32" by default: on CUDA ``torch.nn.RNN`` rounds
-the operands of its products to TF32, and so does whatever replaces it. "ieee", or TF32 switched
-off for all of cuDNN, asks for products of full accuracy.
+``torch.backends.cudnn.rnn.fp32_precision`` is "tf32" by default: ``torch.nn.RNN`` rounds the
+operands of its products to TF32, and so does this package. With "ieee", or with TF32 switched off
+for all of cuDNN, products have full accuracy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 
 def rounds_to_tf32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the products of a layer of this device and dtype may be TF32."""
+    """Return whether the products of a layer of this device and dtype may use TF32."""
     if device.type != "cuda" or dtype != torch.float32:
         return False
     switch: Any = torch.backends.cudnn.rnn
@@ -30,11 +30,11 @@ _before = "none"
 
 @contextmanager
 def products_as_in_rnn(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Make torch's own matrix products follow the switch for RNNs, as they do inside cuDNN.
+    """Make torch's matrix products follow the switch for RNNs, as they do inside cuDNN.
 
-    They follow one of their own otherwise. It is the process's: products that another thread
-    launches meanwhile follow it as well, and concurrent users of this are counted, for the last
-    one out to put back what the first one in found.
+    torch has another switch for matrix products, which this sets. It is the process's, so products
+    that another thread launches meanwhile follow it as well. Concurrent users are counted: the
+    first one remembers the setting, and the last one restores it.
     """
     global _users, _before
     if device.type != "cuda" or dtype != torch.float32:
@@ -44,8 +44,8 @@ def products_as_in_rnn(device: torch.device, dtype: torch.dtype) -> Iterator[Non
     with _lock:
         if _users == 0:
             _before = switch.fp32_precision
-            # What is read is what holds. Where that comes from the switch for everything, it is
-            # to come from there again.
+            # torch returns the value in force, also where it comes from the switch for
+            # everything. It must follow that switch again afterwards, by the value "none".
             if _before == torch.backends.fp32_precision:  # type: ignore[attr-defined]
                 _before = "none"
             switch.fp32_precision = "tf32" if rounds_to_tf32(device, dtype) else "ieee"

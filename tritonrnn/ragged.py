@@ -1,4 +1,4 @@
-"""Ragged layouts that no one packed: jagged rows, padded batches with lengths, resets."""
+"""Row maps of ragged batches without packing: jagged rows, lengths of a padded batch, resets."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from tritonrnn.memo import Memo
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RaggedLayout(SequenceLayout):
-    """Sequences of any lengths, 0 among them, whose tokens lie a fixed number of rows apart.
+    """Sequences of any lengths, also 0, with a fixed number of rows from token to token.
 
-    Build it with :meth:`jagged` or :meth:`padded`, and cut it with :meth:`cut`. Its tensors lie on
-    the device of the lengths, and nothing waits for that device but what says so.
+    Build it with :meth:`jagged` or :meth:`padded`, then :meth:`split_at_resets`. Its tensors are on
+    the device of the lengths. Only methods whose docstring says so wait for that device.
 
     Args:
         stride: rows from a token of a sequence to its next.
         batch_base: ``[B]``, each sequence's first row.
-        lengths: ``[B]``, each sequence's tokens.
-        padding: ``(T, B)`` of the padded batch that the rows are, None where every row is a token.
-        origin: the layout before it was cut, and which of its B sequences each of these was cut
-            from, ascending, ``[B]``.
+        lengths: ``[B]``, each sequence's number of tokens.
+        padding: ``(T, B)`` of the padded batch, or None if every row is a token.
+        split_from: the layout before the split at resets, and the index in it of the sequence that
+            each of these was part of, ascending, ``[B]``. None if it was not split.
     """
 
     stride: int
-    # Fields without a default, where the base class derives them.
+    # The base class derives these two. Here they are fields without a default.
     batch_base: Tensor = field()
     lengths: Tensor = field()
     padding: tuple[int, int] | None = None
-    origin: tuple[RaggedLayout, Tensor] | None = None
+    split_from: tuple[RaggedLayout, Tensor] | None = None
 
     @classmethod
     def jagged(cls, offsets: Tensor, num_rows: int) -> RaggedLayout:
-        """Sequences one after the other: sequence b is rows ``offsets[b]:offsets[b + 1]``.
+        """Return the layout of sequences in rows ``offsets[b]:offsets[b + 1]``.
 
         Waits for the device of ``offsets``.
 
@@ -69,10 +69,10 @@ class RaggedLayout(SequenceLayout):
     def padded(
         cls, T: int, B: int, batch_first: bool, lengths: Tensor | None = None
     ) -> RaggedLayout:
-        """A padded batch, whose sequence b has ``lengths[b]`` tokens, or all T.
+        """Return the layout of a padded batch whose sequence b has ``lengths[b]`` tokens, or T.
 
         Raises:
-            ValueError: ``lengths`` on the CPU has a number outside 0 to T.
+            ValueError: ``lengths`` on the CPU has a value outside 0 to T.
         """
         if lengths is None:
             lengths = torch.full((B,), T)
@@ -86,7 +86,8 @@ class RaggedLayout(SequenceLayout):
                     f"got {abridged(lengths.tolist())}"
                 )
         else:
-            # To read them is to wait. What the device finds wrong, the next call that waits raises.
+            # Reading them here would wait. The device checks them, and the next call that waits for
+            # it raises.
             torch._assert_async(
                 ((lengths >= 0) & (lengths <= T)).all(),
                 f"tritonrnn: Expected lengths from 0 to the {T} steps of the input",
@@ -101,13 +102,14 @@ class RaggedLayout(SequenceLayout):
             padding=(T, B),
         )
 
-    def cut(self, reset: Tensor) -> RaggedLayout:
-        """Let a sequence of its own begin at every token that is marked. Waits for the device.
+    def split_at_resets(self, reset: Tensor) -> RaggedLayout:
+        """Return a layout in which a new sequence begins at every marked token.
 
-        What is cut apart can be walked side by side: no state passes from one to the other.
+        No state passes between the parts of a sequence, so they run side by side. Waits for the
+        device.
 
         Args:
-            reset: ``[N]`` bool.
+            reset: the marks, ``[N]`` bool.
         """
         device = reset.device
         base, lengths = self.batch_base.to(device), self.lengths.to(device)
@@ -115,7 +117,8 @@ class RaggedLayout(SequenceLayout):
         rows = (base[:, None] + t * self.stride).clamp(max=max(self.N - 1, 0))
         begins = (t < lengths[:, None]) & (reset[rows] | (t == 0))
         sequence, start = begins.nonzero(as_tuple=True)
-        # Each ends where the next of its sequence begins, the last where the sequence does.
+        # Each part ends where the next part of its sequence begins, the last one where the sequence
+        # ends.
         end = torch.cat([start[1:], start[:1]])
         is_last = torch.ones_like(sequence, dtype=torch.bool)
         is_last[:-1] = sequence[1:] != sequence[:-1]
@@ -128,47 +131,47 @@ class RaggedLayout(SequenceLayout):
             batch_base=base[sequence] + start * self.stride,
             lengths=new_lengths,
             padding=self.padding,
-            origin=(self, sequence),
+            split_from=(self, sequence),
         )
 
     @cached_property
     def time_base(self) -> Tensor:
-        """``[T]`` int64, where :attr:`lengths` is."""
+        """Return the row map's term of each step, ``[T]`` int64, on the device of lengths."""
         return torch.arange(self.T, device=self.lengths.device) * self.stride
 
     @property
     def is_padded(self) -> bool:
-        """False: lengths differ, or may."""
+        """Return False: lengths differ, or may."""
         return False
 
     @property
     def is_ragged(self) -> bool:
-        """True."""
+        """Return True."""
         return True
 
     @property
-    def whole(self) -> RaggedLayout:
-        """The layout before it was cut."""
-        return self if self.origin is None else self.origin[0]
+    def parent(self) -> RaggedLayout:
+        """Return the layout before it was split at resets."""
+        return self if self.split_from is None else self.split_from[0]
 
-    def entering(self, v_0: Tensor, reverse: Sequence[bool]) -> Tensor:
-        """Give v_0 to the first, or last, of those that were cut from a sequence; 0 to the rest."""
-        if self.origin is None:
+    def initial_states(self, v_0: Tensor, reverse: Sequence[bool]) -> Tensor:
+        """Return v_0 for the first, or last, part of each sequence, and 0 for the other parts."""
+        if self.split_from is None:
             return v_0
-        _, sequence = self.origin
+        _, sequence = self.split_from
         sequence = sequence.to(v_0.device)
         is_first = torch.ones_like(sequence, dtype=torch.bool)
         is_first[1:] = sequence[1:] != sequence[:-1]
         is_last = is_first.roll(-1)
-        takes = torch.stack([is_last if backwards else is_first for backwards in reverse])
-        return v_0[:, sequence].masked_fill(~takes[..., None], 0)
+        takes_v_0 = torch.stack([is_last if backwards else is_first for backwards in reverse])
+        return v_0[:, sequence].masked_fill(~takes_v_0[..., None], 0)
 
     def first_rows(self, device: torch.device) -> Rows:
-        """The row of every sequence's first token; any row where it has none."""
+        """Return the row of every sequence's first token, or any row where it has none."""
         return self._on(device, "_first_rows")
 
     def last_rows(self, device: torch.device) -> Rows:
-        """The row of every sequence's last token; any row where it has none."""
+        """Return the row of every sequence's last token, or any row where it has none."""
         return self._on(device, "_last_rows")
 
     @cached_property
@@ -180,33 +183,33 @@ class RaggedLayout(SequenceLayout):
         return self._first_rows + (self.lengths - 1).clamp(min=0) * self.stride
 
     def empty(self, device: torch.device) -> Tensor | None:
-        """Which sequences have no token, ``[B]`` bool."""
+        """Return which sequences have no token, ``[B]`` bool."""
         return self._on(device, "_empty")
 
     @cached_property
     def _empty(self) -> Tensor:
         return self.lengths == 0
 
-    def dead_rows(self, device: torch.device) -> Tensor | None:
-        """Which rows are padding, ``[N]`` bool, or None where none can be."""
-        return None if self.padding is None else self._on(device, "_dead_rows")
+    def padding_rows(self, device: torch.device) -> Tensor | None:
+        """Return which rows are padding, ``[N]`` bool, or None if none can be."""
+        return None if self.padding is None else self._on(device, "_padding_rows")
 
     @cached_property
-    def _dead_rows(self) -> Tensor:
+    def _padding_rows(self) -> Tensor:
         assert self.padding is not None
         T, B = self.padding
-        lengths = self.whole.lengths
+        lengths = self.parent.lengths
         t = torch.arange(T, device=lengths.device)
         if self.stride == B:
             return (t[:, None] >= lengths).flatten()
         return (t >= lengths[:, None]).flatten()
 
-    def neighbours(self, device: torch.device) -> tuple[Rows, Rows]:
-        """Rows ``(earlier, later)``, the stride apart."""
+    def adjacent_rows(self, device: torch.device) -> tuple[Rows, Rows]:
+        """Return rows ``(earlier, later)``, the stride apart."""
         return slice(0, max(self.N - self.stride, 0)), slice(self.stride, self.N)
 
-    def seams(self, device: torch.device) -> tuple[Rows, Rows]:
-        """Rows ``(last, first)`` of every sequence that has a token, as masks ``[N]``."""
+    def boundary_rows(self, device: torch.device) -> tuple[Rows, Rows]:
+        """Return rows ``(last, first)`` of every sequence that has a token, as masks ``[N]``."""
         return self._on(device, "_is_last"), self._on(device, "_is_first")
 
     @cached_property
@@ -218,18 +221,18 @@ class RaggedLayout(SequenceLayout):
         return self._marked(self._last_rows)
 
     def _marked(self, rows: Tensor) -> Tensor:
-        # Sequences with no token mark a row that is then cut off.
+        # Sequences without a token mark an extra row, which is dropped.
         marked = torch.zeros(self.N + 1, dtype=torch.bool, device=rows.device)
         return marked.index_fill_(0, rows.masked_fill(self._empty, self.N), True)[: self.N]
 
     @cached_property
     def packed_form(self) -> PackedForm:
-        """The tokens as a ``PackedSequence`` would hold them. Waits for the device."""
+        """Return the tokens as a ``PackedSequence`` holds them. Waits for the device."""
         device = self.lengths.device
         ascending, order = self.lengths.cpu().sort(stable=True)
         order = order.flip(0)
         T = int(ascending[-1]) if self.B else 0
-        # Of so many sequences, those that are longer than t are alive at t.
+        # The sequences that are longer than t have a token at t.
         batch_sizes = self.B - torch.searchsorted(ascending, torch.arange(T), right=True)
         order = order[: int(batch_sizes[0]) if T else 0].to(device)
         layout = SequenceLayout(
@@ -245,36 +248,44 @@ _ragged: Memo[RaggedLayout] = Memo()
 
 
 def layout_of(
-    kind: str, shape: Sequence[int], extents: Tensor | None, reset: Tensor | None
+    kind: str, shape: Sequence[int], seq_metadata: Tensor | None, reset: Tensor | None
 ) -> SequenceLayout:
-    """The layout of an input, remembered for as long as the tensors that say it live unchanged.
+    """Return the layout of an input, the same one while the tensors that define it live unchanged.
 
     Args:
         kind: "time_major", "batch_major", "packed" or "jagged".
         shape: of the input, without its features: ``(T, B)``, ``(B, T)``, or ``(N,)``.
-        extents: batch_sizes ``[T]`` of a packed input, offsets ``[B + 1]`` of a jagged one,
-            lengths ``[B]`` of a padded one, or None where it has its T tokens in every sequence.
-        reset: of a padded input, its shape, bool: where a new sequence begins, or None.
+        seq_metadata: batch_sizes ``[T]`` of a packed input, offsets ``[B + 1]`` of a jagged one,
+            lengths ``[B]`` of a padded one, or None if all its sequences have T tokens.
+        reset: where a sequence starts anew, bool, shaped as ``shape``, of a padded input; or None.
 
     Raises:
-        IndexError, RuntimeError, ValueError: the extents don't describe such an input.
+        IndexError, RuntimeError, ValueError: ``seq_metadata`` describes no such input.
     """
     if kind == "packed":
-        assert extents is not None
-        return SequenceLayout.of_packed(extents, shape[0])
+        assert seq_metadata is not None
+        return SequenceLayout.of_packed(seq_metadata, shape[0])
     if kind == "jagged":
-        assert extents is not None
-        offsets, num_rows = extents, shape[0]
+        assert seq_metadata is not None
+        offsets, num_rows = seq_metadata, shape[0]
         return _ragged.get([offsets], num_rows, lambda: RaggedLayout.jagged(offsets, num_rows))
     batch_first = kind == "batch_major"
     B, T = shape if batch_first else reversed(shape)
-    if extents is None and reset is None:
+    if seq_metadata is None and reset is None:
         return (SequenceLayout.batch_major if batch_first else SequenceLayout.time_major)(*shape)
 
     def derive() -> RaggedLayout:
-        layout = RaggedLayout.padded(T, B, batch_first, extents)
-        return layout if reset is None else layout.cut(reset.flatten())
+        layout = RaggedLayout.padded(T, B, batch_first, seq_metadata)
+        return layout if reset is None else layout.split_at_resets(reset.flatten())
 
-    # By the tensors, and by which of them is which.
-    given = [tensor for tensor in (reset, extents) if tensor is not None]
-    return _ragged.get(given, (T, B, batch_first, extents is None, reset is None), derive)
+    # The parameters tell a call with lengths alone from one with a reset alone.
+    given = [tensor for tensor in (reset, seq_metadata) if tensor is not None]
+    return _ragged.get(given, (T, B, batch_first, seq_metadata is None, reset is None), derive)
+
+
+def rows_of(
+    input: Tensor, kind: str, seq_metadata: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, SequenceLayout]:
+    """Return an input as ``[N, I]`` and where its rows lie. Takes what :func:`layout_of` takes."""
+    layout = layout_of(kind, input.shape[:-1], seq_metadata, reset)
+    return input.reshape(layout.N, input.shape[-1]), layout

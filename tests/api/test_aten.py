@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonrnn
 from tests.support.cases import Case, as_function, assert_same_results, pair, run
-from tritonrnn import dispatch, native, twice
+from tritonrnn import dispatch
+from tritonrnn.paths import aten
 
 # torch's rules for forward AD are scripted at their first use; its compiler imports what warns.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -56,11 +57,11 @@ class Once(torch.autograd.Function):
 def differentiated_once(function):
     def run(data, *arguments):
         is_packed = isinstance(arguments[1], torch.Tensor)
-        extents = arguments[:1] if is_packed else ()
+        seq_metadata = arguments[:1] if is_packed else ()
         hx, weights, *settings = arguments[is_packed:]
 
         def of_tensors(data, hx, *weights):
-            return function(data, *extents, hx, weights, *settings)
+            return function(data, *seq_metadata, hx, weights, *settings)
 
         return Once.apply(of_tensors, data, hx, *weights)
 
@@ -73,12 +74,12 @@ def device(request, monkeypatch):
     if request.param == "cpu":
         choose_now = dispatch.choose_now
 
-        def choose_native(*arguments, **sizes):
+        def choose_aten(*arguments, **sizes):
             choice = choose_now(*arguments, **sizes)
-            return replace(choice, plan="native") if choice.plan == "walk" else choice
+            return replace(choice, plan="aten") if choice.plan == "in-place" else choice
 
-        monkeypatch.setattr(dispatch, "choose_now", choose_native)
-        monkeypatch.setattr(twice, "is_differentiated_once", lambda input: True)
+        monkeypatch.setattr(dispatch, "choose_now", choose_aten)
+        monkeypatch.setattr(aten, "is_differentiated_once", lambda input: True)
         for name in ("rnn_tanh", "rnn_relu"):
             monkeypatch.setattr(torch, name, differentiated_once(getattr(torch, name)))
         monkeypatch.setattr(Once, "calls", 0)
@@ -97,18 +98,18 @@ CASES = [
         ("unsorted", (2, 1), "tanh", True),
     ]
 ]  # fmt: skip
-native_cases = pytest.mark.parametrize("case", CASES, ids=str)
+aten_cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-@native_cases
+@aten_cases
 def test_torch_kernels_serve_the_call(case, device):
     case = replace(case, device=device)
     _, ours = pair(case)
     data, hx = case.tensors()
-    assert tritonrnn.explain(ours, case.input(data), hx).plan == "native"
+    assert tritonrnn.explain(ours, case.input(data), hx).plan == "aten"
 
 
-@native_cases
+@aten_cases
 def test_first_derivative_is_that_of_the_kernels(case, device):
     case = replace(case, device=device)
     theirs, ours = pair(case)
@@ -118,7 +119,7 @@ def test_first_derivative_is_that_of_the_kernels(case, device):
     assert_same_results(got, run(case, theirs, *case.tensors()))
 
 
-@native_cases
+@aten_cases
 def test_gradcheck_and_gradgradcheck_pass(case, device):
     case = replace(case, device=device)
     function, arguments = as_function(case, case.module(tritonrnn.RNN))
@@ -226,14 +227,14 @@ def test_compiled_program_takes_the_kernels_forward(device, monkeypatch):
     case = Case(L=2, D=2, layout="batch-first", dtype=torch.float64, device=device)
     _, ours = pair(case)
     taken = []
-    forward = native.forward
+    forward = aten.forward
 
     def recorded(*arguments, **options):
         taken.append(arguments[0].shape)
         return forward(*arguments, **options)
 
     expected = run(case, ours, *case.tensors())
-    monkeypatch.setattr(native, "forward", recorded)
+    monkeypatch.setattr(aten, "forward", recorded)
     monkeypatch.setattr("tritonrnn.ops.choose_now", dispatch.choose_now)
     torch._dynamo.reset()
     got = run(case, torch.compile(ours, fullgraph=True, backend="aot_eager"), *case.tensors())
@@ -251,7 +252,7 @@ def test_what_is_longer_than_cudnn_takes_is_walked():
         ).plan
         for T in (65535, 65536)
     ]  # fmt: skip
-    assert plans == ["native", "walk"]
+    assert plans == ["aten", "in-place"]
 
 
 @pytest.mark.gpu

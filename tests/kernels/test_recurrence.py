@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -15,16 +16,17 @@ from tests.support.recurrence import (
     BOTH_WAYS,
     DEVICE,
     LAYOUTS,
+    PLANS_HERE,
     Case,
     assert_close,
     make_case,
     only_tf32,
     plan_of,
 )
-from tritonrnn.kernels import arithmetic, launch
-from tritonrnn.kernels.arithmetic import round_to_tf32, tanh, tanh_of_hardware
-from tritonrnn.kernels.plan import PLANS, LaunchPlan
-from tritonrnn.kernels.recurrence import recurrence_kernel
+from tritonrnn.kernels import common, launch
+from tritonrnn.kernels.common import round_to_tf32, tanh, tanh_approx
+from tritonrnn.kernels.plan import LaunchPlan
+from tritonrnn.kernels.stepwise import stepwise_kernel
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.ragged import RaggedLayout
 
@@ -32,7 +34,7 @@ from tritonrnn.ragged import RaggedLayout
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS_HERE)
 @pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recurrence_matches_float64(layout, epilogue, plan):
@@ -40,7 +42,7 @@ def test_recurrence_matches_float64(layout, epilogue, plan):
     assert_close(case, case.run(plan))
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS_HERE)
 @pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "tf32"])
 def test_recurrence_rounds_no_worse_than_torch(dtype, epilogue, plan):
@@ -49,7 +51,7 @@ def test_recurrence_rounds_no_worse_than_torch(dtype, epilogue, plan):
     assert_close(case, case.run(plan))
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS_HERE)
 @pytest.mark.parametrize("epilogue", ["tanh", "relu_grad"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recurrence_without_v_0_starts_at_zero(layout, epilogue, plan):
@@ -57,7 +59,7 @@ def test_recurrence_without_v_0_starts_at_zero(layout, epilogue, plan):
     assert_close(case, case.run(plan))
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS_HERE)
 @pytest.mark.parametrize(
     ("T", "B", "H"),
     [(1, 1, 1), (1, 9, 5), (2, 1, 17), (5, 3, 64), (3, 33, 31), (2, 2, 130), (4, 9, 200)],
@@ -68,7 +70,7 @@ def test_recurrence_takes_any_size(T, B, H, plan):
         assert_close(case, case.run(plan))
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS_HERE)
 def test_recurrence_walks_each_group_its_own_way(plan):
     case = make_case(
         LAYOUTS["jagged"],
@@ -86,7 +88,7 @@ def test_recurrence_of_no_tokens_does_nothing(B):
     assert case.run().shape == (0, 8)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS_HERE)
 @pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recurrence_keeps_nan_in_its_sequence(layout, epilogue, plan):
@@ -106,7 +108,7 @@ def test_recurrence_keeps_nan_in_its_sequence(layout, epilogue, plan):
     assert epilogue == "relu_grad" or poisoned[rows[2]].isnan().all()
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS_HERE)
 def test_recurrence_joins_with_a_true_zero(plan):
     """An infinite weight of one unit reaches no other unit in a sequence's own first step."""
     case = make_case(LAYOUTS["packed"], 18, "tanh", reverse=(True,), tf32=only_tf32(plan))
@@ -145,18 +147,18 @@ def test_tanh_is_accurate_near_zero_and_safe_far_out():
 
 
 @triton.jit
-def tanh_of_hardware_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+def tanh_approx_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs, mask=offs < n)
-    tl.store(y_ptr + offs, tanh_of_hardware(x), mask=offs < n)
+    tl.store(y_ptr + offs, tanh_approx(x), mask=offs < n)
 
 
 @pytest.mark.gpu
-def test_tanh_of_hardware_is_as_accurate_as_documented():
+def test_tanh_approx_is_as_accurate_as_documented():
     size = torch.cat([torch.logspace(-37, 2, 50_001), torch.tensor([0.0, 1e30, torch.inf])])
     x = torch.cat([size, -size, torch.tensor([torch.nan])]).to(DEVICE)
     y = torch.empty_like(x)
-    tanh_of_hardware_kernel[(triton.cdiv(len(x), 1024),)](x, y, len(x), BLOCK=1024)
+    tanh_approx_kernel[(triton.cdiv(len(x), 1024),)](x, y, len(x), BLOCK=1024)
     expected = torch.tanh(x.double())
     torch.testing.assert_close(y.double(), expected, rtol=2**-11, atol=0, equal_nan=True)
 
@@ -176,7 +178,7 @@ def tanh_too_small(x):
 def test_bf16_recurrence_bears_the_error_of_the_hardwares_tanh(imitation, monkeypatch):
     """Also if every tanh were as wrong as it may be, and all in the same direction."""
     case = make_case(SequenceLayout.time_major(50, 4), 64, "tanh", torch.bfloat16)
-    monkeypatch.setattr(arithmetic, "tanh_of_hardware", imitation)
+    monkeypatch.setattr(common, "tanh_approx", imitation)
     plan = plan_of(case, "resident")
     exact, approximate = case.run(plan), case.run(replace(plan, epilogue="tanh_approx"))
     assert not torch.equal(exact, approximate)
@@ -210,7 +212,31 @@ def test_fp32_recurrence_bears_the_truncation_of_tensor_cores(H, epilogue, plan,
     assert_close(case, case.run(plan))
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("epilogue", ["tanh", "relu_grad"])
+def test_resident_takes_every_element_from_its_word(epilogue, dtype):
+    """With no product added: all elements, exactly."""
+    case = make_case(LAYOUTS["jagged"], 38, epilogue, dtype, with_v_0=False)
+    case.M = torch.zeros_like(case.M)
+    expected = case.a.tanh() if epilogue == "tanh" else case.a.where(case.aux > 0, 0)
+    torch.testing.assert_close(case.run("resident"), expected)
+
+
+@pytest.mark.parametrize("plan", PLANS_HERE)
+@pytest.mark.parametrize("epilogue", ["relu", "tanh_grad"])
+@pytest.mark.parametrize("H", [20, 21])
+def test_recurrence_lets_a_state_overflow_as_torch_does(H, epilogue, plan):
+    """To infinity, and not to NaN by way of hidden units that do not exist."""
+    case = make_case(SequenceLayout.time_major(9, 3), H, epilogue, torch.float16, with_v_0=False)
+    case.a, case.M = case.a.abs(), 9 * case.M.abs()
+    if case.aux is not None:
+        case.aux.zero_()
+    s = case.run(plan)
+    assert s.isinf().any()
+    assert torch.equal(s.isnan(), case.expected(torch.float16).isnan())
+
+
+@pytest.mark.parametrize("plan", PLANS_HERE)
 def test_recurrence_is_deterministic(plan):
     case = make_case(LAYOUTS["packed"], 33, "tanh", torch.bfloat16)
     assert torch.equal(case.run(plan), case.run(plan))
@@ -233,7 +259,7 @@ def test_forced_plans_agree(epilogue):
     case = make_case(LAYOUTS["packed"], 64, epilogue)
     with launch.forced_plan("resident"):
         expected = case.run(None)
-    for name in [name for name in PLANS if not only_tf32(name)]:
+    for name in [name for name in PLANS_HERE if not only_tf32(name)]:
         plan = plan_of(case, name)
         with launch.forced_plan(name):
             actual = case.run(None)
@@ -242,7 +268,13 @@ def test_forced_plans_agree(epilogue):
 
 
 @pytest.mark.parametrize(
-    ("plan", "H"), [("registers", 64), ("resident", 64), ("resident", 63), ("stepwise", 64)]
+    ("plan", "H"),
+    [
+        pytest.param("registers", 64, marks=pytest.mark.gpu),
+        ("resident", 64),
+        ("resident", 63),
+        ("stepwise", 64),
+    ],
 )
 def test_recurrence_reaches_rows_beyond_32_bits(plan, H):
     N = 2**31 // H + 8
@@ -267,6 +299,23 @@ def test_recurrence_reaches_rows_beyond_32_bits(plan, H):
         plan=plan_of(case, plan),
     )
     assert torch.equal(torch.cat([a[row : row + 2] for row in rows]), case.run(plan))
+
+
+@pytest.mark.parametrize("plan", PLANS_HERE)
+@pytest.mark.parametrize("epilogue", ["tanh", "tanh_grad"])
+def test_recurrence_takes_tensors_that_begin_between_vectors(epilogue, plan):
+    case = make_case(LAYOUTS["packed"], 20, epilogue, torch.float16)
+    expected = case.run(plan)
+
+    def shifted(x: Tensor) -> Tensor:
+        return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+
+    s = shifted(case.a)
+    if case.aux is not None:
+        case.aux = shifted(case.aux)
+    assert s.data_ptr() % 16 != 0
+    case.walk(s, plan_of(case, plan))
+    assert torch.equal(s, expected)
 
 
 def test_stepwise_reads_weights_beyond_32_bits():
@@ -297,12 +346,12 @@ def test_recurrence_walks_past_step_65536():
         case.a[last:], v_0, case.M, None, tail, epilogue="tanh", reverse=(False,)
     )
     for step in range(last, T):
-        recurrence_kernel[launch.grid(problem, plan)](step=step, **arguments)
+        stepwise_kernel[launch.grid(problem, plan)](step=step, **arguments)
     torch.testing.assert_close(case.a[last:].double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS_HERE)
 def test_recurrence_walks_70000_steps(plan):
     case = make_case(
         SequenceLayout.time_major(70_000, 1), 16, "tanh", reverse=(True,), tf32=only_tf32(plan)
@@ -338,7 +387,7 @@ def test_oracle_matches_torch():
 
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS_HERE)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_epilogues_are_the_gradient(layout, plan, nonlinearity):
     """The backward walk of the kernel is the derivative of the forward walk in float64."""

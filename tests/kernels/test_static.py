@@ -1,86 +1,210 @@
-"""What the compiler makes of the plans, for GPUs that need not be there."""
+"""What a step costs in the compiled kernels, read in their SASS, for GPUs that need not be there.
+
+Whether the kernels are right, tests.support.ptxsim shows. It executes PTX, though, and knows
+nothing of what ptxas makes of it: spills, instructions, and what is waited for on the chain of a
+step, from one product to the next.
+"""
 
 import itertools
 import json
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 
 from perf import static
-from tests.support.compiled import ROOT, compile_in_a_fresh_process
+from tests.support.compiled import ROOT, Kernel, compile_kernels, events, run_uninterpreted
 from tritonrnn.kernels import launch
-from tritonrnn.kernels.plan import DEVICES, PLANS, Problem
+from tritonrnn.kernels.devices import DEVICES
+from tritonrnn.kernels.plan import PLANS, Problem
 
 # What ``perf static`` made of every plan, by device.
 TABLES = sorted((ROOT / "perf/results/static").glob("*.jsonl"))
-KEPT = ("epilogue", "block_h", "block_b", "num_warps", "turns")
+KEPT = ("epilogue", "block_h", "block_b", "num_warps")
 
 
-def static_rows(arch: str, *spreads: str) -> list[dict]:
-    wanted = " + ".join(f"specimens({arch!r}, {spread})" for spread in spreads)
-    code = f"from perf.static import *; print(table({wanted}).to_json(orient='records'))"
-    return json.loads(compile_in_a_fresh_process(code))
+class Cost(NamedTuple):
+    """What a step of a kernel may cost.
 
-
-@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
-def rows(request) -> list[dict]:
-    """The largest weights that fit, odd sizes, and the dearest epilogues and batches.
-
-    ``perf static`` compiles all that is in between; its tables are in perf/results/static.
+    mma         the MMA instructions that make its products
+    barriers    block barriers, at most
+    check       of its other instructions, or None
     """
-    few = (
-        "sizes=({},), epilogues=({!r},), dtypes=[{!r}], batches=[('packed', 2, True)], "
-        "plans=('resident', 'stepwise')"
+
+    mma: str
+    barriers: int
+    check: Callable[[dict], None] | None = None
+
+
+def prefetches(row: dict) -> None:
+    """Check that a resident step waits for no load, and what is on its chain.
+
+    From a product to the next one: a wait for async copies issued steps before, a barrier, the
+    epilogue, the state's way to shared memory, for the product and for the store to global memory,
+    and a barrier. Nothing is loaded to a register but the row of packed batches, which a later
+    iteration uses. The async copies of all steps ahead remain in flight.
+    """
+    loop = row["step_sass"]
+    step = events(loop)
+    copies = 2 if row["epilogue"].endswith("_grad") else 1
+    assert step.count("LDGSTS") >= copies
+    rows = [name for name in step if name.startswith("LDG.")]
+    assert rows == (["LDG.E.64"] if row["layout"] == "packed" else [])
+    assert not rows or not used_before_the_product_is_made("LDG.E.64", loop)
+    chain = [
+        name
+        for name in step
+        if name in ("BAR", "STS", "STSM", "FENCE") or name.startswith("DEPBAR")
+    ]
+    wait = f"DEPBAR.LE SB0, {copies * (row['num_stages'] - 2):#x}"
+    fence = ["FENCE"] if "HGMMA" in step else []
+    stores = [name for name in chain if name.startswith("STS")]
+    if row["precision"] == "tf32x3":
+        # The store beside the product; the state in two parts, one after the other.
+        expected = [*2 * ["BAR"], wait, *4 * ["BAR"]]
+        assert [name for name in chain if name not in stores] == expected
+        # Each of the four tiles' products begins from zero.
+        assert len([line for line in loop if re.search(r"HMMA.*, RZ\b", line)]) == 4
+    else:
+        # Once for the product and once for the store.
+        assert len(stores) >= 2
+        assert chain == [wait, "BAR", *stores, "BAR", *fence]
+
+
+def used_before_the_product_is_made(load: str, loop: list[str]) -> bool:
+    """Return whether a loaded value is used in the same iteration, before the last MMA."""
+    start, register = next(
+        (i, match[1])
+        for i, line in enumerate(loop)
+        if (match := re.search(rf"{re.escape(load)} (R\d+),", line))
     )
-    return static_rows(
-        request.param,
-        few.format(64, "tanh", "bf16"),
-        few.format(256, "tanh_grad", "fp16"),
-        few.format(201, "tanh_grad", "bf16"),
-        few.format(97, "tanh", "tf32"),
-        few.format(128, "tanh_grad", "tf32"),
-        few.format(37, "tanh", "fp32"),
-        few.format(100, "tanh_grad", "fp32"),
-        few.format(128, "tanh_grad", "fp32"),
-    )
+    end = max(i for i, line in enumerate(loop) if re.search("HGMMA|HMMA", line))
+    return any(re.search(rf"\b{register}\b", line) for line in loop[start + 1 : end])
 
 
-def test_static_plans_do_not_spill(rows):
-    assert len(rows) == 16
-    assert [row for row in rows if row["spill_bytes"]] == []
+def overlaps(row: dict) -> None:
+    """Check that loads, stores and changes of layout of ``registers`` run beside the product.
+
+    From a product's end to the next one's beginning there is the epilogue, the state's way to
+    shared memory, a fence (before which ptxas puts one for all memory), a wait for the copies of
+    two steps before, and a barrier; then all MMA instructions at once, none of which is waited for
+    by itself, as ptxas does it wherever it is in doubt.
+    """
+    step = events(row["step_sass"])
+    # Of the row map, in packed batches: the rows to store and to prefetch.
+    assert [name for name in step if name.startswith("LDG.")] == 8 * ["LDG.E.64"]
+    copies = 2 if row["epilogue"].endswith("_grad") else 1
+    assert step.count("LDGSTS") >= 4 * copies
+    step = [name for name in step if not name.startswith("LDG")]
+    parts = [list(part) for _, part in itertools.groupby(step, lambda name: name == "HGMMA")]
+    assert len(parts) == 8, "four steps, in each of which the product is one block"
+    bits = 32 if row["dtype"] == "tf32" else 16
+    # Of 16 bits, 8 by 8 matrices change their layout on the way; the state is read back.
+    if bits == 16:
+        aside, kept = ["LDS", *copies * ["LDSM"]], ["STSM"]
+    else:
+        aside, kept = 4 * copies * ["LDS"], 4 * ["STS"]
+    for product, rest in zip(parts[::2], parts[1::2]):
+        # 256 bits of a row of M each.
+        assert len(product) == row["block_h"] * bits // 256
+        wait = next(i for i, name in enumerate(rest) if name.startswith("WARPGROUP"))
+        assert sorted(rest[:wait]) == sorted(aside)
+        assert rest[wait + 1 :] == [*kept, "MEMBAR", "FENCE", "DEPBAR.LE SB0, 0x2", "BAR"]
+    # From an MMA instruction to the wait nothing else uses its four sums.
+    sums: set[str] = set()
+    for line in 2 * row["step_sass"]:
+        product = re.search(r"HGMMA\S*\s+R(\d+),", line)
+        if product:
+            sums = {f"R{int(product[1]) + i}" for i in range(4)}
+        elif "DEPBAR.LE gsb0, 0x0" in line:
+            sums = set()
+        else:
+            assert not sums & set(re.findall(r"\bR\d+\b", line)), line
 
 
-def test_static_plans_know_their_shared_memory(rows):
-    assert [row for row in rows if row["shared_bytes"] > row["planned_bytes"]] == []
+def reads_at_once(row: dict) -> None:
+    """Check that all 16 reads of the state are issued before one is waited for; of two blocks."""
+    found = re.findall(r"LDG\.E\.128\.STRONG|STS\.128|HGMMA", "\n".join(row["sass"]))
+    order = [(event, len(list(same))) for event, same in itertools.groupby(found)]
+    reads = [i for i, (event, _) in enumerate(order) if event.startswith("LDG")]
+    assert len(reads) == 2
+    for i in reads:
+        assert [count for _, count in order[i : i + 3]] == [16, 16, 64]
 
 
-def test_static_plans_multiply_with_matrix_instructions(rows):
-    assert [row for row in rows if not row["hgmma"] and not row["hmma"]] == []
-    sixteen_bit = [row for row in rows if row["dtype"] in ("bf16", "fp16")]
-    assert [row for row in sixteen_bit if row["arch"] == "sm_90" and not row["hgmma"]] == []
+def one_instruction_for_tanh(row: dict) -> None:
+    """Check the epilogue: of 16 sequences of 64 units by four warps, eight elements a thread."""
+    counts = [static.count(row["sass"], f"MUFU.{name}") for name in ("TANH", "EX2")]
+    assert counts == ([8, 0] if row["dtype"] == "bf16" else [0, 8])
 
 
-def test_bf16_takes_tanh_from_the_hardware_and_fp16_does_not():
-    counts = compile_in_a_fresh_process(
-        "from perf.static import *\n"
-        "for dtype in ('bf16', 'fp16'):\n"
-        "    problem = Problem(T, 16, 1, 64, dtype)\n"
-        "    plan = PLANS['resident'](problem, DEVICES['sm_90'])\n"
-        "    sass = compile_plan(problem, plan, DTYPES[dtype][0]).sass\n"
-        "    print(count(sass, 'MUFU.TANH'), count(sass, 'MUFU.EX2'))"
-    )
-    # Sixteen sequences of 64 hidden units by four warps: eight numbers a thread.
-    assert counts.splitlines() == ["8 0", "0 8"]
+# The kernels of most and of fewest registers, largest weights, odd rows, one product a state and
+# several. Barriers are today's; of a stepwise kernel those of the loop over H count once.
+COSTS = {
+    Kernel("resident", "sm_90", "bf16", 64, "tanh", "padded"): Cost("hgmma", 2, prefetches),
+    Kernel("resident", "sm_90", "fp16", 128, "relu"): Cost("hgmma", 2, prefetches),
+    Kernel("resident", "sm_90", "bf16", 256, "tanh_grad"): Cost("hgmma", 2, prefetches),
+    Kernel("resident", "sm_90", "bf16", 100, "tanh"): Cost("hgmma", 2, prefetches),
+    Kernel("resident", "sm_90", "tf32", 128, "tanh_grad"): Cost("hmma", 2, prefetches),
+    Kernel("resident", "sm_90", "fp32", 128, "tanh", "padded"): Cost("hmma", 6, prefetches),
+    Kernel("resident", "sm_90", "bf16", 201, "tanh_grad"): Cost("hgmma", 12),
+    Kernel("resident", "sm_90", "fp16", 64, "tanh", "padded"): Cost(
+        "hgmma", 2, one_instruction_for_tanh
+    ),
+    Kernel("resident", "sm_80", "bf16", 256, "tanh_grad"): Cost("hmma", 2, prefetches),
+    Kernel("resident", "sm_80", "fp32", 100, "tanh_grad"): Cost("hmma", 6),
+    Kernel("registers", "sm_90", "fp16", 252, "tanh"): Cost("hgmma", 1, overlaps),
+    Kernel("registers", "sm_90", "bf16", 256, "tanh_grad"): Cost("hgmma", 1, overlaps),
+    Kernel("registers", "sm_90", "bf16", 98, "tanh_grad"): Cost("hgmma", 1, overlaps),
+    Kernel("registers", "sm_90", "fp16", 64, "relu_grad"): Cost("hgmma", 1, overlaps),
+    Kernel("registers", "sm_90", "tf32", 128, "tanh_grad"): Cost("hgmma", 1, overlaps),
+    Kernel("cooperative", "sm_90", "bf16", 1024, "tanh", "padded"): Cost(
+        "hgmma", 16, reads_at_once
+    ),
+    Kernel("cooperative", "sm_90", "bf16", 1272, "tanh_grad"): Cost("hgmma", 20),
+    Kernel("cooperative", "sm_90", "bf16", 1536, "tanh_grad"): Cost("hgmma", 12),
+    Kernel("cooperative", "sm_90", "fp16", 1023, "tanh"): Cost("hgmma", 38),
+    Kernel("cooperative", "sm_90", "tf32", 768, "tanh_grad"): Cost("hgmma", 20),
+    Kernel("cooperative", "sm_90", "fp32", 333, "tanh_grad"): Cost("hgmma", 36),
+    Kernel("stepwise", "sm_90", "fp16", 201, "tanh_grad"): Cost("hgmma", 9),
+    Kernel("stepwise", "sm_80", "fp32", 100, "tanh_grad"): Cost("hmma", 9),
+}
+ELSEWHERE = [
+    Kernel(plan, arch, dtype, 128 if dtype == "bf16" else 64, "tanh_grad")
+    for plan in ("resident", "stepwise")
+    for arch in ("sm_100", "gfx942")
+    for dtype in ("bf16", "fp32")
+]
 
 
-def test_static_table_of_hopper_is_kept():
-    assert "sm_90" in [path.stem for path in TABLES]
+@pytest.fixture(scope="module")
+def rows() -> dict[Kernel, dict]:
+    return compile_kernels([*COSTS, *ELSEWHERE])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", COSTS, ids=str)
+def test_step_costs_what_it_may(kernel, rows):
+    row, cost = rows[kernel], COSTS[kernel]
+    assert row["spill_bytes"] == 0
+    assert row["shared_bytes"] <= row["planned_bytes"]
+    assert row[cost.mma] > 0
+    assert row["bar"] <= cost.barriers
+    assert row["is_cooperative_launch"] == (kernel.plan == "cooperative")
+    if cost.check is not None:
+        cost.check(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ELSEWHERE, ids=str)
+def test_plans_compile_for_devices_without_tests_of_their_own(kernel, rows):
+    assert rows[kernel]["shared_bytes"] <= rows[kernel]["planned_bytes"]
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_static_tables_that_are_kept_keep_their_promises(path):
+def test_committed_static_table_is_of_todays_plans(path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    # Of the plans that are made today.
     for row in rows:
         dtype, tf32 = static.DTYPES[row["dtype"]]
         epilogue = row["epilogue"].removesuffix("_approx")
@@ -94,164 +218,49 @@ def test_static_tables_that_are_kept_keep_their_promises(path):
     assert [row for row in rows if row["spill_bytes"] > most] == []
     assert [row for row in rows if row["shared_bytes"] > row["planned_bytes"]] == []
     large = [row for row in rows if row["dtype"] in ("bf16", "fp16") and row["H"] >= 64]
-    gangs = [row for row in rows if row["plan"] == "cooperative"]
+    cooperative = [row for row in rows if row["plan"] == "cooperative"]
     assert len(large) > 100
-    assert path.stem != "sm_90" or [row for row in large + gangs if not row["hgmma"]] == []
+    assert path.stem != "sm_90" or [row for row in large + cooperative if not row["hgmma"]] == []
 
 
-@pytest.mark.parametrize("arch", ["sm_100", "gfx942"])
-def test_static_plans_compile_elsewhere(arch):
-    rows = static_rows(
-        arch,
-        "dtypes=['bf16', 'fp32'], sizes=(64, 128), epilogues=('tanh_grad',), "
-        "batches=[('packed', 2, True)]",
-    )
-    assert [row for row in rows if row["shared_bytes"] > row["planned_bytes"]] == []
-    assert {row["H"] for row in rows if row["plan"] == "resident"} == {64, 128}
+def test_committed_static_tables_have_hopper():
+    assert "sm_90" in [path.stem for path in TABLES]
 
 
-def test_wgmma_reads_the_state_behind_a_barrier_and_a_proxy_fence():
-    """Threads write the state through the generic proxy; wgmma reads it through the async one.
-
-    The order wanted is: every thread's writes, a barrier, then in each reading thread a fence
-    between the proxies before its wgmma. The fence may follow the barrier: what orders a write
-    before a read of another proxy is a proxy fence anywhere on the path that leads from one to the
-    other (PTX ISA, memory consistency model, causality order), and the barrier brings every
-    thread's writes before the fence of each.
-    """
-    ptx = compile_in_a_fresh_process(
-        "from perf.static import *\n"
-        "problem = Problem(T, 16, 1, 128, 'bf16')\n"
-        "plan = PLANS['resident'](problem, DEVICES['sm_90'])\n"
-        "print(compile_plan(problem, plan, torch.bfloat16).assembly['ptx'])"
-    )
-    body = ptx[: ptx.index("wgmma.mma_async")]
-    events = re.findall(
-        r"st(?:matrix\.sync\S*)?\.shared|bar\.sync|fence\.proxy\.async|wgmma\.fence", body
-    )
-    last_write = max(i for i, event in enumerate(events) if event.startswith("st"))
-    after = events[last_write + 1 :]
-    assert after.index("bar.sync") < after.index("fence.proxy.async") < after.index("wgmma.fence")
-
-
-@pytest.mark.parametrize("plan", PLANS)
-def test_new_lengths_and_batch_sizes_do_not_recompile(plan):
-    """Whatever T and B are: 1, odd, multiples of 16, which Triton would each specialise on."""
-    compiled = compile_in_a_fresh_process(
-        "from perf.static import *\n"
-        "for steps, batch in [(1, 1), (7, 16), (1024, 33), (4096, 64), (3, 5000)]:\n"
-        "    problem = Problem(steps, batch, 2, 64, 'bf16')\n"
-        f"    plan = PLANS[{plan!r}](problem, DEVICES['sm_90'])\n"
-        "    for layout in ('padded', 'packed'):\n"
-        "        compile_plan(problem, plan, torch.bfloat16, layout)\n"
-        "caches = launch.kernel_of(plan).device_caches.values()\n"
-        "print(sum(len(cache[0]) for cache in caches))"
+@pytest.mark.slow
+def test_kernels_do_not_recompile_for_new_lengths_and_batch_sizes():
+    """Whatever T and B are: 1, odd, multiples of 16, each of which Triton would specialise on."""
+    counts = run_uninterpreted(
+        [
+            "-c",
+            "from perf.static import *\n"
+            "for name in PLANS:\n"
+            "    for T, B in [(1, 1), (7, 16), (1024, 33), (4096, 64), (3, 5000)]:\n"
+            "        problem = Problem(T, B, 2, 64, 'bf16')\n"
+            "        plan = PLANS[name](problem, DEVICES['sm_90'])\n"
+            "        for layout in ('padded', 'packed'):\n"
+            "            compile_case(CompileCase('bf16', problem, layout, True, plan))\n"
+            "    caches = launch.kernel_of(plan).device_caches.values()\n"
+            "    print(sum(len(cache[0]) for cache in caches))",
+        ]
     )
     # One for padded batches, one for packed ones.
-    assert compiled.split() == ["2"]
+    assert counts.split() == ["2"] * len(PLANS)
 
 
+@pytest.mark.slow
 def test_fp32_compiles_for_amd_devices_without_tf32():
-    compiled = compile_in_a_fresh_process(
-        "from perf.static import *\n"
-        "for arch, warp_size in [('gfx90a', 64), ('gfx1100', 32)]:\n"
-        "    device = DeviceLimits(arch, 96, 64 * 1024, warp_size)\n"
-        "    problem = Problem(T, 16, 2, 64, 'fp32', tf32=True)\n"
-        "    for plan in ('resident', 'stepwise'):\n"
-        "        compiled = compile_plan(problem, PLANS[plan](problem, device), torch.float32)\n"
-        "        print(arch, compiled.shared_bytes <= compiled.plan.shared_bytes)"
+    fits = run_uninterpreted(
+        [
+            "-c",
+            "from perf.static import *\n"
+            "for arch, warp_size in [('gfx90a', 64), ('gfx1100', 32)]:\n"
+            "    device = Device(arch, 96, 64 * 1024, warp_size)\n"
+            "    problem = Problem(T, 16, 2, 64, 'fp32', tf32=True)\n"
+            "    for name in ('resident', 'stepwise'):\n"
+            "        plan = PLANS[name](problem, device)\n"
+            "        compiled = compile_case(CompileCase('fp32', problem, 'padded', True, plan))\n"
+            "        print(compiled.shared_bytes <= plan.shared_bytes)",
+        ]
     )
-    assert compiled.splitlines() == ["gfx90a True"] * 2 + ["gfx1100 True"] * 2
-
-
-def test_cooperative_static_plans_keep_their_promises():
-    spread = "sizes=({},), epilogues=({!r},), dtypes=[{!r}], batches=[{!r}], plans=('cooperative',)"
-    rows = static_rows(
-        "sm_90",
-        spread.format(512, "tanh", "bf16", ("padded", 1, False)),
-        spread.format(1272, "tanh_grad", "bf16", ("packed", 2, True)),
-        spread.format(1536, "tanh", "bf16", ("padded", 1, False)),
-        spread.format(1536, "tanh_grad", "bf16", ("packed", 2, True)),
-        spread.format(1023, "tanh", "fp16", ("packed", 2, True)),
-        spread.format(768, "tanh_grad", "tf32", ("packed", 2, True)),
-        spread.format(333, "tanh_grad", "fp32", ("packed", 2, True)),
-    )
-    turns = {row["H"]: row["turns"] for row in rows}
-    assert turns == {512: 2, 1272: 2, 1536: 1, 1023: 1, 768: 1, 333: 1}
-    for row in rows:
-        assert row["spill_bytes"] == 0
-        assert row["hgmma"] > 0
-        assert row["shared_bytes"] <= row["planned_bytes"] <= 227 * 1024
-
-
-def test_cooperative_launch_is_one_that_the_driver_may_refuse():
-    compiled = compile_in_a_fresh_process(
-        "from perf.static import *\n"
-        "problem = Problem(T, 16, 1, 512, 'bf16')\n"
-        "plan = PLANS['cooperative'](problem, DEVICES['sm_90'])\n"
-        "print(compile_plan(problem, plan, torch.bfloat16).launches_at_once)"
-    )
-    assert compiled.split() == ["True"]
-
-
-def test_cooperative_sends_all_reads_before_it_waits_for_one():
-    """In the SASS of one step of one block: 16 reads of the state, then their way to shared."""
-    sass = compile_in_a_fresh_process(
-        "from perf.static import *\n"
-        "problem = Problem(T, 16, 1, 1024, 'bf16')\n"
-        "plan = PLANS['cooperative'](problem, DEVICES['sm_90'])\n"
-        "print('\\n'.join(compile_plan(problem, plan, torch.bfloat16).sass))"
-    )
-    events = re.findall(r"LDG\.E\.128\.STRONG|STS\.128|HGMMA", sass)
-    order = [(event, len(list(same))) for event, same in itertools.groupby(events)]
-    reads = [i for i, (event, _) in enumerate(order) if event.startswith("LDG")]
-    for i in reads:
-        assert [count for _, count in order[i : i + 3]] == [16, 16, 64]
-    assert len(reads) == 2
-
-
-def test_cooperative_publishes_and_reads_in_order():
-    """In the PTX: stores, barrier, release; then acquire, barrier, read past L1."""
-    ptx = compile_in_a_fresh_process(
-        "from perf.static import *\n"
-        "problem = Problem(T, 16, 1, 512, 'bf16')\n"
-        "plan = PLANS['cooperative'](problem, DEVICES['sm_90'])\n"
-        "print(compile_plan(problem, plan, torch.bfloat16).assembly['ptx'])"
-    )
-    lines = ptx[ptx.index("{\n", ptx.index(".entry")) :].splitlines()
-    store, add = r"st\.global\.v4", r"atom\.\S*release\S*add"
-    poll, read, barrier = r"ld\.acquire\.gpu", r"ld\.global\S*\.cg", r"bar\.sync"
-    assert not first_of(lines, store, [add], before=barrier)
-    assert first_of(lines, store, [add], before=poll)
-    assert not first_of(lines, poll, [read], before=barrier)
-    assert first_of(lines, poll, [read], before=add)
-    # No way leads from the addition to the next read but through a poll.
-    assert not first_of(lines, add, [read], before=poll)
-    # Every read of the state is one of these, eight for each of the two blocks that are walked by
-    # turns. The drive's loads are the program's own, and may take what L1 holds.
-    assert len(re.findall(read, ptx)) == 2 * 8
-
-
-def first_of(lines: list[str], start: str, targets: list[str], before: str) -> bool:
-    """Whether the program's flow leads from a start to a target with no ``before`` between."""
-    labels = {line.split(":")[0].strip(): i for i, line in enumerate(lines) if ":" in line}
-    pending = [i + 1 for i, line in enumerate(lines) if re.search(start, line)]
-    assert pending, start
-    seen = set()
-    while pending:
-        i = pending.pop()
-        if i in seen or i >= len(lines):
-            continue
-        seen.add(i)
-        line = lines[i]
-        if any(re.search(target, line) for target in targets):
-            return True
-        if re.search(before, line):
-            continue
-        branch = re.search(r"(@\S+\s+)?bra(?:\.uni)?\s+(\$\S+?);", line)
-        if branch:
-            pending.append(labels[branch[2]])
-        if re.search(r"^\s*ret;", line) or (branch and not branch[1]):
-            continue
-        pending.append(i + 1)
-    return False
+    assert fits.split() == ["True"] * 4

@@ -1,8 +1,7 @@
-"""Launching the recurrence kernel: row map, arguments, grid."""
+"""Launch a plan's kernel: row map, arguments, grid."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,21 +10,18 @@ import torch
 import triton
 from torch import Tensor
 
-from tritonrnn.kernels.plan import (
-    DEVICES,
-    PLANS,
-    DeviceLimits,
-    LaunchPlan,
-    Problem,
-    choose_plan,
-    plan_without_torch,
-)
-from tritonrnn.kernels.recurrence import recurrence_kernel
+from tritonrnn.kernels.common import Constants
+from tritonrnn.kernels.cooperative import CooperativeConstants, cooperative_kernel
+from tritonrnn.kernels.cost import best_triton_plan, choose_plan
+from tritonrnn.kernels.devices import Device, device_of
+from tritonrnn.kernels.plan import PLANS, LaunchPlan, Problem
+from tritonrnn.kernels.resident import ResidentConstants, resident_kernel
+from tritonrnn.kernels.stepwise import StepwiseConstants, stepwise_kernel
 from tritonrnn.layout import SequenceLayout
 
 # Polls until a program gives up waiting: some ten seconds on a GPU, where a poll is a round trip to
 # L2 of half a microsecond or more, and as long in the interpreter, at 50 microseconds a poll.
-PATIENCE = 200_000 if triton.knobs.runtime.interpret else 20_000_000
+MAX_SPINS = 200_000 if triton.knobs.runtime.interpret else 20_000_000
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 _forced: str | None = None
@@ -46,8 +42,7 @@ def recurrence(
     """Overwrite ``a`` by ``s_t = E(a_t + v_t, aux_t)``, ``v_t = M s_{t-1}``.
 
     Args:
-        a: ``[N, G * H]``, contiguous, on a whole word of memory: the drive, or the gradient of the
-            output.
+        a: ``[N, G * H]``, contiguous: the drive, or the gradient of the output.
         v_0: ``[G, B, H]`` fp32, contiguous: v at each sequence's own first step of the walk, in
             a reverse group its last token. None for zero.
         M: ``[G, H, H]`` in the dtype of a, of any strides.
@@ -56,17 +51,24 @@ def recurrence(
         epilogue: ``tanh``, ``relu``, ``tanh_grad`` or ``relu_grad``.
         reverse: for each group, whether it walks from a sequence's last step to its first.
         tf32: whether fp32 products may round their operands to TF32.
-        plan: the plan to launch, whatever :func:`choose_plan` says. Without one, a problem that
-            torch's own path would serve better has the next best, :func:`plan_without_torch`'s.
+        plan: the plan to launch, whatever :func:`choose_plan` returns. Without one, a problem
+            that torch's own path would serve better has the next best, :func:`best_triton_plan`'s.
     """
     if a.numel() == 0:
         return
+    if a.data_ptr() % 16 != 0:
+        # Kernels access memory by vectors. What the package allocates begins on one.
+        aligned = a.clone()
+        recurrence(
+            aligned, v_0, M, aux, layout, epilogue=epilogue, reverse=reverse, tf32=tf32, plan=plan
+        )
+        a.copy_(aligned)
+        return
     if aux is not None and aux.data_ptr() % 16 != 0:
-        # It may be a view of anything, and is read by whole words, and vectors of them.
         aux = aux.clone()
     problem = problem_of(a, layout, G=len(reverse), epilogue=epilogue, tf32=tf32)
     if plan is None:
-        plan = _plan_for(problem, device_limits(a.device))
+        plan = _plan_for(problem, device_of(a.device))
     kernel = kernel_of(plan)[grid(problem, plan)]
     arguments = kernel_arguments(a, v_0, M, aux, layout, problem, reverse, plan)
     with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
@@ -76,7 +78,7 @@ def recurrence(
         else:
             kernel(**arguments)
         if plan.name == "cooperative":
-            check_gangs(arguments["gang_ptr"], plan)
+            check_barrier(arguments["counters_ptr"], plan)
 
 
 @contextmanager
@@ -103,10 +105,10 @@ def forced_plan(name: str) -> Iterator[None]:
         _forced = before
 
 
-def _plan_for(problem: Problem, device: DeviceLimits) -> LaunchPlan:
+def _plan_for(problem: Problem, device: Device) -> LaunchPlan:
     if _forced is None:
         choice = choose_plan(problem, device)
-        return choice if isinstance(choice, LaunchPlan) else plan_without_torch(problem, device)
+        return choice if isinstance(choice, LaunchPlan) else best_triton_plan(problem, device)
     plan = PLANS[_forced](problem, device)
     if plan is None:
         raise RuntimeError(f"the plan {_forced} does not fit {problem} on {device.arch}")
@@ -114,55 +116,61 @@ def _plan_for(problem: Problem, device: DeviceLimits) -> LaunchPlan:
 
 
 def problem_of(a: Tensor, layout: SequenceLayout, *, G: int, epilogue: str, tf32: bool) -> Problem:
-    """What :func:`choose_plan` needs to know of a call."""
+    """Return what :func:`choose_plan` needs to know of a call."""
     H = a.shape[1] // G
     return Problem(layout.T, layout.B, G, H, DTYPES[a.dtype], tf32, epilogue)
 
 
 def kernel_of(plan: LaunchPlan) -> Any:
-    """The kernel that a plan launches."""
+    """Return the kernel that a plan launches."""
     if plan.name == "registers":
-        # Only here, for Gluon takes its time to import.
-        from tritonrnn.kernels.registers import recurrence_in_registers_kernel
+        # Only here, as Gluon takes its time to import, and the interpreter does not know it.
+        from tritonrnn.kernels.registers import registers_kernel
 
-        return recurrence_in_registers_kernel
-    return recurrence_kernel
+        return registers_kernel
+    return {
+        "resident": resident_kernel,
+        "cooperative": cooperative_kernel,
+        "stepwise": stepwise_kernel,
+    }[plan.name]
 
 
 def grid(problem: Problem, plan: LaunchPlan) -> tuple[int, int, int]:
-    """Programs by batch block (by gang, where one takes several), block of hidden units, group."""
+    """Return the programs by batch block (or CTA group), block of hidden units and group."""
     blocks_b, blocks_h = triton.cdiv(problem.B, plan.block_b), triton.cdiv(problem.H, plan.block_h)
     if plan.name == "cooperative":
         blocks_b = plan.programs // (blocks_h * problem.G)
     return blocks_b, blocks_h, problem.G
 
 
-def gang_words(problem: Problem, plan: LaunchPlan, device: torch.device) -> Tensor:
-    """Whether all waited in time, and each gang's counters: new ones for every launch.
+def barrier_counters(problem: Problem, plan: LaunchPlan, device: torch.device) -> Tensor:
+    """Make the counters of a cooperative launch, and in front of them a word for its failure.
 
-    So calls on two streams share none, and a captured graph makes its own anew in every replay.
-    Everything starts at 1, for the sake of one fill, and of a word that is true if not written.
+    New ones for every launch: so calls on two streams share none, and a captured graph makes its
+    own anew in every replay. Everything starts at 1, for the sake of one fill, and of a word that
+    is true if nobody writes it.
     """
-    lanes, _, groups = grid(problem, plan)
-    return torch.ones(1 + plan.turns * lanes * groups, 32, dtype=torch.int32, device=device)
+    num_cta_groups, _, groups = grid(problem, plan)
+    rows = 1 + plan.interleave * num_cta_groups * groups
+    return torch.ones(rows, 32, dtype=torch.int32, device=device)
 
 
-def check_gangs(words: Tensor, plan: LaunchPlan) -> None:
-    """Have the device raise if a program of a cooperative launch gave up waiting for its gang.
+def check_barrier(counters: Tensor, plan: LaunchPlan) -> None:
+    """Have the device raise if a program of a cooperative launch gave up waiting.
 
-    The assertion runs behind the kernel, on its stream. On a GPU it is the next call that
-    synchronises with the device (``torch.cuda.synchronize``, ``Tensor.item``, ``Tensor.cpu``, ...)
-    that raises a RuntimeError, like for any assertion in a kernel, and with the assertion's text
-    on stderr: no number made of the walk can be read before. On the CPU it is this one.
+    The assertion runs after the kernel, on its stream. On a GPU the next call that synchronises
+    with the device (``torch.cuda.synchronize``, ``Tensor.item``, ``Tensor.cpu``, ...) raises a
+    RuntimeError, as for any assertion in a kernel, and the assertion's text is on stderr: no value
+    made of the walk can be read before. On the CPU this call raises.
 
     Raises:
         RuntimeError: on the CPU, a program gave up.
     """
     # On CUDA torch takes no text of more than 254 characters.
     torch._assert_async(
-        words[0, 0],
-        "tritonrnn: a program of a recurrence waited in vain for the others of its gang; what was "
-        f"computed is wrong. Launched: {plan.programs} programs of {plan.block_h} hidden units on "
+        counters[0, 0],
+        "tritonrnn: a program of a recurrence waited in vain for the others of its CTA group; the "
+        f"result is wrong. Launched: {plan.programs} programs of {plan.block_h} hidden units on "
         f"{plan.device.multiprocessors} multiprocessors ({plan.device.arch})",
     )
 
@@ -177,7 +185,7 @@ def kernel_arguments(
     reverse: tuple[bool, ...],
     plan: LaunchPlan,
 ) -> dict[str, Any]:
-    """Every argument of the plan's kernel, and the compiler's options.
+    """Return every argument of the plan's kernel, and the compiler's options.
 
     Of a stepwise plan all but ``step``, the one to walk.
     """
@@ -190,26 +198,19 @@ def kernel_arguments(
     assert v_0 is None or v_0.dtype == torch.float32
     assert all(matrix is None or matrix.dtype == a.dtype for matrix in (M, aux))
     assert all(rows is None or rows.is_contiguous() for rows in (a, v_0, aux))
-    # By these plans a may be read by whole words, which must not begin between two.
-    odd_rows = H * a.element_size() % 4 != 0
-    assert plan.name not in ("registers", "resident") or odd_rows or a.data_ptr() % 4 == 0
+    assert all(rows is None or rows.data_ptr() % 16 == 0 for rows in (a, aux))
     assert plan.epilogue in (problem.epilogue, f"{problem.epilogue}_approx")
     # One bit a group, in an argument of 32 bits.
     assert G < 32
-    # A matrix that fits multiprocessors may be a view into a larger one; the kernel counts what
-    # lies between its numbers in 32 bits there.
+    # A matrix that fits multiprocessors may be a view into a larger one; the kernel counts the
+    # distance between its elements in 32 bits there.
     too_wide = (H - 1) * (abs(M.stride(1)) + abs(M.stride(2))) >= 2**31
-    # Shared memory is read in wide pieces along rows only where numbers have 16 bits: a transposed
-    # M would be read number by number in every step. Registers take pairs along rows.
+    # Shared memory is read in wide pieces along rows only where elements have 16 bits: a transposed
+    # M would be read element by element in every step. Registers take pairs along rows.
     along_rows = a.dtype == torch.float32 or plan.name == "registers"
     if plan.name != "stepwise" and (along_rows or too_wide):
         M = M.contiguous()
-    cooperative = plan.name == "cooperative"
-    options: dict[str, Any] = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-    if cooperative and not triton.knobs.runtime.interpret:
-        # The driver refuses a grid whose programs can't all run at the same time.
-        options["launch_cooperative_grid"] = True
-    arguments = {
+    arguments: dict[str, Any] = {
         "a_ptr": a,
         "v_0_ptr": v_0,
         "m_ptr": M,
@@ -221,49 +222,43 @@ def kernel_arguments(
         "stride_time": 1 if layout.batch_first else B,
         "stride_batch": layout.T if layout.batch_first else 1,
         "reverse_groups": sum(1 << group for group, backwards in enumerate(reverse) if backwards),
-        "G": G,
-        "H": H,
+        "C": _constants(problem, plan),
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
+    }
+    if plan.name != "registers":
+        strides = ("stride_m_group", "stride_m_row", "stride_m_column")
+        arguments |= dict(zip(strides, M.stride()))
+    if plan.name == "cooperative":
+        arguments["counters_ptr"] = barrier_counters(problem, plan, a.device)
+        if not triton.knobs.runtime.interpret:
+            # The driver refuses a grid whose programs can't all run at the same time.
+            arguments["launch_cooperative_grid"] = True
+    return arguments
+
+
+def _constants(problem: Problem, plan: LaunchPlan) -> Constants:
+    shared = {
+        "G": problem.G,
+        "H": problem.H,
         "EPILOGUE": plan.epilogue,
         "PRECISION": plan.precision,
         "INTERPRETED": triton.knobs.runtime.interpret,
         "BLOCK_H": plan.block_h,
         "BLOCK_B": plan.block_b,
-        **options,
     }
     if plan.name == "registers":
-        return arguments
-    if plan.name != "stepwise":
-        arguments["step"] = 0
-    stride_m_group, stride_m_row, stride_m_column = M.stride()
-    return arguments | {
-        "stride_m_group": stride_m_group,
-        "stride_m_row": stride_m_row,
-        "stride_m_column": stride_m_column,
-        "gang_ptr": gang_words(problem, plan, a.device) if cooperative else None,
-        "PLAN": plan.name,
-        "PATIENCE": PATIENCE if cooperative else 0,
-        "BLOCK_K": plan.block_k,
-        "BLOCK_READ": plan.block_read,
-        "TURNS": plan.turns,
-        "NUM_STAGES": plan.num_stages,
-    }
+        from tritonrnn.kernels.registers import RegistersConstants
 
-
-@functools.cache
-def device_limits(device: torch.device) -> DeviceLimits:
-    """The limits of a device at hand."""
-    if device.type == "cpu":
-        return DEVICES["interpreter"]
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return DeviceLimits(
-            arch=properties.gcnArchName.split(":")[0],
-            multiprocessors=properties.multi_processor_count,
-            shared_bytes=properties.shared_memory_per_block,
-            warp_size=properties.warp_size,
+        return RegistersConstants(**shared, ITEM_BITS=8 * problem.item_bytes)
+    if plan.name == "resident":
+        return ResidentConstants(**shared, BLOCK_K=plan.block_k, NUM_STAGES=plan.num_stages)
+    if plan.name == "cooperative":
+        return CooperativeConstants(
+            **shared,
+            BLOCK_K=plan.block_k,
+            BLOCK_READ=plan.block_read,
+            INTERLEAVE=plan.interleave,
+            MAX_SPINS=MAX_SPINS,
         )
-    return DeviceLimits(
-        arch=f"sm_{properties.major}{properties.minor}",
-        multiprocessors=properties.multi_processor_count,
-        shared_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-    )
+    return StepwiseConstants(**shared, BLOCK_K=plan.block_k)

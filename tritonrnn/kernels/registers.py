@@ -1,178 +1,119 @@
-"""The resident walk with M in registers: for Hopper, in Gluon.
+"""The whole walk in one launch: M in the registers of one multiprocessor, on Hopper, in Gluon.
 
-What ``recurrence.py`` computes, by a kernel that chooses its layouts itself. A program owns all
-hidden units of BLOCK_B sequences of one group. M lies in registers, where the product takes it
-from as its left operand, the state in shared memory as its right one, twice, by parity of the step.
-So nothing of M is read in a step, and one barrier a step is enough. While a product is made, a
-program stores the state that the product reads, turns the next step's numbers to the product's
-layout, and sends for others. On the chain from product to product there is nothing but the
-epilogue, the state's way to shared memory, a fence, a wait for what was sent for two steps before,
-and a barrier.
+The tile picture (``common.py`` has the formula and the names). BLOCK_H covers H, as in
+``resident.py``, but this kernel chooses its layouts itself:
 
-What is sent for comes to shared memory by itself. Loads to registers would be waited for in the
-step that sends them: values that go from one turn of a loop to the next are copied there, and ptxas
-has a counter in common for most that are under way.
+                  M [H, H]            s_{t-1} [H, B]            s_t [H, B]
+                                        BLOCK_B
+                ┌───────────┐         ┌──┬──┬──┐               ┌──┬──┬──┐
+        warp 0  │░░░░░░░░░░░│         │▒▒│  │  │               │▓▓│  │  │
+        warp 1  │░░░░░░░░░░░│    x    │▒▒│  │  │       =       │▓▓│  │  │  = E(a + M s, aux)
+        ...     │░░░░░░░░░░░│         │▒▒│  │  │               │▓▓│  │  │
+                └───────────┘         └──┴──┴──┘               └──┴──┴──┘
+                in registers          in shared memory,        goes to the other
+                                      double-buffered          buffer
+
+M is the left operand of ``wgmma``, which takes it from registers, 16 rows a warp; the state is the
+right one, which it takes from shared memory, double-buffered by parity of the step. So a step reads
+nothing of M, and needs one block barrier. While a product is made, the program stores the state
+that the product reads, converts the next step's tiles to the product's layout, and issues the async
+copies of the step four ahead. From product to product there is nothing but the epilogue, the
+state's way to shared memory, a fence, a wait for copies of two steps before, and the barrier.
+
+Loads to registers would be waited for in the iteration that sends them; see ``resident.py``.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import triton
 import triton.language as tl
-
-from tritonrnn.kernels import hopper
-from tritonrnn.kernels.arithmetic import keep_place, operands, prepare_aux
-from tritonrnn.kernels.block import (
-    Batch,
-    block_of,
-    clear_padding,
-    load_step,
-    row_at,
-    state_of,
-    tile_of,
-    time_at,
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
 
+from tritonrnn.kernels.common import (
+    UNSPECIALIZED,
+    Batch,
+    Constants,
+    compute_state,
+    is_first,
+    load_step,
+    make_block,
+    optimization_barrier,
+    prepare_aux,
+    row_offset,
+    split_tf32,
+    tile_mask,
+    zero_padding,
+)
 
-class Moment(NamedTuple):
+# Steps in flight: an iteration of the time loop walks as many.
+NUM_STAGES = tl.constexpr(4)
+
+
+@dataclass(frozen=True)
+class RegistersConstants(Constants):
+    """ITEM_BITS: of an element of the state. The layouts follow from it and the tile."""
+
+    ITEM_BITS: int
+
+    @property
+    def NUM_WARPS(self) -> int:
+        """Warps a program: four to the 64 rows of a product."""
+        return self.BLOCK_H // 16
+
+    @property
+    def MMA(self) -> gl.NVMMADistributedLayout:
+        """Layout of products: a warp has 16 hidden units of all sequences."""
+        return gl.NVMMADistributedLayout(
+            [3, 0], [self.NUM_WARPS, 1], [16, self.BLOCK_B, 256 // self.ITEM_BITS]
+        )
+
+    @property
+    def MEMORY(self) -> gl.BlockedLayout:
+        """Layout of whole rows: a thread has four neighbouring units of one sequence."""
+        lanes = min(32, self.BLOCK_H // 4)
+        warps_a_row = self.BLOCK_H // (4 * lanes)
+        return gl.BlockedLayout(
+            [4, 1], [lanes, 32 // lanes], [warps_a_row, self.NUM_WARPS // warps_a_row], [0, 1]
+        )
+
+
+class Shared(NamedTuple):
+    """The program's tiles in shared memory.
+
+    states      the state of even steps, and of odd ones
+    a, aux      NUM_STAGES tiles each, of one step in NUM_STAGES; a twice where there is no aux
+    """
+
+    states: Any
+    a: Any
+    aux: Any
+
+
+class PipelineState(NamedTuple):
     """What a walk carries from step to step.
 
-    drive, aux      what the step's product starts from and its epilogue takes
-    s               the state of the step before, if fp32; else anything of its type
-    row_before      offset of the row of the step before
+    drive, aux      what the step's product starts from, and what its epilogue takes
+    s               the previous state, if fp32; else any tile of its type
+    previous_row    offset of the row of the previous step
     row_4           offset of the row four steps ahead
     """
 
     drive: Any
     aux: Any
     s: Any
-    row_before: Any
+    previous_row: Any
     row_4: Any
 
 
-@triton.jit
-def tile_in_shared_memory(dtype: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
-    """Allocate a tile, hidden units next to each other as in memory."""
-    LAYOUT: tl.constexpr = hopper.NVMMASharedLayout.get_default_for(
-        [BLOCK_H, BLOCK_B], dtype, transposed=True
-    )
-    return hopper.allocate_shared_memory(dtype, [BLOCK_H, BLOCK_B], LAYOUT)
-
-
-@triton.jit
-def send_for(step, row, a_tile, aux_tile, batch, in_memory):
-    """Have a step's numbers come to shared memory."""
-    mask = tile_of(step, in_memory)
-    a_ptrs = batch.a_ptr + row + in_memory.tile
-    hopper.async_copy_global_to_shared(a_tile, a_ptrs, mask)
-    if batch.aux_ptr is not None:
-        aux_ptrs = batch.aux_ptr + row + in_memory.tile
-        hopper.async_copy_global_to_shared(aux_tile, aux_ptrs, mask)
-    hopper.commit_group()
-
-
-@triton.jit
-def keep_state(s, state, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Put a state where the next step's product takes it, and let all see what has come."""
-    operand, _ = operands(s, PRECISION, INTERPRETED)
-    state.store(operand.to(s.dtype))
-    hopper.fence_async_shared()
-    # For all but what was sent for in this step and the one before. Not beside the product, for
-    # Triton puts a barrier behind it.
-    hopper.wait_group(2)
-    hopper.barrier()
-
-
-@triton.jit
-def begin_product(m, state, drive):
-    """Begin ``m s + drive``."""
-    product = hopper.warpgroup_mma(m, state, drive, is_async=True)
-    # Waits for nothing, with the product under way; but what follows stays behind it. Else ptxas
-    # reads the state for its store, and waits for it, before it begins the product.
-    return hopper.warpgroup_mma_wait(1, deps=[product])
-
-
-@triton.jit
-def store_state(step, row, s, state, batch, block, in_memory, MEMORY: tl.constexpr):
-    """Overwrite a by the state of a step, if it is one of the walk."""
-    if batch.a_ptr.dtype.element_ty == tl.float32:
-        # As it lies: eight numbers of a sequence are a whole sector of memory.
-        tl.store(batch.a_ptr + row + block.tile, s, mask=tile_of(step, block))
-    else:
-        s = state.load(MEMORY)
-        tl.store(batch.a_ptr + row + in_memory.tile, s, mask=tile_of(step, in_memory))
-
-
-@triton.jit
-def prepare(step, a, aux, batch, block, EPILOGUE: tl.constexpr, MAY_JOIN: tl.constexpr):
-    """Turn a step's numbers into what its product starts from and its epilogue takes."""
-    drive = a.to(tl.float32)
-    if batch.v_0_ptr is not None and MAY_JOIN:
-        # A sum, not a choice between two: that becomes a branch, over which ptxas waits for every
-        # single matrix instruction.
-        joining = (time_at(step, block) == block.joins)[None, :]
-        drive += tl.where(joining, block.v_0, 0.0)
-    prepared = drive
-    if batch.aux_ptr is not None:
-        prepared = prepare_aux(aux, EPILOGUE)
-    return drive, prepared
-
-
-@triton.jit
-def advance(
-    step,
-    moment,
-    m,
-    state,
-    next_state,
-    a_tile,
-    aux_tile,
-    next_a_tile,
-    next_aux_tile,
-    batch,
-    block,
-    in_memory,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    MEMORY: tl.constexpr,
-):
-    """Walk one step. Gives the next moment.
-
-    state, next_state       where the state of the step before is, and where that of this one goes
-    a_tile, aux_tile        where the numbers of this step were, and those four steps on will be
-    next_a_tile, next_aux_tile
-                            where those of the next step are
-    block, in_memory        the program's tile in the product's layout, and in that of whole rows
-    """
-    WIDTH: tl.constexpr = G * H
-    MAY_JOIN: tl.constexpr = batch.row_map_ptr is not None
-    product = begin_product(m, state, moment.drive)
-    # From here on, beside the product. The first step has none before it to store.
-    store_state(step - 1, moment.row_before, moment.s, state, batch, block, in_memory, MEMORY)
-    send_for(step + 4, moment.row_4, a_tile, aux_tile, batch, in_memory)
-    row = row_at(step, batch, in_memory, WIDTH)
-    row_5 = row_at(step + 5, batch, in_memory, WIDTH)
-    a_1 = next_a_tile.load(PRODUCT)
-    aux_1 = a_1
-    if batch.aux_ptr is not None:
-        aux_1 = next_aux_tile.load(PRODUCT)
-    drive, aux = prepare(step + 1, a_1, aux_1, batch, block, EPILOGUE, MAY_JOIN)
-    # On the chain again.
-    z = hopper.warpgroup_mma_wait(0, deps=[product])
-    z = clear_padding(z, block, H, EPILOGUE)
-    s = state_of(step, z, moment.aux, batch, block, EPILOGUE, INTERPRETED)
-    keep_state(s, next_state, PRECISION, INTERPRETED)
-    if s.dtype != tl.float32:
-        # Which no longer has to be in registers.
-        s = drive
-    return Moment(drive=drive, aux=aux, s=s, row_before=row, row_4=row_5)
-
-
-@hopper.jit(do_not_specialize=["T", "B", "stride_time", "stride_batch", "reverse_groups"])
-def recurrence_in_registers_kernel(
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
+def registers_kernel(
     a_ptr,
     v_0_ptr,
     m_ptr,
@@ -183,34 +124,14 @@ def recurrence_in_registers_kernel(
     stride_time,
     stride_batch,
     reverse_groups,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    C: gl.constexpr,
 ):
     """Walk every step of every sequence of a batch block.
 
-    Arguments as ``recurrence_kernel``'s; m_ptr [G, H, H], contiguous.
+    Arguments as ``common.Batch`` has them; m_ptr is [G, H, H], contiguous, in the dtype of a.
     """
     # Operands here have no small part.
-    tl.static_assert(PRECISION != "tf32x3")
-    WIDTH: tl.constexpr = G * H
-    # In the product a warp has 16 hidden units of all sequences; in memory, which is read and
-    # written in whole rows, a thread has four neighbours of one sequence.
-    WARPS: tl.constexpr = BLOCK_H // 16
-    LANES: tl.constexpr = min(32, BLOCK_H // 4)
-    WARPS_A_ROW: tl.constexpr = BLOCK_H // (4 * LANES)
-    BITS: tl.constexpr = a_ptr.dtype.element_ty.primitive_bitwidth
-    PRODUCT: tl.constexpr = hopper.NVMMADistributedLayout(
-        [3, 0], [WARPS, 1], [16, BLOCK_B, 256 // BITS]
-    )
-    OPERAND: tl.constexpr = hopper.DotOperandLayout(0, PRODUCT, 32 // BITS)
-    MEMORY: tl.constexpr = hopper.BlockedLayout(
-        [4, 1], [LANES, 32 // LANES], [WARPS_A_ROW, WARPS // WARPS_A_ROW], [0, 1]
-    )
+    gl.static_assert(C.PRECISION != "tf32x3")
     batch = Batch(
         a_ptr=a_ptr,
         v_0_ptr=v_0_ptr,
@@ -222,79 +143,160 @@ def recurrence_in_registers_kernel(
         stride_batch=stride_batch,
         reverse_groups=reverse_groups,
     )
-    block = block_of(
-        tl.program_id(0),
-        hopper.arange(0, BLOCK_H, hopper.SliceLayout(1, PRODUCT)),
-        hopper.arange(0, BLOCK_B, hopper.SliceLayout(0, PRODUCT)),
-        batch,
-        G,
-        H,
-    )
-    in_memory = block_of(
-        tl.program_id(0),
-        hopper.arange(0, BLOCK_H, hopper.SliceLayout(1, MEMORY)),
-        hopper.arange(0, BLOCK_B, hopper.SliceLayout(0, MEMORY)),
-        batch,
-        G,
-        H,
-    )
-    rows = hopper.arange(0, BLOCK_H, hopper.SliceLayout(1, OPERAND))[:, None]
-    columns = hopper.arange(0, BLOCK_H, hopper.SliceLayout(0, OPERAND))[None, :]
-    m_ptrs = m_ptr + tl.program_id(2) * H * H + rows * H + columns
-    m = tl.load(m_ptrs, mask=(rows < H) & (columns < H), other=0.0)
-    if BITS == 16:
-        # Two numbers to a register here, not again in every step.
-        m = keep_place(m, INTERPRETED)
-    m, _ = operands(m, PRECISION, INTERPRETED)
-    dtype: tl.constexpr = a_ptr.dtype.element_ty
-    even = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
-    odd = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
+    m = load_operand(m_ptr, C)
+    MMA: gl.constexpr = C.MMA
+    MEMORY: gl.constexpr = C.MEMORY
+    block = make_block_in(MMA, batch, C)
+    rows = make_block_in(MEMORY, batch, C)
+    dtype: gl.constexpr = a_ptr.dtype.element_ty
+    states = (allocate_tile(dtype, C), allocate_tile(dtype, C))
     a_tiles = ()
     aux_tiles = ()
-    for _ in tl.static_range(4):
-        a_tile = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
+    for _ in gl.static_range(NUM_STAGES):
+        a_tile = allocate_tile(dtype, C)
         aux_tile = a_tile
         if aux_ptr is not None:
-            aux_tile = tile_in_shared_memory(dtype, BLOCK_H, BLOCK_B)
+            aux_tile = allocate_tile(dtype, C)
         a_tiles = a_tiles + (a_tile,)  # type: ignore[assignment]  # noqa: RUF005
         aux_tiles = aux_tiles + (aux_tile,)  # type: ignore[assignment]  # noqa: RUF005
-
-    for step in tl.static_range(1, 4):
-        row = row_at(step, batch, in_memory, WIDTH)
-        send_for(step, row, a_tiles[step], aux_tiles[step], batch, in_memory)
-    a, aux = load_step(0, row_at(0, batch, block, WIDTH), batch, block)
-    drive, aux = prepare(0, a, aux, batch, block, EPILOGUE, True)
-    s = hopper.full([BLOCK_H, BLOCK_B], 0.0, dtype, PRODUCT)
-    keep_state(s, even, PRECISION, INTERPRETED)
-    moment = Moment(
+    shared = Shared(states=states, a=a_tiles, aux=aux_tiles)
+    for step in gl.static_range(1, NUM_STAGES):
+        row = row_offset(step, batch, rows, C)
+        prefetch_step(step, row, shared, step, batch, rows)
+    a, aux = load_step(0, row_offset(0, batch, block, C), batch, block)
+    drive, aux = prepare_step(0, a, aux, batch, block, C, True)
+    s = gl.full([C.BLOCK_H, C.BLOCK_B], 0.0, dtype, C.MMA)
+    share_state(s, shared.states[0], C)
+    state = PipelineState(
         drive=drive,
         aux=aux,
-        s=s.to(tl.float32),
-        row_before=row_at(0, batch, in_memory, WIDTH),
-        row_4=row_at(4, batch, in_memory, WIDTH),
+        s=s.to(gl.float32),
+        previous_row=row_offset(0, batch, rows, C),
+        row_4=row_offset(4, batch, rows, C),
     )
-    # A step stores the state before it: so one step more, and as many as make it whole turns. Of
-    # H 256, LLVM would keep the descriptors of all matrix instructions in registers, and spill.
-    for first in tl.range(0, block.longest + 1, 4, disable_licm=BLOCK_H > 128):
-        for i in tl.static_range(4):
-            moment = advance(
-                first + i,
-                moment,
-                m,
-                even if i % 2 == 0 else odd,
-                odd if i % 2 == 0 else even,
-                a_tiles[i],
-                aux_tiles[i],
-                a_tiles[(i + 1) % 4],
-                aux_tiles[(i + 1) % 4],
-                batch,
-                block,
-                in_memory,
-                G,
-                H,
-                EPILOGUE,
-                PRECISION,
-                INTERPRETED,
-                PRODUCT,
-                MEMORY,
-            )
+    # A step stores the state before it: so one step more, and as many as make whole iterations.
+    # LLVM would hoist the descriptor of every wgmma out of the loop, where it takes registers, as
+    # the loop is not the kernel's end.
+    for first in tl.range(0, block.num_steps + 1, NUM_STAGES, disable_licm=True):
+        for i in gl.static_range(NUM_STAGES):
+            state = walk_step(first + i, i, state, m, shared, batch, block, rows, C)
+    # No copy may land in shared memory that is another program's by then.
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def walk_step(step, STAGE: gl.constexpr, state, m, shared, batch, block, rows, C: gl.constexpr):
+    """Walk one step, which is prefetched to stage STAGE. Return the next pipeline state.
+
+    block, rows     the program's tile in the product's layout, and in that of whole rows
+    """
+    MAY_BEGIN: gl.constexpr = batch.row_map_ptr is not None
+    previous, current = shared.states[STAGE % 2], shared.states[(STAGE + 1) % 2]
+    product = begin_product(m, previous, state.drive)
+    # From here on, beside the product. The first step has none before it to store.
+    store_state(step - 1, state.previous_row, state.s, previous, batch, block, rows, C)
+    prefetch_step(step + 4, state.row_4, shared, STAGE, batch, rows)
+    row = row_offset(step, batch, rows, C)
+    row_5 = row_offset(step + 5, batch, rows, C)
+    next_a = shared.a[(STAGE + 1) % NUM_STAGES].load(C.MMA)
+    next_aux = next_a
+    if batch.aux_ptr is not None:
+        next_aux = shared.aux[(STAGE + 1) % NUM_STAGES].load(C.MMA)
+    drive, aux = prepare_step(step + 1, next_a, next_aux, batch, block, C, MAY_BEGIN)
+    # From here on, on the chain of dependent latencies again.
+    z = warpgroup_mma_wait(0, deps=[product])
+    z = zero_padding(z, block, C)
+    s = compute_state(step, z, state.aux, batch, block, C)
+    share_state(s, current, C)
+    if s.dtype != gl.float32:
+        # Which no longer has to be in registers.
+        s = drive
+    return PipelineState(drive=drive, aux=aux, s=s, previous_row=row, row_4=row_5)
+
+
+@gluon.jit
+def begin_product(m, state, drive):
+    """Begin ``m s + drive``."""
+    product = warpgroup_mma(m, state, drive, is_async=True)
+    # This waits for nothing, as one product may be in flight; but what follows stays after it.
+    # Otherwise ptxas reads the state for its store, and waits for it, before it begins the product.
+    return warpgroup_mma_wait(1, deps=[product])
+
+
+@gluon.jit
+def share_state(s, tile, C: gl.constexpr):
+    """Put a state where the next step's product reads it, and let all see what has landed."""
+    tile.store(split_tf32(s, C).large.to(s.dtype))
+    fence_async_shared()
+    # Two groups may be in flight: this step's and that of the one before. Not beside the product,
+    # as Triton puts a barrier after it.
+    async_copy.wait_group(2)
+    # Gluon's own name for it changes from Triton 3.6 to 3.7.
+    tl.debug_barrier()
+
+
+@gluon.jit
+def prefetch_step(step, row, shared, STAGE: gl.constexpr, batch, rows):
+    """Issue the async copies of a step to its stage, one commit group."""
+    mask = tile_mask(step, rows)
+    async_copy.async_copy_global_to_shared(shared.a[STAGE], batch.a_ptr + row + rows.tile, mask)
+    if batch.aux_ptr is not None:
+        aux_ptrs = batch.aux_ptr + row + rows.tile
+        async_copy.async_copy_global_to_shared(shared.aux[STAGE], aux_ptrs, mask)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def store_state(step, row, s, tile, batch, block, rows, C: gl.constexpr):
+    """Overwrite a by the state of a step, if the walk has that step."""
+    if C.ITEM_BITS == 32:
+        # From registers: eight elements of a sequence are a whole sector of memory.
+        tl.store(batch.a_ptr + row + block.tile, s, mask=tile_mask(step, block))
+    else:
+        s = tile.load(C.MEMORY)
+        tl.store(batch.a_ptr + row + rows.tile, s, mask=tile_mask(step, rows))
+
+
+@gluon.jit
+def prepare_step(step, a, aux, batch, block, C: gl.constexpr, MAY_BEGIN: gl.constexpr):
+    """Return the accumulator that a step's product starts from, and what its epilogue takes."""
+    drive = a.to(gl.float32)
+    if batch.v_0_ptr is not None and MAY_BEGIN:
+        # A sum, not a choice between two: that becomes a branch, over which ptxas waits for every
+        # single wgmma.
+        drive += tl.where(is_first(step, block), block.v_0, 0.0)
+    prepared = drive
+    if batch.aux_ptr is not None:
+        prepared = prepare_aux(aux, C)
+    return drive, prepared
+
+
+@gluon.jit
+def load_operand(m_ptr, C: gl.constexpr):
+    """Load M to registers, as ``wgmma`` takes its left operand."""
+    H: gl.constexpr = C.H
+    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, C.MMA, 32 // C.ITEM_BITS)
+    offs_h = gl.arange(0, C.BLOCK_H, gl.SliceLayout(1, LAYOUT))[:, None]
+    offs_k = gl.arange(0, C.BLOCK_H, gl.SliceLayout(0, LAYOUT))[None, :]
+    m_ptrs = m_ptr + tl.program_id(2) * H * H + offs_h * H + offs_k
+    m = tl.load(m_ptrs, mask=(offs_h < H) & (offs_k < H), other=0.0)
+    if C.ITEM_BITS == 16:
+        # Two elements are packed in a register here, not again in every step.
+        m = optimization_barrier(m, C)
+    return split_tf32(m, C).large
+
+
+@gluon.jit
+def make_block_in(LAYOUT: gl.constexpr, batch, C: gl.constexpr):
+    """Return the program's tile in a layout."""
+    range_h = gl.arange(0, C.BLOCK_H, gl.SliceLayout(1, LAYOUT))
+    range_b = gl.arange(0, C.BLOCK_B, gl.SliceLayout(0, LAYOUT))
+    return make_block(tl.program_id(0), range_h, range_b, batch, C)
+
+
+@gluon.jit
+def allocate_tile(dtype: gl.constexpr, C: gl.constexpr):
+    """Allocate a tile in shared memory, hidden units next to each other as in global memory."""
+    SHAPE: gl.constexpr = [C.BLOCK_H, C.BLOCK_B]
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(SHAPE, dtype, transposed=True)
+    return gl.allocate_shared_memory(dtype, SHAPE, LAYOUT)

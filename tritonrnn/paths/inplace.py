@@ -1,4 +1,4 @@
-"""The recurrence in torch, in place and with nothing recorded: any device, any dtype."""
+"""The recurrence in torch, in place and without a graph, on any device and in any dtype."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from tritonrnn.layout import SequenceLayout
 
-# A step of fewer numbers is cheapest with the fewest operations, a larger one with those that use
-# its memory best. Forward, one of two directions of B 32, H 128: tanh 27 us as the columns lie,
-# 15 us copied together and back; B 8, H 64: 4 and 7 us. Backward, B 1, H 32: 0.9 us with the
-# derivative made for all steps at once, 2.2 us step by step; B 64, H 512: 7.5 and 4.3 us. (torch
-# 2.13, 2 cores of an AMD EPYC with AVX-512.)
+# Elements of a step. A smaller one is fastest with the fewest operations, a larger one with those
+# that use its memory best. Measured with torch 2.13 on 2 cores of an AMD EPYC with AVX-512:
+# tanh of one of two directions takes 27 us on strided columns and 15 us through a contiguous copy
+# at B 32, H 128, but 4 and 7 us at B 8, H 64. A step of the backward pass takes 0.9 us with the
+# derivative of all steps computed at once and 2.2 us step by step at B 1, H 32, but 7.5 and 4.3 us
+# at B 64, H 512.
 _SMALL_STEP = 1 << 11
 
 
@@ -28,17 +29,17 @@ def recurrence(
     epilogue: str,
     reverse: Sequence[bool],
 ) -> None:
-    """Walk every sequence of every group, overwriting ``a`` with the result.
+    """Run every step of every sequence and group, and overwrite ``a`` with the result.
 
         s_t = E(a_t + v_t, aux_t),    v_t = M s_{t-1},    v at a sequence's first step is v_0
 
     Args:
         a: ``[N, G * H]``; the drive in the forward pass, the gradient of the output in the
-            backward pass. Overwritten with s.
+            backward pass. Overwritten with s, except padding rows, which stay as they are.
         v_0: ``[G, B, H]``, or None for zero.
         M: ``[G, H, H]``; ``weight_hh`` in the forward pass, its transpose in the backward pass.
         aux: ``[N, G * H]``, the layer's output; read by the two gradients only.
-        layout: where the N rows lie. Rows that are no token are left as they are.
+        layout: where the N rows lie.
         epilogue: E, one of "tanh", "relu", "tanh_grad" ``z (1 - aux²)``, "relu_grad"
             ``z [aux > 0]``.
         reverse: for each group whether it walks from a sequence's last token to its first.
@@ -47,9 +48,9 @@ def recurrence(
     if layout.packed_form is not None:
         rows, order, packed = layout.packed_form
         tokens = a[rows]
-        entering = None if v_0 is None else v_0[:, order]
-        of_tokens = None if aux is None else aux[rows]
-        recurrence(tokens, entering, M, of_tokens, packed, epilogue=epilogue, reverse=reverse)
+        packed_v_0 = None if v_0 is None else v_0[:, order]
+        packed_aux = None if aux is None else aux[rows]
+        recurrence(tokens, packed_v_0, M, packed_aux, packed, epilogue=epilogue, reverse=reverse)
         a[rows] = tokens
         return
     if layout.N == 0:
@@ -58,17 +59,16 @@ def recurrence(
         _add_initial(a, v_0, layout, reverse)
     for g, backwards in enumerate(reverse):
         columns = slice(g * H, (g + 1) * H)
-        rows = a[:, columns]
-        steps = layout.steps(rows)
-        in_turn = steps[::-1] if backwards else steps
-        # Of one row, BLAS sums the columns of a transposed matrix in one long chain, with several
-        # times the error of dot products; of more rows, it is faster on it.
+        steps = layout.steps(a[:, columns])
+        in_order = steps[::-1] if backwards else steps
+        # A contiguous transpose is faster for several rows. For one row, BLAS would sum its columns
+        # in one long chain, with several times the error of dot products.
         Mt = M[g].t() if layout.B == 1 else M[g].t().contiguous()
         if aux is None:
-            _walk(in_turn, Mt, epilogue)
+            _walk(in_order, Mt, epilogue)
         else:
-            close, factors = _derivative(epilogue, aux[:, columns], layout)
-            _walk_gradient(in_turn, Mt, close, factors[::-1] if backwards else factors)
+            derive, factors = _derivative(epilogue, aux[:, columns], layout)
+            _walk_gradient(in_order, Mt, derive, factors[::-1] if backwards else factors)
 
 
 def _add_initial(a: Tensor, v_0: Tensor, layout: SequenceLayout, reverse: Sequence[bool]) -> None:
@@ -88,55 +88,55 @@ def _walk(steps: Sequence[Tensor], Mt: Tensor, epilogue: str) -> None:
         is_fast = steps[0].is_contiguous() or steps[0].numel() < _SMALL_STEP
         activate = Tensor.tanh_ if is_fast else _strided_tanh
     activate(steps[0])
-    for z, target, source in zip(steps[1:], *_continued(steps)):
+    for z, target, source in zip(steps[1:], *_common_rows(steps)):
         target.addmm_(source, Mt)
         activate(z)
 
 
 def _strided_tanh(z: Tensor) -> Tensor:
-    # torch's vectorised tanh takes contiguous tensors only.
+    # torch vectorises tanh of contiguous tensors only.
     return z.copy_(z.contiguous().tanh_())
 
 
 def _walk_gradient(
     steps: Sequence[Tensor],
     Mt: Tensor,
-    close: Callable[[Tensor, Tensor], object],
+    derive: Callable[[Tensor, Tensor], object],
     factors: Sequence[Tensor],
 ) -> None:
-    close(steps[0], factors[0])
-    for z, factor, target, source in zip(steps[1:], factors[1:], *_continued(steps)):
+    derive(steps[0], factors[0])
+    for z, factor, target, source in zip(steps[1:], factors[1:], *_common_rows(steps)):
         target.addmm_(source, Mt)
-        close(z, factor)
+        derive(z, factor)
 
 
 def _derivative(
     epilogue: str, aux: Tensor, layout: SequenceLayout
 ) -> tuple[Callable[[Tensor, Tensor], object], Sequence[Tensor]]:
-    """What turns a step into its gradient in place, and what of each step it takes for that."""
+    """Return E of a gradient as a function in place, and its second argument for each step."""
     if epilogue == "relu_grad":
-        return _close_relu, layout.steps(aux)
+        return _relu_grad_, layout.steps(aux)
     if aux.numel() >= _SMALL_STEP * layout.T:
-        return _close_tanh, layout.steps(aux)
+        return _tanh_grad_, layout.steps(aux)
     return Tensor.mul_, layout.steps(torch.addcmul(aux.new_ones(()), aux, aux, value=-1))
 
 
-# The derivatives that autograd itself takes, in one operation.
+# torch's own derivatives: each one operation.
 
 
-def _close_tanh(z: Tensor, output: Tensor) -> None:
+def _tanh_grad_(z: Tensor, output: Tensor) -> None:
     torch.ops.aten.tanh_backward.grad_input(z, output, grad_input=z)
 
 
-def _close_relu(z: Tensor, output: Tensor) -> None:
+def _relu_grad_(z: Tensor, output: Tensor) -> None:
     torch.ops.aten.threshold_backward.grad_input(z, output, 0, grad_input=z)
 
 
-def _continued(steps: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """For every step but the first the rows that go on from the one before, in both of them.
+def _common_rows(steps: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return for each step but the first its rows, and the rows of the step before, in common.
 
-    Sequences leave where lengths end and, walking back, join there: the first rows of either step
-    are those that the two share. What joins starts from the v_0 that it already holds.
+    Steps are sorted by length, so that the sequences which two steps have in common are the first
+    rows of both. A sequence whose first step this is already holds its v_0.
     """
     if len(steps[0]) == len(steps[-1]):
         return steps[1:], steps[:-1]

@@ -1,4 +1,4 @@
-"""One call of an RNN: its arguments checked and in order, and what serves it."""
+"""Check and normalise the arguments of a call, and choose what serves it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from tritonrnn.ragged import layout_of
 
 @dataclass(frozen=True)
 class Call:
-    """One checked call of :func:`rnn`, and what serves it.
+    """A checked call of :func:`tritonrnn.functional.rnn`, and what serves it.
 
     Attributes:
-        data: ``[T, B, I]``, ``[B, T, I]`` or ``[N, I]``, as ``layout`` says.
-        hx: ``[L * D, B, H]`` in the caller's order, or None.
-        order: of ``data``'s sequences among the caller's, or None where it is the same.
+        data: ``[T, B, I]``, ``[B, T, I]`` or ``[N, I]``, by ``layout``.
+        hx: ``[L * G, B, H]`` in the caller's order, or None.
+        order: the index of each of ``data``'s sequences in the caller's order, or None if the order
+            is the same.
         weights: each layer's, in the order of ``torch.nn.RNN``.
-        extents, reset: as :func:`tritonrnn.ragged.layout_of` takes them.
+        seq_metadata, reset: as :func:`tritonrnn.ragged.layout_of` takes them.
         layout: "time_major", "batch_major", "packed" or "jagged".
         nonlinearity: "tanh" or "relu".
-        bidirectional: whether D is 2.
-        dtype: what it is computed in: autocast's, where that applies.
+        bidirectional: whether G is 2.
+        dtype: in which it is computed: autocast's, where that applies.
         choice: what serves it.
     """
 
@@ -35,7 +36,7 @@ class Call:
     hx: Tensor | None
     order: Tensor | None
     weights: Sequence[Sequence[Tensor]]
-    extents: Tensor | None
+    seq_metadata: Tensor | None
     reset: Tensor | None
     layout: str
     nonlinearity: str
@@ -45,9 +46,9 @@ class Call:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """T, B, N, I and H, as the dimension key of ``layout.py`` has them."""
+        """Return T, B, N, I and H of the dimension key of ``layout.py``."""
         *lead, input_size = self.data.shape
-        where = layout_of(self.layout, lead, self.extents, self.reset)
+        where = layout_of(self.layout, lead, self.seq_metadata, self.reset)
         H = self.weights[0][1].shape[0]
         return {"T": where.T, "B": where.B, "N": where.N, "I": input_size, "H": H}
 
@@ -64,71 +65,102 @@ def check(
     lengths: Tensor | None,
     reset: Tensor | None,
 ) -> Call:
-    """Check the arguments of :func:`rnn` and choose what serves it; compute nothing."""
+    """Check the arguments of :func:`tritonrnn.functional.rnn`, which lists its errors.
+
+    Compute nothing, and choose what serves the call.
+    """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
     layers = _layers(weights, num_layers, bidirectional)
-    order = None
     is_nested = isinstance(input, Tensor) and input.is_nested
-    for name, given in (("lengths", lengths), ("reset", reset)):
-        if given is not None and (isinstance(input, PackedSequence) or is_nested):
-            kind = "nested" if is_nested else "packed"
-            raise ValueError(f"{name} is of a padded batch, but the input is {kind}")
-        if isinstance(given, Tensor) and torch._C._functorch.is_batchedtensor(given):
-            raise RuntimeError(
-                f"{name} can't be what torch.func.vmap maps over: the walk depends on its numbers. "
-                "Map over the input, and put what differs into its batch"
-            )
-    extents: Tensor | None
+    kind = "nested" if is_nested else "packed" if isinstance(input, PackedSequence) else "padded"
+    _check_padded_only("lengths", lengths, kind)
+    _check_padded_only("reset", reset, kind)
+    order = None
+    seq_metadata: Tensor | None
     if isinstance(input, PackedSequence):
-        data, extents, order, _ = input
+        data, seq_metadata, order, _ = input
         layout = "packed"
         _check_data(data, layers, dim=2)
-        _check_batch_sizes(extents)
+        _check_batch_sizes(seq_metadata)
     elif is_nested:
         layout = "jagged"
-        data, extents = jagged_parts(input)
+        data, seq_metadata = jagged_parts(input)
         _check_data(data, layers, dim=2)
         if hx is not None:
             _check_hx_dim(hx, 3, "batched")
     else:
-        if input.dim() not in (2, 3):
-            raise ValueError(
-                f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead"
-            )
-        data, extents = input, lengths
         layout = "batch_major" if batch_first and input.dim() == 3 else "time_major"
-        if input.dim() == 2:
-            data = input.unsqueeze(1)
-            if lengths is not None:
-                raise ValueError("lengths is of a batch of sequences, but the input is unbatched")
-            reset = None if reset is None else _unbatched_reset(reset, input)
-            if hx is not None:
-                _check_hx_dim(hx, 2, "unbatched")
-                hx = hx.unsqueeze(1)
-        elif hx is not None:
-            _check_hx_dim(hx, 3, "batched")
-        _check_data(data, layers, dim=3)
-        if data.shape[0 if layout == "time_major" else 1] == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        if lengths is not None:
-            _check_lengths(lengths, data.shape[1 if layout == "time_major" else 0])
-        if reset is not None:
-            _check_reset(reset, data)
-    T, B, whole_B, is_ragged = _sizes(layout, data, extents, reset, hx)
+        data, hx, reset = _padded(input, hx, layers, layout, lengths, reset)
+        seq_metadata = lengths
+    T, B, parent_B, is_ragged = _sizes(layout, data, seq_metadata, reset, hx)
     G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
     if hx is not None:
-        _check_hx(hx, (num_layers * G, whole_B, H), data)
+        _check_hx(hx, (num_layers * G, parent_B, H), data)
     _check_weights(layers, data, bidirectional)
     dtype = compute_dtype(data)
     choice = choose(
         data.device, dtype, T=T, B=B, G=G, H=H, nonlinearity=nonlinearity, ragged=is_ragged
     )
     return Call(
-        data, hx, order, layers, extents, reset, layout, nonlinearity, bidirectional, dtype, choice
+        data,
+        hx,
+        order,
+        layers,
+        seq_metadata,
+        reset,
+        layout,
+        nonlinearity,
+        bidirectional,
+        dtype,
+        choice,
     )
+
+
+def _check_padded_only(name: str, given: Tensor | None, kind: str) -> None:
+    """Check that ``lengths`` or ``reset`` comes with a padded input, and is not mapped over."""
+    if given is not None and kind != "padded":
+        raise ValueError(f"{name} is of a padded batch, but the input is {kind}")
+    if isinstance(given, Tensor) and torch._C._functorch.is_batchedtensor(given):
+        raise RuntimeError(
+            f"{name} can't be what torch.func.vmap maps over: the walk depends on its values. "
+            "Map over the input, and put what differs into its batch"
+        )
+
+
+def _padded(
+    input: Tensor,
+    hx: Tensor | None,
+    layers: Sequence[Sequence[Tensor]],
+    layout: str,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return a padded input, its hx and its reset after checks, an unbatched one as a batch."""
+    if input.dim() not in (2, 3):
+        raise ValueError(f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
+    data = input
+    if input.dim() == 2:
+        data = input.unsqueeze(1)
+        if lengths is not None:
+            raise ValueError("lengths is of a batch of sequences, but the input is unbatched")
+        reset = None if reset is None else _unbatched_reset(reset, input)
+        if hx is not None:
+            _check_hx_dim(hx, 2, "unbatched")
+            hx = hx.unsqueeze(1)
+    elif hx is not None:
+        _check_hx_dim(hx, 3, "batched")
+    _check_data(data, layers, dim=3)
+    T, B = data.shape[:2] if layout == "time_major" else (data.shape[1], data.shape[0])
+    if T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if lengths is not None:
+        _check_lengths(lengths, B)
+    if reset is not None:
+        _check_reset(reset, data)
+    return data, hx, reset
 
 
 def _layers(
@@ -145,11 +177,11 @@ def _layers(
 
 
 def _check_weights(layers: Sequence[Sequence[Tensor]], data: Tensor, bidirectional: bool) -> None:
-    D, H = 2 if bidirectional else 1, layers[0][1].shape[0]
-    each = len(layers[0]) // D
+    G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
+    each = len(layers[0]) // G
     for index, layer in enumerate(layers):
-        width = data.shape[-1] if index == 0 else D * H
-        expected = [(H, width), (H, H), (H,), (H,)][:each] * D
+        width = data.shape[-1] if index == 0 else G * H
+        expected = [(H, width), (H, H), (H,), (H,)][:each] * G
         for weight, shape in zip(layer, expected):
             if weight.shape != shape:
                 raise ValueError(
@@ -170,7 +202,7 @@ def _check_weights(layers: Sequence[Sequence[Tensor]], data: Tensor, bidirection
 
 def _check_data(data: Tensor, layers: Sequence[Sequence[Tensor]], dim: int) -> None:
     w_ih = layers[0][0]
-    # Autocast, which casts floating point only, makes up for the rest.
+    # Autocast casts floating point of any other dtype.
     castable = torch._C._is_any_autocast_enabled() and data.is_floating_point()
     if data.dtype != w_ih.dtype and not castable:
         raise ValueError(
@@ -222,22 +254,22 @@ def _unbatched_reset(reset: Tensor, input: Tensor) -> Tensor:
 
 
 def _sizes(
-    layout: str, data: Tensor, extents: Tensor | None, reset: Tensor | None, hx: Tensor | None
+    layout: str, data: Tensor, seq_metadata: Tensor | None, reset: Tensor | None, hx: Tensor | None
 ) -> tuple[int, int, int, bool]:
-    """Steps and sequences to walk, sequences of the caller, and whether torch can't walk them.
+    """Return T, B, the caller's B before resets split sequences, and whether it is ragged.
 
-    A tracer sees no numbers: where sizes depend on them, what it gets says nothing. The operator
-    checks them, and that hx agrees, when it runs.
+    A tracer sees no values. Where sizes depend on values, it gets sizes that mean nothing, and the
+    operator checks the real ones, and hx against them, when it runs.
     """
     is_padded = layout in ("time_major", "batch_major")
     is_compiling = torch.compiler.is_compiling()
-    if is_padded and (is_compiling or (extents is None and reset is None)):
+    if is_padded and (is_compiling or (seq_metadata is None and reset is None)):
         T, B = data.shape[:2] if layout == "time_major" else (data.shape[1], data.shape[0])
         return T, B, B, False
     if is_compiling:
         return 0, 0, 0 if hx is None else hx.shape[-2], False
-    where = layout_of(layout, data.shape[:-1], extents, reset)
-    return where.T, where.B, where.whole.B, where.is_ragged
+    where = layout_of(layout, data.shape[:-1], seq_metadata, reset)
+    return where.T, where.B, where.parent.B, where.is_ragged
 
 
 def _check_hx_dim(hx: Tensor, dim: int, kind: str) -> None:
@@ -263,7 +295,7 @@ def _check_hx(hx: Tensor, expected: tuple[int, int, int], data: Tensor) -> None:
 
 
 def compute_dtype(data: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on and the input is no double, else the input's own."""
+    """Return autocast's dtype where it is on and applies to the input, else the input's own."""
     device = data.device.type
     if (
         torch._C._is_any_autocast_enabled()

@@ -29,7 +29,7 @@ def ragged_case(
 @pytest.mark.parametrize("epilogue", ["tanh", "tanh_grad"])
 @pytest.mark.parametrize("seed", range(5))
 def test_cooperative_random_ragged_calls(seed, epilogue, dtype):
-    """Also of one gang a direction, which walks all blocks, in bf16 by turns: the same numbers.
+    """Also with one CTA group a direction, which walks all blocks, in bf16 interleaved.
 
     A kernel on another stream, of random length, takes some of the multiprocessors for a while, so
     that programs do not start together.
@@ -38,8 +38,8 @@ def test_cooperative_random_ragged_calls(seed, epilogue, dtype):
     first = case.run("cooperative")
     assert_close(case, first)
     plan = plan_of(case, "cooperative")
-    gang = -(-case.M.shape[-1] // plan.block_h)
-    plans = [plan, replace(plan, programs=gang * len(case.reverse))]
+    cta_group_size = -(-case.M.shape[-1] // plan.block_h)
+    plans = [plan, replace(plan, programs=cta_group_size * len(case.reverse))]
     chance = random.Random(seed)
     busy, square = torch.cuda.Stream(), torch.ones(2048, 2048, device="cuda")
     for call in range(500):
@@ -69,10 +69,10 @@ def test_cooperative_calls_on_two_streams():
     queued.record()
     for stream in streams:
         stream.wait_event(queued)
-    for turn in range(50):
+    for call in range(50):
         for which, case in enumerate(cases):
             with torch.cuda.stream(streams[which]):
-                case.walk(calls[which][turn], plans[which])
+                case.walk(calls[which][call], plans[which])
     torch.cuda.synchronize()
     for which, results in enumerate(calls):
         assert all(torch.equal(s, expected[which]) for s in results)
@@ -88,18 +88,19 @@ def test_cooperative_grid_that_can_not_run_at_once_is_refused():
 def test_cooperative_wait_in_vain_fails_the_next_synchronising_call():
     """In a process of its own, whose context does not survive it."""
     code = (
-        "import test_gang_gpu, torch\n"
+        "import torch\n"
+        "from tests.kernels import test_cooperative_gpu as module\n"
         "from tritonrnn.kernels import launch\n"
-        "case = test_gang_gpu.ragged_case(0)\n"
-        "plan = test_gang_gpu.plan_of(case, 'cooperative')\n"
+        "case = module.ragged_case(0)\n"
+        "plan = module.plan_of(case, 'cooperative')\n"
         # Counters that begin too low: every program waits for one addition more than there is.
-        "words = launch.gang_words\n"
+        "make = launch.barrier_counters\n"
         "def too_low(*of):\n"
-        "    counters = words(*of)\n"
+        "    counters = make(*of)\n"
         "    counters[1:] -= 1\n"
         "    return counters\n"
-        "launch.gang_words = too_low\n"
-        "launch.PATIENCE = 1000\n"
+        "launch.barrier_counters = too_low\n"
+        "launch.MAX_SPINS = 1000\n"
         "s = case.a.clone()\n"
         "case.walk(s, plan)\n"
         "try:\n"

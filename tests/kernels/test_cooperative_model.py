@@ -1,25 +1,24 @@
-"""The protocol of gangs as a small model, every state of it visited.
+"""The barrier of a CTA group as a small model, every state of which is visited.
 
-What processes on one machine can't show (test_gang.py) are the faults that only a weakly ordered
-memory makes: each block of threads has store buffers, which empty in any order, and an L1 that
-keeps what it once held. The model has both:
+The emulator runs some schedules of the compiled kernel; this covers every interleaving, with the
+faults that a weakly ordered memory makes. Each thread block has store buffers, which empty in any
+order, and an L1 that keeps what it once held. So the model has
 
     store     into the buffer of the thread that stores; it may reach L2 at any later time
-    barrier   lets the thread that releases answer for the others' stores, too
-    release   the addition waits until what its thread answers for is in L2, with no barrier
-              its own stores only
+    barrier   makes the thread that releases answer for the stores of the others, too
+    release   the addition waits until what its thread answers for is in L2; with no barrier, that
+              is its own stores only
     acquire   the poll reads L2
     read      .cg reads L2; without it, L1 gives the line as it was fetched before, if it was
 
-A block is two threads: the one that adds (0), and another one (1), each with a half of the slice.
-What the other waits for is seen through the barrier after the poll: here only thread 0 polls, so
-that the barrier counts; in the kernel every thread polls, which is more. L1 holds every line from
-the start, which is the worst it can do. A row of the state is written once: a read finds that, or
-the drive that lay there before.
+A thread block is two threads: the one that adds (0) and another one (1), each with a half of the
+slice. Here only thread 0 polls, so that the barrier after the poll counts; in the kernel every
+thread polls, which is more. L1 holds every line from the start, which is the worst it can do. A row
+of the state is written once: a read finds that, or the drive that lay there before.
 
-A gang walks its batch blocks in pairs, one pair after the other, and those of a pair by turns in
-each step, each as far as it goes. There is a counter for either turn, which goes on from pair to
-pair.
+A CTA group walks its batch blocks in pairs, one pair after the other, and those of a pair
+interleaved, each to its own last step. There is a counter for either block of a pair, which counts
+on from pair to pair.
 """
 
 from collections.abc import Iterator
@@ -34,29 +33,29 @@ STEPS = 3
 class Protocol:
     """What the kernel does, and what can be left out of it."""
 
-    # Steps of each batch block that each gang walks, two by two, and programs a gang.
-    gangs: tuple[tuple[int, ...], ...] = ((STEPS,),)
+    # Steps of each batch block that each CTA group walks, two by two, and programs a CTA group.
+    cta_groups: tuple[tuple[int, ...], ...] = ((STEPS,),)
     programs: int = 2
-    counters_of_their_own: bool = True
-    targets_go_on: bool = True
+    own_counters: bool = True
+    targets_count_on: bool = True
     release: bool = True
-    publish_barrier: bool = True
+    arrive_barrier: bool = True
     wait: bool = True
     wait_barrier: bool = True
     bypass_l1: bool = True
     target_off: int = 0
 
 
-# A thread's place: its turn, and what it does next in it.
-WAIT, WAIT_BARRIER, READ, STORE, PUBLISH_BARRIER, ADD, DONE = range(7)
+# A thread's place: how many steps it has walked, and what it does next.
+WAIT, WAIT_BARRIER, READ, STORE, ARRIVE_BARRIER, ADD, DONE = range(7)
 THREADS = 2
 
 
 @dataclass(frozen=True)
 class State:
-    """Places of threads; rows in buffers and in L2; a counter for either turn of each gang.
+    """Places of threads; rows in buffers and in L2; two counters of each CTA group.
 
-    A row is (gang, program, thread, block, step): a thread's half of a program's slice.
+    A row is (CTA group, program, thread, block, step): a thread's half of a program's slice.
     """
 
     places: tuple[tuple[int, int], ...]
@@ -69,8 +68,8 @@ class StaleReadError(Exception):
     """A read of a row that its writer's store had not reached."""
 
 
-def turns(steps: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Blocks and steps in the order in which a gang walks them."""
+def schedule(steps: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Blocks and steps in the order in which a CTA group walks them."""
     pairs = [range(len(steps))[first : first + 2] for first in range(0, len(steps), 2)]
     return [
         (block, step)
@@ -82,15 +81,15 @@ def turns(steps: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def search(protocol: Protocol) -> int:
-    """Visit every state; give their number.
+    """Visit every state, and return their number.
 
     Raises:
         StaleReadError: some schedule reads a row too early.
         TimeoutError: some schedule ends with a thread that waits for ever.
     """
     threads = [
-        (gang, program, thread)
-        for gang in range(len(protocol.gangs))
+        (cta_group, program, thread)
+        for cta_group in range(len(protocol.cta_groups))
         for program in range(protocol.programs)
         for thread in range(THREADS)
     ]
@@ -98,7 +97,7 @@ def search(protocol: Protocol) -> int:
         tuple((0, WAIT) for _ in threads),
         frozenset(),
         frozenset(),
-        ((0, 0),) * len(protocol.gangs),
+        ((0, 0),) * len(protocol.cta_groups),
     )
     seen = {first}
     pending = [first]
@@ -117,20 +116,24 @@ def search(protocol: Protocol) -> int:
 
 
 def _successors(protocol: Protocol, threads: list, state: State) -> Iterator[tuple[bool, State]]:
-    """What may happen next, and whether it concerns no other block: then it may happen at once.
+    """Yield each next state, and whether it concerns one thread block only: then it may come first.
 
     A read too: whatever is stale later was stale before.
     """
     for row in state.buffered:
         yield False, replace(state, buffered=state.buffered - {row}, memory=state.memory | {row})
-    for i, (gang, program, thread) in enumerate(threads):
-        turn, doing = state.places[i]
-        order = turns(protocol.gangs[gang])
-        block, step = order[turn]
-        counter = block % 2 if protocol.counters_of_their_own else 0
-        # Steps that were walked on the turn's counter before the block's first.
-        before = sum(protocol.gangs[gang][block % 2 : block : 2]) if protocol.targets_go_on else 0
-        siblings = [j for j, other in enumerate(threads) if other[:2] == (gang, program)]
+    for i, (cta_group, program, thread) in enumerate(threads):
+        at_step, doing = state.places[i]
+        order = schedule(protocol.cta_groups[cta_group])
+        block, step = order[at_step]
+        counter = block % 2 if protocol.own_counters else 0
+        # Steps that the counter counted before the block's first.
+        before = (
+            sum(protocol.cta_groups[cta_group][block % 2 : block : 2])
+            if protocol.targets_count_on
+            else 0
+        )
+        siblings = [j for j, other in enumerate(threads) if other[:2] == (cta_group, program)]
 
         def at(place: tuple[int, int], among: list[int], **changes) -> State:
             places = list(state.places)
@@ -140,39 +143,42 @@ def _successors(protocol: Protocol, threads: list, state: State) -> Iterator[tup
 
         if doing == WAIT:
             target = (before + step) * protocol.programs + protocol.target_off
-            if not protocol.wait or thread or state.counters[gang][counter] >= target:
-                yield bool(thread), at((turn, WAIT_BARRIER if protocol.wait_barrier else READ), [i])
-        elif doing in (WAIT_BARRIER, PUBLISH_BARRIER):
-            if thread == 0 and all(state.places[j] == (turn, doing) for j in siblings):
-                yield True, at((turn, doing + 1), siblings)
+            if not protocol.wait or thread or state.counters[cta_group][counter] >= target:
+                yield (
+                    bool(thread),
+                    at((at_step, WAIT_BARRIER if protocol.wait_barrier else READ), [i]),
+                )
+        elif doing in (WAIT_BARRIER, ARRIVE_BARRIER):
+            if thread == 0 and all(state.places[j] == (at_step, doing) for j in siblings):
+                yield True, at((at_step, doing + 1), siblings)
         elif doing == READ:
             for other in range(protocol.programs if step else 0):
                 for half in range(THREADS):
                     own = other == program and half == thread
-                    row = (gang, other, half, block, step - 1)
+                    row = (cta_group, other, half, block, step - 1)
                     there = protocol.bypass_l1 and row in state.memory
                     if not own and not there:
                         raise StaleReadError(f"{threads[i]} reads step {step - 1} of {other}")
-            yield True, at((turn, STORE), [i])
+            yield True, at((at_step, STORE), [i])
         elif doing == STORE:
-            row = (gang, program, thread, block, step)
-            after = PUBLISH_BARRIER if protocol.publish_barrier else ADD
-            yield True, at((turn, after), [i], buffered=state.buffered | {row})
+            row = (cta_group, program, thread, block, step)
+            after = ARRIVE_BARRIER if protocol.arrive_barrier else ADD
+            yield True, at((at_step, after), [i], buffered=state.buffered | {row})
         elif doing == ADD:
-            answers_for = siblings if protocol.publish_barrier else [i]
+            answers_for = siblings if protocol.arrive_barrier else [i]
             rows = {(*threads[j], block, step) for j in answers_for}
             if thread == 0 and protocol.release and rows & state.buffered:
                 continue
-            next_place = (turn + 1, WAIT) if turn + 1 < len(order) else (turn, DONE)
-            counters = [list(of_gang) for of_gang in state.counters]
+            next_place = (at_step + 1, WAIT) if at_step + 1 < len(order) else (at_step, DONE)
+            counters = [list(of_group) for of_group in state.counters]
             if thread == 0:
-                counters[gang][counter] += 1
+                counters[cta_group][counter] += 1
             after_all = tuple(map(tuple, counters))
             yield bool(thread), at(next_place, [i], counters=after_all)
 
 
 @pytest.mark.parametrize(
-    ("programs", "gangs"),
+    ("programs", "cta_groups"),
     [
         (2, ((STEPS,),)),
         (3, ((STEPS,),)),
@@ -188,7 +194,7 @@ def _successors(protocol: Protocol, threads: list, state: State) -> Iterator[tup
     ids=[
         "2-programs",
         "3-programs",
-        "2-gangs-ragged",
+        "2-cta-groups-ragged",
         "2-blocks",
         "2-blocks-second-shorter",
         "2-blocks-second-longer",
@@ -198,13 +204,13 @@ def _successors(protocol: Protocol, threads: list, state: State) -> Iterator[tup
         "3-blocks",
     ],
 )
-def test_cooperative_protocol_holds_in_every_state(programs, gangs):
-    assert search(Protocol(gangs, programs)) > 100
+def test_cooperative_protocol_holds_in_every_state(programs, cta_groups):
+    assert search(Protocol(cta_groups, programs)) > 100
 
 
 FAULTS = {
     "no-release": {"release": False},
-    "no-barrier-before-release": {"publish_barrier": False},
+    "no-barrier-before-release": {"arrive_barrier": False},
     "no-barrier-after-acquire": {"wait_barrier": False},
     "no-cache-bypass": {"bypass_l1": False},
     "no-wait": {"wait": False},
@@ -220,16 +226,16 @@ def test_cooperative_protocol_needs_all_its_parts(fault):
         search(Protocol(((2, 2),), **FAULTS[fault]))
 
 
-def test_cooperative_protocol_needs_a_counter_for_each_turn():
+def test_cooperative_protocol_needs_a_counter_for_each_block():
     """A program that is ahead adds for the second block what others wait for in the first."""
     with pytest.raises(StaleReadError):
-        search(Protocol(((2, 2),), counters_of_their_own=False))
+        search(Protocol(((2, 2),), own_counters=False))
 
 
-def test_cooperative_protocol_needs_targets_that_go_on():
+def test_cooperative_protocol_needs_targets_that_count_on():
     """A counter that has been counted on says nothing of a block that has only begun."""
     with pytest.raises(StaleReadError):
-        search(Protocol(((2, 2, 2, 2),), targets_go_on=False))
+        search(Protocol(((2, 2, 2, 2),), targets_count_on=False))
 
 
 def test_cooperative_protocol_waits_for_ever_for_a_count_too_many():

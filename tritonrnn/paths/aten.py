@@ -1,0 +1,143 @@
+"""Layers in torch's own kernels: ATen's on the CPU, cuDNN's on CUDA, MIOpen's on ROCm.
+
+Those for a GPU have a backward pass that can't be differentiated. A second derivative is taken of
+the same layers on the composite path instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonrnn.paths.composite import elman_composite, gradients, is_batched, why_composite
+from tritonrnn.ragged import layout_of
+
+
+def is_differentiated_once(input: Tensor) -> bool:
+    """Return whether torch's kernels for this input have a backward pass that has none itself."""
+    return input.is_cuda
+
+
+def forward(
+    input: Tensor,
+    hx: Tensor | None,
+    layers: Sequence[Sequence[Tensor]],
+    seq_metadata: Tensor | None,
+    layout: str,
+    nonlinearity: str,
+    bidirectional: bool,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Run a stack of L layers. Its results can be differentiated as often as wanted.
+
+    With a ``dropout``, once only where :func:`is_differentiated_once` is True: the kernels keep the
+    masks to themselves.
+
+    Args:
+        input: ``[T, B, I]`` ("time_major"), ``[B, T, I]`` ("batch_major") or ``[N, I]`` ("packed").
+        hx: ``[L * G, B, H]``, or None for zero.
+        layers: each layer's weights, in the order of ``torch.nn.RNN``.
+        seq_metadata: the batch_sizes of a packed input.
+        layout, nonlinearity, bidirectional: as :func:`tritonrnn.ops.elman` takes them.
+        dropout: the probability between layers, by masks of torch's own.
+
+    Returns:
+        ``output``, shaped as the input with G * H features, and ``h_n``, shaped as ``hx``.
+    """
+    weights = [weight for layer in layers for weight in layer]
+    if hx is None:
+        G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
+        B = layout_of(layout, input.shape[:-1], seq_metadata, None).B
+        initial = input.new_zeros(len(layers) * G, B, H)
+    else:
+        initial = hx
+    has_biases = len(layers[0]) == (8 if bidirectional else 4)
+    # cuDNN can't differentiate what ran in evaluation mode. The mode changes the dropout only.
+    train = dropout > 0 or torch.is_grad_enabled()
+    settings = has_biases, len(layers), dropout, train, bidirectional
+    run = torch.rnn_tanh if nonlinearity == "tanh" else torch.rnn_relu
+    with _ignoring_scattered_weights(input):
+        if seq_metadata is not None:
+            results = run(input, seq_metadata, initial, weights, *settings)
+        else:
+            results = run(input, initial, weights, *settings, layout == "batch_major")
+    # torch found out whether any source requires a gradient.
+    if not (results[0].requires_grad and is_differentiated_once(input) and dropout == 0):
+        return results
+    stack = functools.partial(
+        _stack_composite, len(layers), seq_metadata, layout, nonlinearity, bidirectional
+    )
+    return _DoubleBackward.apply(stack, *results, input, hx, *weights)
+
+
+@contextmanager
+def _ignoring_scattered_weights(input: Tensor) -> Iterator[None]:
+    """Silence cuDNN's warning that it copies weights which do not lie in one buffer.
+
+    Where the weights lie is their owner's choice.
+    """
+    if not input.is_cuda:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
+        yield
+
+
+class _DoubleBackward(torch.autograd.Function):
+    """Pass on the results of kernels whose own backward pass can be differentiated no further.
+
+    A plain backward pass goes through to the kernels. Where that is to be differentiated itself,
+    the kernels get no gradient, and the sources get theirs from the composite path instead.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        ctx.stack, output, h_n, *sources = args
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*sources)
+        # Detached, because a view of an input could not be changed in place. It shares its version
+        # counter, so that the kernels' backward pass notices such a change.
+        return output.detach(), h_n.detach()
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        input, *_ = sources = ctx.saved_tensors
+        cotangents = grad_output, grad_h_n
+        composite = torch.is_grad_enabled() or why_composite(input.dtype) or is_batched(cotangents)
+        if not composite or (grad_output is None and grad_h_n is None):
+            return (None, *cotangents, *[None] * len(sources))
+        needs = ctx.needs_input_grad[3:]
+        found = iter(gradients(ctx.stack, sources, needs, cotangents))
+        return (*[None] * 3, *[next(found) if need else None for need in needs])
+
+
+def _stack_composite(
+    num_layers: int,
+    seq_metadata: Tensor | None,
+    layout: str,
+    nonlinearity: str,
+    bidirectional: bool,
+    data: Tensor,
+    hx: Tensor | None,
+    *weights: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Run the same layers on the composite path."""
+    each = len(weights) // num_layers
+    states = [None] * num_layers if hx is None else hx.chunk(num_layers)
+    finals = []
+    for index, h_0 in enumerate(states):
+        layer = weights[index * each : (index + 1) * each]
+        data, h_n = elman_composite(
+            data, h_0, layer, seq_metadata, None, layout, nonlinearity, bidirectional
+        )
+        finals.append(h_n)
+    return data, torch.cat(finals)
