@@ -164,7 +164,7 @@ def test_second_derivative_of_one_result_alone(of, device):
     case = Case(L=2, D=2, dtype=torch.float64, device=device)
     outcomes = []
     for module in pair(replace(case, device="cpu")):
-        # In torch's walk for the CPU, which can be differentiated twice, and here.
+        # On torch's CPU kernels, which can be differentiated twice, and here.
         where = "cpu" if isinstance(module, torch.nn.RNN) else device
         module.to(where)
         data, hx = (x.detach().to(where).requires_grad_() for x in case.tensors())

@@ -57,7 +57,11 @@ def test_only_trained_leaves_have_a_gradient(trained, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("T", "L", "D"), [(7, 1, 1), (7, 2, 2), (1, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("T", "L", "D"),
+    [(7, 1, 1), (7, 2, 2), (1, 1, 2)],
+    ids=["T7-L1-D1", "T7-L2-D2", "T1-L1-D2"],
+)
 def test_no_two_gradients_share_storage(layout, T, L, D):
     assert_no_shared_storage(Case(T=T, layout=layout, L=L, D=D))
 
@@ -138,7 +142,9 @@ def tensors_alive(case: Case) -> int:
 @pytest.mark.parametrize("measure", [tensors_saved, tensors_alive], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
-@pytest.mark.parametrize(("L", "D"), [(1, 1), (1, 2), (3, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("L", "D"), [(1, 1), (1, 2), (3, 1), (2, 2)], ids=["L1-D1", "L1-D2", "L3-D1", "L2-D2"]
+)
 def test_backward_keeps_input_and_output_of_each_layer_only(layout, nonlinearity, L, D, measure):
     case = Case(T=24, B=1 if layout == "unbatched" else 6, H=16, layout=layout, L=L, D=D)
     case = replace(case, nonlinearity=nonlinearity)

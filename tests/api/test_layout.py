@@ -43,7 +43,7 @@ def assert_rows_hold_their_tokens(layout: SequenceLayout, data: torch.Tensor, or
     assert sorted(seen) == list(range(layout.N))
 
 
-@pytest.mark.parametrize(("T", "B"), PADDED, ids=lambda n: str(n))
+@pytest.mark.parametrize(("T", "B"), PADDED, ids=[f"T{T}-B{B}" for T, B in PADDED])
 @pytest.mark.parametrize("batch_first", [False, True], ids=["time-major", "batch-first"])
 def test_padded_rows_are_those_of_the_flattened_tensor(T, B, batch_first):
     token = torch.stack(torch.meshgrid(torch.arange(B), torch.arange(T), indexing="ij"), dim=-1)

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import tritonrnn
-from tests.support.cases import assert_same_results
+from tests.support.cases import DTYPE_NAMES, assert_same_results
 from tests.support.reference import assert_as_accurate, elman
 
 pytestmark = [
@@ -54,9 +54,10 @@ class Ragged:
     B: int = 5
 
     def __str__(self) -> str:
-        parts = [self.lengths, f"L{self.L}", f"D{self.D}", f"H{self.H}", self.nonlinearity]
+        parts = [f"T{T}", f"B{self.B}", f"I{I}", f"H{self.H}", f"L{self.L}", f"D{self.D}"]
+        parts += [self.lengths, self.nonlinearity, DTYPE_NAMES[self.dtype]]
         parts += ["reset"] * self.reset + ["batch-first"] * self.batch_first
-        parts += ["nohx"] * (not self.hx) + [str(self.dtype).removeprefix("torch.")]
+        parts += ["nobias"] * (not self.bias) + ["nohx"] * (not self.hx)
         return "-".join(parts)
 
     @property
@@ -416,6 +417,7 @@ def a_jagged(lengths=(3, 1, 5), features=I, dtype=torch.float64) -> Tensor:
 @pytest.mark.parametrize(
     ("D", "backend", "dtype"),
     [(1, "torch", torch.float64), (2, "torch", torch.float64), (2, "triton", torch.float32)],
+    ids=["D1-torch-fp64", "D2-torch-fp64", "D2-triton-fp32"],
 )
 def test_jagged_batch_is_every_sequence_by_itself(D, backend, dtype):
     module = tritonrnn.RNN(I, 4, 2, bidirectional=D == 2, dtype=dtype)
