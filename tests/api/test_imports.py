@@ -12,6 +12,7 @@ import tritonrnn
 from tests.support.processes import run_alone
 
 PACKAGE = Path(tritonrnn.__file__).parent
+TESTS = Path(__file__).parents[1]
 # From the top down. A module imports from those below it.
 LEVELS = [
     {"tritonrnn"},
@@ -114,6 +115,14 @@ def test_nothing_imports_perf_or_triton_at_once(source):
         assert root not in ("perf", "tests"), f"{source} imports {name}"
         if not source.startswith("kernels"):
             assert root != "triton" or not at_once, f"{source} imports {name}"
+
+
+def test_tests_share_code_through_support_only():
+    for path in sorted(TESTS.rglob("*.py")):
+        for name, _ in imports_of(path):
+            assert not name.startswith("tests.") or name.startswith("tests.support"), (
+                f"{path} imports {name}"
+            )
 
 
 def test_public_names_are_there():

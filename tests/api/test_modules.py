@@ -38,7 +38,7 @@ constructions = pytest.mark.parametrize(
 
 
 def built(kind, arguments, options, seed=3) -> tuple[nn.Module, nn.Module]:
-    """torch's and ours, each from the same seed."""
+    """Return torch's module and ours, built from the same seed."""
     modules = []
     for module_class in PAIRS[kind]:
         torch.manual_seed(seed)
@@ -52,7 +52,7 @@ def an_input(kind, module):
 
 
 def assert_close(got, expected) -> None:
-    """To what low precision leaves of numbers around 1; torch's own tolerances otherwise."""
+    """Compare with torch's tolerances, in low precision with those of values around 1."""
     low = {"rtol": 0.016, "atol": 0.016} if got.dtype in (torch.bfloat16, torch.float16) else {}
     torch.testing.assert_close(got, expected, **low)
 
@@ -153,7 +153,7 @@ def test_copies_are_equal_and_independent(kind, arguments, options, duplicate):
     _, module = built(kind, arguments, options)
     x = an_input(kind, module)
     expected = result(module, x)
-    # Copied after a call, so that whatever a call leaves on the module is copied as well.
+    # Copied after a call: what a call leaves on the module is copied as well.
     duplicated = duplicate(module)
     assert type(duplicated) is type(module)
     assert repr(duplicated) == repr(module)
@@ -205,7 +205,7 @@ def test_reset_parameters_draws_torchs_values():
 
 
 def test_kinds_are_what_the_readme_says():
-    """RNNBase, and not nn.RNN, which torch.compile(fullgraph=True) refuses."""
+    """No nn.RNN, which torch.compile(fullgraph=True) refuses, but an RNNBase."""
     module = tritonrnn.RNN(3, 5)
     assert isinstance(module, nn.RNNBase)
     assert not isinstance(module, nn.RNN)
@@ -270,14 +270,14 @@ def test_bad_constructions_raise_torchs_errors(kind, arguments, options):
         theirs(*arguments, **options)
     except Exception as error:
         expected = error
-    # Python's own words for a call that fits no signature name the signature's owner.
+    # Python's message for a call that fits no signature names the class.
     wording = "__init__" if "__init__()" in str(expected) else f"^{re.escape(str(expected))}$"
     with pytest.raises(type(expected), match=wording):
         ours(*arguments, **options)
 
 
 def test_dropout_on_one_layer_warns_where_torch_warns():
-    """The warning points at the caller's line in both."""
+    """The warning points at the caller's line."""
     for module_class in PAIRS["RNN"]:
         with pytest.warns(UserWarning, match="dropout option adds dropout") as caught:
             module_class(3, 5, dropout=0.5)
@@ -321,7 +321,7 @@ def test_cell_low_precision_agrees_with_torch(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_cell_autocast_gives_torchs_dtypes(dtype):
+def test_cell_autocast_returns_torchs_dtypes(dtype):
     theirs, ours = built("RNNCell", (6, 9), {})
     x, state = torch.randn(5, 6), torch.randn(5, 9)
     with torch.autocast("cpu", dtype):
@@ -337,7 +337,7 @@ def test_cell_passes_gradcheck_and_gradgradcheck():
     assert torch.autograd.gradgradcheck(cell, (x, state))
 
 
-def test_cell_stepped_is_the_whole_recurrence():
+def test_cell_called_step_by_step_agrees_with_rnn():
     rnn = tritonrnn.RNN(6, 9, dtype=torch.float64)
     cell = tritonrnn.RNNCell(6, 9, dtype=torch.float64)
     cell.load_state_dict({name.removesuffix("_l0"): w for name, w in rnn.state_dict().items()})
@@ -390,7 +390,7 @@ def test_cell_dtype_errors_keep_torchs_type(arguments):
 
 
 def test_cell_with_an_unknown_nonlinearity_raises_torchs_type():
-    """torch.nn.RNNCell finds out in forward; raising when it is built is as good."""
+    """torch.nn.RNNCell raises in forward, ours when it is built."""
     with pytest.raises(RuntimeError):
         nn.RNNCell(3, 5, nonlinearity="sigmoid")(torch.ones(2, 3))
     with pytest.raises((RuntimeError, ValueError), match="sigmoid"):

@@ -13,8 +13,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import tritonrnn
-from tests.support.cases import assert_same_results
-from tests.support.reference import assert_as_accurate, elman
+from perf.oracle import assert_as_accurate, elman
+from tests.support.cases import DTYPE_NAMES, assert_same_results
 
 pytestmark = [
     pytest.mark.usefixtures("torch_back_end"),
@@ -38,7 +38,7 @@ LENGTHS = {
 
 @dataclass(frozen=True)
 class Ragged:
-    """A padded batch ``(T, 5, I)`` whose sequences end early, start anew in between, or both."""
+    """A padded batch ``(T, 5, I)`` whose sequences end early, are reset in between, or both."""
 
     lengths: str = "unsorted"
     reset: bool = False
@@ -54,9 +54,10 @@ class Ragged:
     B: int = 5
 
     def __str__(self) -> str:
-        parts = [self.lengths, f"L{self.L}", f"D{self.D}", f"H{self.H}", self.nonlinearity]
+        parts = [f"T{T}", f"B{self.B}", f"I{I}", f"H{self.H}", f"L{self.L}", f"D{self.D}"]
+        parts += [self.lengths, self.nonlinearity, DTYPE_NAMES[self.dtype]]
         parts += ["reset"] * self.reset + ["batch-first"] * self.batch_first
-        parts += ["nohx"] * (not self.hx) + [str(self.dtype).removeprefix("torch.")]
+        parts += ["nobias"] * (not self.bias) + ["nohx"] * (not self.hx)
         return "-".join(parts)
 
     @property
@@ -82,7 +83,7 @@ class Ragged:
         return [T] * self.B if lengths is None else list(lengths)
 
     def marks(self) -> Tensor:
-        """Where to reset, ``[T, B]``: often, at step 0 too, and behind the ends."""
+        """Return where to reset, ``[T, B]``: often, at step 0 and behind the ends as well."""
         return torch.rand(T, self.B, generator=self.generator) < 0.3
 
     def arguments(self) -> dict[str, Tensor]:
@@ -94,11 +95,11 @@ class Ragged:
         return given
 
     def place(self, tensor: Tensor) -> Tensor:
-        """From time-major to the layout of the input."""
+        """Return a time-major tensor in the layout of the input."""
         return tensor.transpose(0, 1).contiguous() if self.batch_first else tensor
 
     def tensors(self) -> tuple[Tensor, Tensor | None]:
-        """The input, NaN behind the ends, and hx: leaves."""
+        """Return the input, NaN behind the ends, and hx, as leaves."""
         generator = self.generator
         x = 3 * torch.randn(T, self.B, I, generator=generator)
         for b, end in enumerate(self.ends):
@@ -108,7 +109,7 @@ class Ragged:
         return x, hx if self.hx else None
 
     def stretches(self, b: int) -> list[range]:
-        """The steps of sequence b, cut where it starts anew."""
+        """Return the steps of sequence b, split where it is reset."""
         marks = self.marks()[:, b].tolist() if self.reset else [False] * T
         starts = [t for t in range(self.ends[b]) if t == 0 or marks[t]]
         return [range(*bounds) for bounds in zip(starts, [*starts[1:], self.ends[b]])]
@@ -116,7 +117,7 @@ class Ragged:
     def written_out(
         self, weights: list[Tensor], x: Tensor, hx: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Every stretch by itself, one token at a time."""
+        """Run every stretch by itself, one token at a time."""
         options = {"nonlinearity": self.nonlinearity, "num_layers": self.L}
         options["bidirectional"] = self.D == 2
         x = x.transpose(0, 1) if self.batch_first else x
@@ -140,12 +141,12 @@ class Ragged:
                 ends = torch.where(leaves.flatten(0, 1), last, ends)
             h_n.append(ends)
         if not output.requires_grad:
-            # Of no token at all. It is asked for a gradient nonetheless.
+            # There is no token, but a gradient is asked for.
             output.requires_grad_()
         return self.place(output), torch.stack(h_n, 1)
 
     def results(self, run, weights, x, hx) -> dict[str, Tensor]:
-        """Output, h_n and every gradient, of cotangents that are NaN behind the ends as well."""
+        """Return output, h_n and every gradient; cotangents are NaN behind the ends as well."""
         output, h_n = run(x, hx)
         generator = self.generator
         cotangents = [
@@ -167,7 +168,7 @@ class Ragged:
         return self.results(run, list(module.parameters()), *self.tensors())
 
     def theirs(self, module: nn.Module, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """By the recurrence written out, in another dtype, of the same numbers."""
+        """Return the results of the written-out recurrence, in another dtype."""
         x, hx, *weights = (
             None if y is None else y.detach().to("cpu", dtype).requires_grad_()
             for y in (*self.tensors(), *module.parameters())
@@ -255,7 +256,7 @@ def test_lengths_lie_on_any_device(case):
 
 
 def test_lengths_and_reset_may_change_from_call_to_call():
-    """What is remembered of a tensor is forgotten when it changes, by NumPy too."""
+    """What is cached of a tensor is read again when it changes, through NumPy as well."""
     case = Ragged("unsorted", reset=True)
     module, (x, hx) = case.module(), case.tensors()
     x = torch.nan_to_num(x)
@@ -290,7 +291,7 @@ def test_ragged_tensors_of_inference_mode_serve_training():
     assert_same_results(results, case.theirs(module))
 
 
-def test_unbatched_sequence_can_start_anew():
+def test_unbatched_sequence_can_be_reset():
     module = tritonrnn.RNN(I, 4).double()
     x, hx = torch.randn(T, I).double(), torch.randn(1, 4).double()
     reset = torch.arange(T) == 4
@@ -313,7 +314,7 @@ def as_function(case: Ragged):
         parameters = dict(zip(names, weights))
         return torch.func.functional_call(module, parameters, (x, hx), case.arguments())
 
-    # Numerical differentiation is of numbers.
+    # Numerical differentiation can't start from NaN.
     x = torch.nan_to_num(x.detach()).requires_grad_()
     return function, (x, hx, *(w.detach().clone().requires_grad_() for w in module.parameters()))
 
@@ -343,7 +344,7 @@ def test_recorded_steps_agree_under_torch_func(case):
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_ragged_batches_compile_whole_whatever_their_lengths(case):
+def test_ragged_batches_compile_to_one_graph_for_all_lengths(case):
     torch._dynamo.reset()
     module = case.module()
     counter = CompileCounterWithBackend("aot_eager")
@@ -387,7 +388,7 @@ def test_ragged_batches_export_with_any_number_of_steps_and_sequences(case):
 
 
 @pytest.mark.parametrize("name", ["lengths", "reset"])
-def test_vmap_over_what_says_the_layout_is_a_clear_error(name):
+def test_vmap_over_lengths_or_reset_is_a_clear_error(name):
     case = Ragged("unsorted", reset=True)
     module, (x, _), given = case.module(), case.tensors(), case.arguments()
     with pytest.raises(RuntimeError, match=f"{name} can't be what torch.func.vmap maps over"):
@@ -416,6 +417,7 @@ def a_jagged(lengths=(3, 1, 5), features=I, dtype=torch.float64) -> Tensor:
 @pytest.mark.parametrize(
     ("D", "backend", "dtype"),
     [(1, "torch", torch.float64), (2, "torch", torch.float64), (2, "triton", torch.float32)],
+    ids=["D1-torch-fp64", "D2-torch-fp64", "D2-triton-fp32"],
 )
 def test_jagged_batch_is_every_sequence_by_itself(D, backend, dtype):
     module = tritonrnn.RNN(I, 4, 2, bidirectional=D == 2, dtype=dtype)
@@ -471,7 +473,7 @@ def test_jagged_batch_takes_empty_sequences():
     )
 
 
-def test_jagged_batch_compiles_whole():
+def test_jagged_batch_compiles_to_one_graph():
     torch._dynamo.reset()
     module = tritonrnn.RNN(4, 4).double()
 
@@ -537,7 +539,7 @@ WRONG = {
         "shape",
     ),
     "reset of one sequence": (lambda: x(4, I), {"reset": torch.zeros(4, 1, dtype=bool)}, "shape"),
-    "reset of numbers": (lambda: x(4, 2, I), {"reset": torch.zeros(4, 2)}, "float32"),
+    "reset of floats": (lambda: x(4, 2, I), {"reset": torch.zeros(4, 2)}, "float32"),
     "holes": (with_holes, {}, "holes"),
     "ragged features": (ragged_in_the_features, {}, "dimension 1"),
     "strided": (strided, {}, "torch.jagged"),
@@ -552,6 +554,6 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_wrong_ragged_arguments_raise(what):
-    make, arguments, says = WRONG[what]
-    with pytest.raises((ValueError, TypeError, RuntimeError), match=says):
+    make, arguments, message = WRONG[what]
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         tritonrnn.RNN(I, 4)(make(), **arguments)

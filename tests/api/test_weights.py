@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import tritonrnn
-from tests.support.cases import Case, assert_same_results, gradients_of, pair, run
+from tests.support.cases import Case, assert_same_results, pair, run, with_gradients
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
@@ -33,7 +33,8 @@ def weight_norm(module):
 def spectral_norm(module):
     torch.manual_seed(5)
     parametrizations.spectral_norm(module, "weight_hh_l1_reverse")
-    # In training each look at the weight changes it, and nobody promises how often forward looks.
+    # In training each access of the weight changes it, and forward may access it any number of
+    # times.
     module.eval()
 
 
@@ -46,7 +47,7 @@ def reset_data(module):
 
 
 def delete_and_set(module):
-    """A weight that is no Parameter, as DropConnect has it."""
+    """Make a weight no Parameter, as DropConnect does."""
     raw = module.weight_hh_l0
     del module._parameters["weight_hh_l0"]
     module.raw_weight = raw
@@ -66,7 +67,7 @@ def test_changed_weights_are_the_ones_used(change):
         change(module)
         output, h_n = module(data, hx)
         assert not torch.equal(before, output)
-        results.append(gradients_of(case, module, data, hx, output, h_n))
+        results.append(with_gradients(case, module, data, hx, output, h_n))
     assert_same_results(results[1], results[0])
 
 
