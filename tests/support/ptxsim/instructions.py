@@ -177,6 +177,8 @@ class Kernel:
         if kind not in INTEGERS | {"f32", "b8"} or modifiers not in spaces:
             raise Unsupported(str(ins))
         width, size = UNSIGNED[BITS[kind]], BITS[kind] // 8 * len(targets)
+        # In a wider register zeros come before it.
+        extends = kind[0] in "bu" and self.types[targets[0]](0).nbytes > BITS[kind] // 8
 
         def run(cta: CTA, mask: Mask) -> None:
             threads = cta.active(mask)
@@ -190,8 +192,7 @@ class Kernel:
                 data = cta.memory.load(cta, ins, threads, at, size, "cg" not in modifiers)
             data = np.ascontiguousarray(data).view(width)
             for i, target in enumerate(targets):
-                # Bytes are extended by zeros.
-                value = data[:, i].astype(self.types[target]) if kind == "b8" else data[:, i]
+                value = data[:, i].astype(self.types[target]) if extends else data[:, i]
                 cta.put_active(target, value, threads, mask)
 
         return run
