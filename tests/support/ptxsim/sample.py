@@ -64,6 +64,8 @@ def draw(chance: random.Random, wide: bool = False) -> Case | None:
     if values["plan"] == "cooperative":
         # Of few CTAs, one group walks several batch blocks.
         values["cta_groups"], values["B"] = chance.choice(((0, 5), (1, 17), (1, 33), (2, 33)))
+    if values["H"] >= 130 and values["plan"] in ("cooperative", "stepwise"):
+        # Minutes otherwise.
         values["T"] = min(values["T"], 6 if values["H"] < 300 else 3)
     if values.get("far"):
         values["far"] = (
