@@ -8,8 +8,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -248,16 +246,6 @@ def _kernel(text: str, truncates: bool) -> Kernel:
     return Kernel(ptx.parse(text), truncates)
 
 
-@contextmanager
-def _max_spins(spins: int) -> Iterator[None]:
-    before = launch.MAX_SPINS
-    launch.MAX_SPINS = spins or before
-    try:
-        yield
-    finally:
-        launch.MAX_SPINS = before
-
-
 def _stop_at_ptx(backend: Any = None, stages: dict[str, Any] | None = None, *rest: Any) -> Any:
     """Keep Triton from running ptxas: a hook of its compiler."""
     if stages is not None:
@@ -323,10 +311,14 @@ class Prepared:
         case, plan = self.case, self.plan
         triton.runtime.driver.set_active(_Target(plan.device))
         triton.knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
-        with _max_spins(case.max_spins):
+        tensors = self.a, self.v_0, self.M, self.aux
+        spins, launch.MAX_SPINS = launch.MAX_SPINS, case.max_spins or launch.MAX_SPINS
+        try:
             arguments = launch.kernel_arguments(
-                self.a, self.v_0, self.M, self.aux, case.rows, case.problem, case.reverse, plan
+                *tensors, case.rows, case.problem, case.reverse, plan
             )
+        finally:
+            launch.MAX_SPINS = spins
         if plan.name == "stepwise":
             arguments["step"] = 0
         self.grid = launch.grid(case.problem, plan)

@@ -26,31 +26,34 @@ WARP = 32
 # Which threads execute: None for all of a CTA.
 Mask = Array | None
 Run = Callable[["CTA", Mask], None]
-# What all threads of a warp execute together, and what all threads of a CTA. (Of a warp that
-# executes bar.warp.sync or commits its copies the others could be elsewhere; here none is.)
+# What all threads of a warp execute together, and what all threads of a CTA (though of some of it
+# single warps might).
 OF_WARPS = ("shfl", "mma")
 OF_CTAS = ("bar", "fence", "ldmatrix", "stmatrix", "wgmma")
 
 
 class Step(NamedTuple):
-    """An instruction and the function that executes it.
-
-    Args:
-        instruction: what is executed.
-        run: takes the CTA and the threads that execute it.
-        together: how many threads must execute it together: 1, those of a warp, or 0 for all.
-        guard: the slot of its predicate, and whether that is negated.
-        registers: the slots of all registers that it mentions.
-        overwrites: of these, the operands of ``wgmma`` that it writes; a ``wgmma.fence`` must come
-            before they are used.
-    """
+    """An instruction, and the function that executes it for threads of a CTA."""
 
     instruction: Instruction
     run: Run
+    # How many threads must execute it together: 1, those of a warp, or 0 for all.
     together: int
+    # The slot of its predicate, and whether that is negated.
     guard: tuple[int, bool] | None
+    # The slots of all registers that it mentions.
     registers: frozenset[int]
+    # Of these, the operands of wgmma that it writes, before whose use a wgmma.fence must come.
     overwrites: frozenset[int]
+
+
+class Product(NamedTuple):
+    """A matrix instruction in flight: its registers, and the granules that it reads."""
+
+    instruction: Instruction
+    registers: frozenset[int]
+    accumulators: frozenset[int]
+    granules: list[Array]
 
 
 class Kernel:
@@ -167,24 +170,29 @@ class Kernel:
             return self._ld_param(ins, targets[0])
         address = self._address(ins.operands[1])
         modifiers = set(ins.op[1:-1]) - {f"v{len(targets)}"}
-        if modifiers - {"acquire", "relaxed"} == {"gpu", "global"} and kind[1:] == "32":
-            return self._ld_strong(ins, targets[0], address)
+        spins = modifiers - {"acquire", "relaxed"} == {"gpu", "global"} and kind[1:] == "32"
         spaces = [{"shared"}] if kind == "b8" else [{"shared"}, {"global"}, {"global", "cg"}]
+        if spins:
+            spaces = [modifiers]
         if kind not in INTEGERS | {"f32", "b8"} or modifiers not in spaces:
             raise Unsupported(str(ins))
         width, size = UNSIGNED[BITS[kind]], BITS[kind] // 8 * len(targets)
+        # In a wider register zeros come before it.
+        extends = kind[0] in "bu" and self.types[targets[0]](0).nbytes > BITS[kind] // 8
 
         def run(cta: CTA, mask: Mask) -> None:
             threads = cta.active(mask)
             at = address(cta, threads)
             if "shared" in modifiers:
-                data = cta.shared.load(cta.shared.access(cta, ins, threads, at, size))
+                data = cta.shared.load(_shared(cta, ins, threads, at, size))
+            elif spins:
+                data = cta.memory.spin(cta, ins, threads, at, "acquire" in modifiers)[:, None]
+                cta.pause = "spin"
             else:
                 data = cta.memory.load(cta, ins, threads, at, size, "cg" not in modifiers)
             data = np.ascontiguousarray(data).view(width)
             for i, target in enumerate(targets):
-                # Bytes are extended by zeros.
-                value = data[:, i].astype(self.types[target]) if kind == "b8" else data[:, i]
+                value = data[:, i].astype(self.types[target]) if extends else data[:, i]
                 cta.put_active(target, value, threads, mask)
 
         return run
@@ -202,20 +210,6 @@ class Kernel:
             if ins.op[-1][0] == "s" and value >> width - 1:
                 value -= 1 << width
             cta.put(target, np.array([value % (1 << wide)], kind), mask)
-
-        return run
-
-    def _ld_strong(
-        self, ins: Instruction, target: int, address: Callable[[CTA, Array], Array]
-    ) -> Run:
-        def run(cta: CTA, mask: Mask) -> None:
-            threads = cta.active(mask)
-            at = address(cta, threads)
-            if (at != at[0]).any():
-                raise Unsupported(f"several addresses: {ins}")
-            value = cta.memory.spin(cta, ins, threads, int(at[0]), "acquire" in ins.op)
-            cta.put_active(target, value, threads, mask)
-            cta.pause = "spin"
 
         return run
 
@@ -254,7 +248,7 @@ class Kernel:
             at = address(cta, threads)
             data = np.stack([cta.full(s) for s in sources], -1)[threads].astype(width)
             if "shared" in modifiers:
-                cta.shared.store(cta.shared.access(cta, ins, threads, at, size), data)
+                cta.shared.store(_shared(cta, ins, threads, at, size), data)
             else:
                 cta.memory.store(cta, ins, threads, at, data.view(np.uint16))
 
@@ -276,7 +270,7 @@ class Kernel:
 
         def run(cta: CTA, mask: Mask) -> None:
             threads = cta.active(mask)
-            access = cta.shared.access(cta, ins, threads, to(cta, threads), size)
+            access = _shared(cta, ins, threads, to(cta, threads), size)
             counts = cta.full(wanted)[threads]
             if not np.isin(counts, (0, size)).all():
                 raise Unsupported(f"part of a copy: {ins}")
@@ -334,7 +328,7 @@ class Kernel:
 
         def run(cta: CTA, mask: Mask) -> None:
             threads = cta.active(None).reshape(-1, WARP)[:, : 8 * count].reshape(-1)
-            access = cta.shared.access(cta, ins, threads, address(cta, threads), 16)
+            access = _shared(cta, ins, threads, address(cta, threads), 16)
             words = np.ascontiguousarray(cta.shared.load(access)).view(np.uint16)
             words = words.reshape(-1, count, 8, 8)
             for target, word in zip(targets, matrix.load_matrix(words, transposed), strict=True):
@@ -348,7 +342,7 @@ class Kernel:
 
         def run(cta: CTA, mask: Mask) -> None:
             threads = cta.active(None).reshape(-1, WARP)[:, : 8 * count].reshape(-1)
-            access = cta.shared.access(cta, ins, threads, address(cta, threads), 16)
+            access = _shared(cta, ins, threads, address(cta, threads), 16)
             words = matrix.store_matrix([cta.full(s) for s in sources], transposed)
             cta.shared.store(access, words.reshape(-1, 8))
 
@@ -394,28 +388,28 @@ class Kernel:
         a_by_k, b_by_k = ([True, True] + [not flag for flag in transposed])[-2:]
         registers = frozenset(d + a if in_registers else d)
 
-        def shared_operand(cta: CTA, slot: int, mn: int, k_major: bool) -> tuple[Array, Array]:
+        def read(cta: CTA, slot: int, mn: int, k_major: bool, granules: list[Array]) -> Array:
             by_group = cta.full(slot).reshape(-1, 4 * WARP)
             if (by_group != by_group[:, :1]).any():
                 raise EmulationError(f"a descriptor differs in a warp group: {ins}")
             offsets = np.stack(
                 [matrix.operand_offsets(int(x), mn, k, size, k_major) for x in by_group[:, 0]]
             )
-            grain = cta.shared.grain
-            granules = (offsets - cta.shared.BASE)[..., None] // grain + np.arange(size // grain)
-            access = Access(cta, ins, cta.active(None), granules)
+            grain = self.grain
+            some = (offsets - cta.shared.BASE)[..., None] // grain + np.arange(size // grain)
+            granules.append(some)
+            access = Access(cta, ins, cta.active(None), some)
             words = np.ascontiguousarray(cta.shared.begin_product(access))
-            return matrix.values(words.view(UNSIGNED[8 * size])[..., 0], kind), granules
+            return matrix.values(words.view(UNSIGNED[8 * size])[..., 0], kind)
 
         def run(cta: CTA, mask: Mask) -> None:
-            cta.check_wgmma(registers, frozenset(d), ins)
-            granules = []
+            granules: list[Array] = []
+            cta.begin_product(Product(ins, registers, frozenset(d), granules))
             if in_registers:
                 m = matrix.left_fragment([cta.full(s) for s in a], kind).reshape(-1, 64, k)
             else:
-                m, of_a = shared_operand(cta, a[0], 64, a_by_k)
-                granules.append(of_a)
-            s, of_b = shared_operand(cta, b, n, b_by_k)
+                m = read(cta, a[0], 64, a_by_k, granules)
+            s = read(cta, b, n, b_by_k, granules)
             adds = cta.registers[scale_d]
             if adds.any() != adds.all():
                 raise EmulationError(f"scale-d differs between threads: {ins}")
@@ -426,9 +420,12 @@ class Kernel:
             words = matrix.accumulator_registers(z.reshape(-1, 16, n))
             for target, word in zip(d, words, strict=True):
                 cta.registers[target] = word
-            cta.add_product(registers, frozenset(d), ins, [*granules, of_b])
 
         return run
+
+
+def _shared(cta: CTA, ins: Instruction, threads: Array, address: Array, size: int) -> Access:
+    return Access(cta, ins, threads, cta.shared.granules(address, size, ins))
 
 
 def _items(operand: Operand) -> tuple[str, ...]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from tests.support.ptxsim.instructions import WARP, Kernel, Mask, Step
+from tests.support.ptxsim.instructions import WARP, Kernel, Mask, Product, Step
 from tests.support.ptxsim.memory import (
     Access,
     EmulationError,
@@ -18,7 +18,7 @@ from tests.support.ptxsim.memory import (
     SharedMemory,
     View,
 )
-from tests.support.ptxsim.ptx import Instruction, Unsupported
+from tests.support.ptxsim.ptx import Unsupported
 from tests.support.ptxsim.scalar import UNSIGNED, Array
 
 # Spins of every CTA without a change in memory after which they are deadlocked.
@@ -26,15 +26,6 @@ MOST_IDLE_SPINS = 20
 T = TypeVar("T")
 # An async copy: where to, what, and how to read that again.
 Copy = tuple[Access, Array, Callable[[], Array]]
-
-
-class Product(NamedTuple):
-    """A matrix instruction in flight: its registers, and the granules that it reads."""
-
-    registers: frozenset[int]
-    accumulators: frozenset[int]
-    shape: str
-    granules: list[Array]
 
 
 class Groups(Generic[T]):
@@ -163,30 +154,20 @@ class CTA:
         """Execute ``wgmma.fence``."""
         self._unfenced = set()
 
-    def check_wgmma(
-        self, registers: frozenset[int], accumulators: frozenset[int], instruction: Instruction
-    ) -> None:
-        """Check that ``wgmma.mma_async`` may use its registers."""
-        faults = self.launch.faults
-        if self._unfenced is None or registers & self._unfenced:
+    def begin_product(self, product: Product) -> None:
+        """Begin ``wgmma.mma_async``, and check that it may use its registers."""
+        faults, instruction = self.launch.faults, product.instruction
+        if self._unfenced is None or product.registers & self._unfenced:
             faults.add("wgmma: register written and no wgmma.fence after it", instruction)
         for other in self.products:
             # One product may add to the sums of another one of its shape.
-            same_shape = other.shape == instruction.op[4]
-            allowed = accumulators & other.accumulators if same_shape else frozenset()
-            if registers & other.registers - allowed:
+            allowed = product.accumulators & other.accumulators
+            if other.instruction.op[4] != instruction.op[4]:
+                allowed = frozenset()
+            if product.registers & other.registers - allowed:
                 faults.add("wgmma: uses registers of a product in flight", instruction)
-
-    def add_product(
-        self,
-        registers: frozenset[int],
-        accumulators: frozenset[int],
-        instruction: Instruction,
-        granules: list[Array],
-    ) -> None:
-        """Let a product be in flight."""
-        self.products.open.append(Product(registers, accumulators, instruction.op[4], granules))
-        self._in_flight |= registers
+        self.products.open.append(product)
+        self._in_flight |= product.registers
 
     def wait_for_products(self, in_flight: int) -> None:
         """Execute ``wgmma.wait_group``: let at most so many groups stay in flight."""

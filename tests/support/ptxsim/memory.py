@@ -94,36 +94,49 @@ class Access(NamedTuple):
             cta.launch.faults.add(kind, self.instruction, detail)
 
 
-def granules_of(offsets: Array, size: int, grain: int = 2) -> Array:
-    """Return ``[threads, size / grain]``: the granules of accesses of ``size`` bytes."""
-    return (offsets // grain)[:, None] + np.arange(size // grain)
-
-
 def _differ(stamps: Array, others: Array) -> Array:
     """Return where two stamps are of different epochs or warps."""
     return (stamps ^ others) >> 5 != 0
 
 
-class History:
-    """Who has accessed each granule of a memory.
+class Region:
+    """An array in memory, and who has accessed each of its granules when.
 
     Args:
-        name: of the memory, in faults.
-        count: granules.
+        name: of the memory or of the kernel's argument.
+        base: its address.
+        data: its granules.
+        writable: whether the kernel may write it; if not, its accesses are not recorded.
     """
 
-    def __init__(self, name: str, count: int):
+    def __init__(self, name: str, base: int, data: Array, writable: bool = True):
+        self.name, self.base, self.data, self.writable = name, base, data, writable
         # Zeros, for an array may be larger than memory, and most of it never touched.
-        self.name, self.count = name, count
-        self.written: Array = np.zeros(count, np.int32)
-        self.writer: Array = np.zeros(count, np.int16)
+        self.written: Array = np.zeros(len(data), np.int32)
+        self.writer: Array = np.zeros(len(data), np.int16)
         # By the number of the CTA.
         self.read: dict[int, Array] = {}
+
+    def granules(self, address: Array, size: int, instruction: Instruction) -> Array:
+        """Return the granules of accesses of ``size`` bytes, one row a thread.
+
+        Raises:
+            EmulationError: one is outside of the array or misaligned.
+        """
+        grain, length = self.data.itemsize, self.data.nbytes
+        offsets = address.astype(np.int64) - self.base
+        outside = offsets[(offsets < 0) | (offsets + size > length)]
+        if len(outside):
+            where = f"byte {outside[0]} of {self.name}, which has {length}"
+            raise EmulationError(f"{where}: {instruction}")
+        if (address % np.uint64(size)).any():
+            raise EmulationError(f"misaligned by {size} bytes in {self.name}: {instruction}")
+        return (offsets // grain)[:, None] + np.arange(size // grain)
 
     def read_by(self, cta: CTA) -> Array:
         """Return the stamps of a CTA's last reads."""
         if cta.number not in self.read:
-            self.read[cta.number] = np.zeros(self.count, np.int32)
+            self.read[cta.number] = np.zeros(len(self.data), np.int32)
         return self.read[cta.number]
 
     def add_read(self, access: Access) -> None:
@@ -131,15 +144,20 @@ class History:
         written, writer = self.written[access.granules], self.writer[access.granules]
         racy = _unordered(access, written, writer)
         access.fault(f"{self.name}: read not ordered after a write", racy)
-        read = self.read_by(access.cta)
-        before, stamp = read[access.granules], access.stamp
+        read, stamp = self.read_by(access.cta), access.stamp
+        before = read[access.granules]
         read[access.granules] = stamp
         several = (before >= access.now) & _differ(before, stamp)
         several |= _differ(read[access.granules], stamp)
         read[access.granules[several]] = access.now | MANY
 
     def add_write(self, access: Access, changed: Array | bool) -> None:
-        """Record a write, and report what it is not ordered after; where equal, no other write."""
+        """Record a write, and report what it is not ordered after.
+
+        Args:
+            access: what is written.
+            changed: where the value is another one; two writes of one value need no order.
+        """
         for reader, read in self.read.items():
             racy = _unordered(access, read[access.granules], reader)
             access.fault(f"{self.name}: write not ordered after a read", racy)
@@ -165,7 +183,7 @@ def _unordered(access: Access, stamps: Array, ctas: Array | int) -> Array:
     return racy
 
 
-class SharedMemory:
+class SharedMemory(Region):
     """The shared memory of a CTA.
 
     Args:
@@ -176,12 +194,9 @@ class SharedMemory:
     BASE = 1024
 
     def __init__(self, size: int, grain: int = 2):
-        count = -(-size // grain)
-        kind = {1: np.uint8, 2: np.uint16}[grain]
-        self.size, self.grain = size, grain
+        count, kind = -(-size // grain), {1: np.uint8, 2: np.uint16}[grain]
         # All bits set: NaN.
-        self.data: Array = np.full(count, np.iinfo(kind).max, kind)
-        self.history = History("shared", count)
+        super().__init__("shared", self.BASE, np.full(count, np.iinfo(kind).max, kind))
         # ``CTA.warp_epoch`` at the write.
         self.warp_written: Array = np.zeros(count, np.int32)
         # The epoch in which the writer executed a proxy fence after its write.
@@ -191,25 +206,10 @@ class SharedMemory:
         self.products: Array = np.zeros(count, np.int16)
         self._unfenced: list[Array] = []
 
-    def access(
-        self, cta: CTA, instruction: Instruction, threads: Array, address: Array, size: int
-    ) -> Access:
-        """Return the access of threads to ``size`` bytes each.
-
-        Raises:
-            EmulationError: one is outside of shared memory or misaligned.
-        """
-        offsets = address.astype(np.int64) - self.BASE
-        if offsets.min() < 0 or offsets.max() + size > self.size:
-            raise EmulationError(f"outside of shared memory: {instruction}")
-        if (address % np.uint64(size)).any():
-            raise EmulationError(f"misaligned by {size} bytes: {instruction}")
-        return Access(cta, instruction, threads, granules_of(offsets, size, self.grain))
-
     def load(self, access: Access) -> Array:
         """Read granules."""
-        granules, written = access.granules, self.history.written[access.granules]
-        self.history.add_read(access)
+        granules, written = access.granules, self.written[access.granules]
+        self.add_read(access)
         near = (written >= access.now) & (written != access.stamp)
         near &= ~_differ(written, access.stamp)
         near &= self.warp_written[granules] == access.cta.warp_epoch
@@ -228,7 +228,7 @@ class SharedMemory:
 
     def _add_write(self, access: Access, changed: Array | bool) -> None:
         granules = access.granules
-        self.history.add_write(access, changed)
+        self.add_write(access, changed)
         access.fault("shared: write over an async copy in flight", self.copies[granules] > 0)
         access.fault("shared: write over what wgmma is reading", self.products[granules] > 0)
         self.warp_written[granules] = access.cta.warp_epoch
@@ -267,7 +267,7 @@ class SharedMemory:
         cta, granules = access.cta, access.granules
         if granules.min() < 0 or granules.max() >= len(self.data):
             raise EmulationError(f"wgmma outside of shared memory: {access.instruction}")
-        epoch, fenced = self.history.written[granules] >> THREAD_BITS, self.fenced[granules]
+        epoch, fenced = self.written[granules] >> THREAD_BITS, self.fenced[granules]
         by_writer = (fenced != NEVER) & (fenced < cta.epoch)
         unordered = ~(by_writer | (epoch < cta.fence_epoch))
         access.fault("wgmma: read not ordered after a write", unordered & (epoch == cta.epoch))
@@ -280,22 +280,7 @@ class SharedMemory:
     def end_product(self, cta: CTA, granules: Array) -> None:
         """Let a matrix instruction end, for which all threads have waited."""
         np.add.at(self.products, granules, -1)
-        self.history.read_by(cta)[granules] = cta.epoch << THREAD_BITS | MANY
-
-
-class Region:
-    """An array in global memory.
-
-    Args:
-        name: of the kernel's argument.
-        base: its address.
-        data: its 16-bit granules.
-        writable: whether the kernel may write it; if not, its accesses are not recorded.
-    """
-
-    def __init__(self, name: str, base: int, data: Array, writable: bool):
-        self.name, self.base, self.data, self.writable = name, base, data, writable
-        self.history = History("global", len(data))
+        self.read_by(cta)[granules] = cta.epoch << THREAD_BITS | MANY
 
 
 class GlobalMemory:
@@ -326,14 +311,7 @@ class GlobalMemory:
         if not 1 <= number <= len(self.regions):
             raise EmulationError(f"address {int(address[0]):#x} of no array: {instruction}")
         region = self.regions[number - 1]
-        offsets, length = address.astype(np.int64) - region.base, 2 * len(region.data)
-        outside = offsets[(offsets < 0) | (offsets + size > length)]
-        if len(outside):
-            where = f"byte {outside[0]} of {region.name}, which has {length}"
-            raise EmulationError(f"{where}: {instruction}")
-        if (address % np.uint64(size)).any():
-            raise EmulationError(f"misaligned by {size} bytes in {region.name}: {instruction}")
-        return region, granules_of(offsets, size)
+        return region, region.granules(address, size, instruction)
 
 
 class View:
@@ -373,7 +351,7 @@ class View:
         values = region.data[granules]
         if not region.writable:
             return values
-        region.history.add_read(Access(cta, instruction, threads, granules))
+        region.add_read(Access(cta, instruction, threads, granules))
         if not self.relaxed:
             return values
         if through_l1:
@@ -401,19 +379,22 @@ class View:
         stored, own = self._entry(self._stored, region)
         before = np.where(stored[granules], own[granules], region.data[granules])
         access = Access(cta, instruction, threads, granules)
-        region.history.add_write(access, before != values)
+        region.add_write(access, before != values)
         target = own if self.relaxed else region.data
         stored[granules] = self.relaxed
         target[granules] = values
         access.fault("global: two lanes store different values", target[granules] != values)
 
     def spin(
-        self, cta: CTA, instruction: Instruction, threads: Array, address: int, acquires: bool
+        self, cta: CTA, instruction: Instruction, threads: Array, at: Array, acquires: bool
     ) -> Array:
         """Read a word in memory itself, for each thread, and see what was released there.
 
         Now and then a warp still reads what the CTA has read there before, so that warps diverge.
         """
+        address = int(at[0])
+        if (at != address).any():
+            raise EmulationError(f"spins at several addresses: {instruction}")
         clock = self.memory.clocks.get(address, np.zeros_like(cta.known))
         latest = int(self.word(address, instruction)[0]), clock
         late = cta.launch.random.random(cta.threads // 32)[threads // 32] < 0.25

@@ -21,7 +21,7 @@ SIZES = {
     "resident": (16, 24, 50, 64, 97, 128),
     "registers": (16, 24, 50, 64, 96, 128),
     "cooperative": (128, 136, 150, 192),
-    "stepwise": (16, 50, 96, 97, 136),
+    "stepwise": (16, 50, 72, 97, 128),
 }
 OTHERS: dict[str, Sequence[Any]] = {
     "T": (2, 3, 4, 5, 6),
@@ -30,12 +30,7 @@ OTHERS: dict[str, Sequence[Any]] = {
     "truncates": (False, True),
 }
 # What a long sweep draws besides.
-WIDE_SIZES = {
-    "resident": (1, 5, 17, 31, 100, 130, 144, 200, 201, 256),
-    "registers": (1, 5, 17, 31, 100, 130, 144, 200, 201, 256),
-    "cooperative": (5, 60, 72, 200, 201, 300, 320, 512),
-    "stepwise": (1, 5, 17, 31, 63, 64, 128, 130, 144, 200, 201, 256, 300),
-}
+WIDE_SIZES = (1, 5, 17, 31, 60, 63, 72, 100, 130, 144, 200, 201, 256, 300, 320, 512)
 WIDE: dict[str, Sequence[Any]] = {
     "T": (1, 2, 3, 4, 5, 6, 7, 9, 13, 21),
     "B": (1, 2, 3, 5, 7, 9, 11, 17, 33, 49),
@@ -64,7 +59,7 @@ def draw(chance: random.Random, wide: bool = False) -> Case | None:
     """Draw one case, from more values if ``wide``; None if its plan does not fit."""
     choices = {**FACTORS, **OTHERS, **(WIDE if wide else {})}
     values = {name: chance.choice(some) for name, some in choices.items()}
-    sizes = SIZES[values["plan"]] + (WIDE_SIZES[values["plan"]] if wide else ())
+    sizes = SIZES[values["plan"]] + (WIDE_SIZES if wide else ())
     values["H"] = chance.choice(sizes)
     if values["plan"] == "cooperative":
         # Of few CTAs, one group walks several batch blocks.
