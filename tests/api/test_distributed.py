@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from perf.distributed import Tagger, Training, train, train_in_two
-from tests.support.reference import assert_as_accurate
+from perf.oracle import assert_as_accurate
 
 pytestmark = pytest.mark.slow
 
@@ -64,5 +64,5 @@ def test_error_of_a_training_is_returned(together):
 
 
 def test_processes_that_take_too_long_are_ended():
-    with pytest.raises(RuntimeError, match="did not come to their end in 0 s"):
+    with pytest.raises(RuntimeError, match="did not finish in 0 s"):
         train_in_two(ON_TORCH, limit_s=0)

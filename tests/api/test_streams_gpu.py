@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import tritonrnn
+from perf.oracle import assert_as_accurate
 from tests.support.cases import Case, assert_accurate_over, exact, plain, run
-from tests.support.reference import assert_as_accurate
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,8 +15,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import tritonrnn
+from perf.oracle import assert_as_accurate
 from tests.support.cases import Case, assert_same_results, plain, run, with_gradients
-from tests.support.reference import assert_as_accurate
 
 pytestmark = [
     # cuDNN warns of weights that torch.nn.RNN no longer keeps in one buffer.

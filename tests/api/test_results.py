@@ -1,4 +1,4 @@
-"""tritonrnn.RNN gives what torch.nn.RNN gives: values and gradients."""
+"""tritonrnn.RNN returns what torch.nn.RNN returns: values and gradients."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def test_complex_numbers_agree_with_torch(layout, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_output_is_what_the_caller_handed_in(layout):
-    """A packed output carries the same index objects, a tensor's is contiguous as torch's is."""
+def test_output_has_the_type_of_the_input(layout):
+    """A packed output has the same index tensors as its input."""
     case = Case(layout=layout, D=2)
     theirs, ours = pair(case)
     data, hx = case.tensors()
@@ -152,8 +152,7 @@ def test_sequences_of_one_token_work(lengths, D):
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "unbatched"])
 @pytest.mark.parametrize("D", [1, 2], ids="D{}".format)
-def test_no_tokens_leak_between_sequences(layout, D):
-    """A NaN in one sequence stays there."""
+def test_nan_in_one_sequence_stays_there(layout, D):
     case = Case(layout=layout, D=D, L=2)
     _, ours = pair(case)
     data, hx = case.tensors()
