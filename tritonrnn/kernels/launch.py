@@ -27,7 +27,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # Triton before 3.7.1 leaves out the proxy fence between an async copy and the wgmma that reads what
 # it brought (https://github.com/triton-lang/triton/issues/10537). The resident plans' products read
 # nothing that was copied so; a stepwise product's tiles go through registers there.
-_LACKS_FENCES = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
+_LACKS_FENCES = tuple(map(int, triton.__version__.split(".")[:3])) < (3, 7, 1)
 
 _forced: str | None = None
 
