@@ -17,7 +17,11 @@ torch.set_num_threads(1)
 # The same examples in every run; `--hypothesis-profile=fresh` draws new ones, and many more.
 settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("fresh", max_examples=2000, deadline=None, print_blob=True)
-settings.load_profile("suite")
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Load the profile asked for, as torch's test utilities load one of theirs when imported."""
+    settings.load_profile(collector.config.getoption("--hypothesis-profile") or "suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

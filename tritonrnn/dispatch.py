@@ -67,7 +67,7 @@ class Choice:
     """What serves a call.
 
     Attributes:
-        backend: "triton" or "torch"; "auto" while a program is being compiled.
+        backend: "triton" or "torch"; "auto" while a program is being compiled or traced.
         plan: how. On triton the ``LaunchPlan`` of the forward pass; on torch the path, one of
             ``tritonrnn.paths``: "in-place", "composite" or "aten".
         reason: why, in one sentence.
@@ -91,7 +91,8 @@ def choose(
 ) -> Choice:
     """Choose for a call of these sizes, in the context at hand.
 
-    While a program is compiled or exported, the operator makes the choice later, when it runs.
+    While a program is compiled, exported or traced, the operator makes the choice later, when it
+    runs.
 
     Args:
         device: of the tensors.
@@ -103,7 +104,7 @@ def choose(
     Raises:
         RuntimeError: the back end asked for can't serve the call.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         return choose_now(
             current_backend(),
             device,

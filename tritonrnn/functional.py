@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.fx
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -16,6 +17,7 @@ from tritonrnn.paths.composite import elman_composite
 from tritonrnn.validation import Call, check, compute_dtype
 
 
+@torch.fx.wrap
 def rnn(
     input: Tensor | PackedSequence,
     hx: Tensor | None,
@@ -110,6 +112,7 @@ def rnn(
     return data, h_n
 
 
+@torch.fx.wrap
 def rnn_cell(
     input: Tensor,
     hx: Tensor | None,
@@ -158,18 +161,28 @@ def _step(
     b_hh: Tensor | None,
     nonlinearity: str,
 ) -> Tensor:
-    dtype = compute_dtype(input)
-    B, H = len(input), len(w_hh)
-    choice = choose(input.device, dtype, T=1, B=B, H=H, nonlinearity=nonlinearity)
-    if choice.backend == "torch" and choice.plan != "composite":
-        # For one step, torch's own kernel is as fast as any.
-        step = torch.rnn_tanh_cell if nonlinearity == "tanh" else torch.rnn_relu_cell
-        return step(input, input.new_zeros(B, H) if hx is None else hx, w_ih, w_hh, b_ih, b_hh)
-    weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
-    hx = None if hx is None else hx.unsqueeze(0)
-    output, _ = rnn(input.unsqueeze(0), hx, weights, nonlinearity=nonlinearity)
-    assert isinstance(output, Tensor)
-    return output.squeeze(0)
+    step = torch.rnn_tanh_cell if nonlinearity == "tanh" else torch.rnn_relu_cell
+    # Not len(), which a tracer takes for a constant.
+    B, H = input.shape[0], w_hh.shape[0]
+    call = None
+    try:
+        dtype = compute_dtype(input)
+        choice = choose(input.device, dtype, T=1, B=B, H=H, nonlinearity=nonlinearity)
+        if choice.backend == "triton" or choice.plan == "composite":
+            weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
+            h_0 = None if hx is None else hx.unsqueeze(0)
+            sources = input.unsqueeze(0), h_0, weights
+            call = check(*sources, nonlinearity, 1, False, False, 0.0, None, None)
+    except (RuntimeError, ValueError):
+        # What torch's own cell refuses too, it refuses in the words that are expected of a cell.
+        step(input, input.new_zeros(B, H) if hx is None else hx, w_ih, w_hh, b_ih, b_hh)
+        raise
+    if call is not None:
+        output, _ = _run(call, 0.0)
+        return output.squeeze(0)
+    # For one step, torch's own kernel is as fast as any. A compiler fuses its operations with what
+    # is around them, so that a loop is several times as fast as one over an opaque operator.
+    return step(input, input.new_zeros(B, H) if hx is None else hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def _run(call: Call, dropout: float) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy, Tracer
 from torch.nn.utils.rnn import PackedSequence
 
 from tritonrnn import functional
@@ -100,6 +101,8 @@ class RNN(torch.nn.RNNBase):
         Returns:
             ``output``, shaped as the input with D * H features, and ``h_n``, shaped as ``hx``.
         """
+        if isinstance(input, Proxy) and _is_leaf(self, input.tracer):
+            return _call_in_graph(self, input, hx, lengths=lengths, reset=reset)
         return functional.rnn(
             input,
             hx,
@@ -175,6 +178,8 @@ class RNNCell(torch.nn.RNNCell):
         Returns:
             The next state, ``(B, H)`` or ``(H,)``.
         """
+        if isinstance(input, Proxy) and _is_leaf(self, input.tracer):
+            return _call_in_graph(self, input, hx)
         return functional.rnn_cell(
             input,
             hx,
@@ -184,3 +189,26 @@ class RNNCell(torch.nn.RNNCell):
             self.bias_hh,
             nonlinearity=self.nonlinearity,
         )
+
+
+# torch.fx doesn't trace into torch.nn's modules, which it knows by where they are defined: a call
+# is one node. It traces into any other module, so ours record that node themselves.
+
+
+def _is_leaf(module: torch.nn.Module, tracer: Any) -> bool:
+    """Return whether a call of the module can be one node of the graph that is traced.
+
+    If not, the call of its function becomes one, see :func:`tritonrnn.functional.rnn`: where the
+    module is all that is traced, or has hooks. They have been traced, and the node would run them
+    once more.
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return isinstance(tracer, Tracer) and module is not tracer.root and not hooks
+
+
+def _call_in_graph(module: torch.nn.Module, input: Proxy, hx: Any, **optional: Any) -> Any:
+    """Record a call of the module in the graph that ``torch.fx`` is tracing."""
+    args = (input,) if hx is None else (input, hx)
+    given = {name: value for name, value in optional.items() if value is not None}
+    path = input.tracer.path_of_module(module)  # type: ignore[attr-defined]
+    return input.tracer.create_proxy("call_module", path, args, given)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonrnn import layer
+from tritonrnn import flops, layer
 from tritonrnn.dispatch import Backend, choose_now, current_backend, recurrence_of
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.paths import aten
@@ -325,3 +325,5 @@ for _name, _kernel, _autograd, _fake in (
     _library.impl(_name, _uncompiled(_kernel), "CompositeExplicitAutograd")
     _library.impl(_name, _uncompiled(_autograd), "Autograd")
     torch.library.register_fake(f"tritonrnn::{_name}", _fake, lib=_library)
+
+flops.register()

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import has_torch_function
 
-from tritonrnn.dispatch import Choice, choose
+from tritonrnn.dispatch import Choice, choose, current_backend
 from tritonrnn.nested import jagged_parts
 from tritonrnn.ragged import layout_of
 
@@ -104,6 +105,11 @@ def check(
     choice = choose(
         data.device, dtype, T=T, B=B, G=G, H=H, nonlinearity=nonlinearity, ragged=is_ragged
     )
+    if has_torch_function(weights) and _know_torchs_rnn(weights) and not is_ragged:
+        reason = "the weights have their own rules for torch's RNN."
+        if current_backend() == "triton":
+            raise RuntimeError(f"the triton back end can't serve this call: {reason}")
+        choice = Choice("torch", "aten", reason)
     return Call(
         data,
         hx,
@@ -117,6 +123,20 @@ def check(
         dtype,
         choice,
     )
+
+
+def _know_torchs_rnn(weights: Sequence[Tensor]) -> bool:
+    """Return whether a weight is of a class that has rules of its own for torch's functions.
+
+    ``torch.nn.utils._expanded_weights``, for gradients of each sample, has one for torch's RNN and
+    refuses what it has no rule for.
+    """
+    rules = [type(weight).__torch_function__ for weight in weights]
+    disabled, inherited = (
+        torch._C._disabled_torch_function_impl,
+        Tensor.__dict__["__torch_function__"],
+    )
+    return any(getattr(r, "__func__", r) not in (disabled, inherited.__func__) for r in rules)
 
 
 def _check_padded_only(name: str, given: Tensor | None, kind: str) -> None:

@@ -121,11 +121,26 @@ def test_compiled_model_checks_its_input():
         compiled(torch.ones(3, 2, 5))
 
 
-def test_compiled_cell_agrees():
+@pytest.mark.parametrize("back_end", ["torch", "triton"])
+def test_compiled_cell_is_torchs_own_operations(back_end):
+    """The compiler can fuse the steps of a loop with what is around them."""
     cell = tritonrnn.RNNCell(3, 5)
-    compiled = torch.compile(cell, fullgraph=True, backend="aot_eager")
-    input, hx = torch.randn(4, 3), torch.randn(4, 5)
-    torch.testing.assert_close(compiled(input, hx), cell(input, hx))
+
+    def loop(input, hx=None):
+        for x in input:
+            hx = cell(x, hx)
+        return hx
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loop, fullgraph=True, backend=counter)
+    device = "cuda" if back_end == "triton" and torch.cuda.is_available() else "cpu"
+    cell.to(device)
+    input, hx = torch.randn(2, 4, 3, device=device), torch.randn(4, 5, device=device)
+    with tritonrnn.backend(back_end):
+        torch.testing.assert_close(compiled(input), loop(input))
+        torch.testing.assert_close(compiled(input, hx), loop(input, hx))
+    for graph in counter.graphs:
+        assert not any("elman" in str(node.target) for node in graph.graph.nodes)
 
 
 def test_backward_of_a_compiled_call_ignores_a_later_context():

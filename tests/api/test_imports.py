@@ -21,7 +21,7 @@ LEVELS = [
     {"functional"},
     {"validation"},
     {"ops"},
-    {"dispatch"},
+    {"dispatch", "flops"},
     {"paths.aten"},
     {"paths.composite"},
     {"layer"},

@@ -361,32 +361,31 @@ BAD_CELL_CALLS = {
     "1-D hx of a batch": lambda: (torch.ones(2, 3), torch.ones(5)),
     "2-D hx of no batch": lambda: (torch.ones(3), torch.ones(1, 5)),
     "3-D hx": lambda: (torch.ones(2, 3), torch.ones(1, 2, 5)),
+    "float64 input": lambda: (torch.ones(2, 3).double(),),
+    "int64 input": lambda: (torch.ones(2, 3).long(),),
+    "float64 hx": lambda: (torch.ones(2, 3), torch.ones(2, 5).double()),
+    "hx device": lambda: (torch.ones(2, 3), torch.ones(2, 5, device="meta")),
     "None": lambda: (None,),
 }
 
 
+@pytest.mark.parametrize("serves", ["torch", "triton", "a transform"])
 @pytest.mark.parametrize("call", BAD_CELL_CALLS)
-def test_cell_errors_are_torchs_own(call):
+def test_cell_errors_are_torchs_own(call, serves):
     arguments = BAD_CELL_CALLS[call]()
     with pytest.raises((RuntimeError, ValueError, AttributeError, IndexError)) as expected:
         nn.RNNCell(3, 5)(*arguments)
-    with pytest.raises(expected.type, match=f"^{re.escape(str(expected.value))}$"):
-        tritonrnn.RNNCell(3, 5)(*arguments)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        lambda: (torch.ones(2, 3).double(),),
-        lambda: (torch.ones(2, 3).long(),),
-        lambda: (torch.ones(2, 3), torch.ones(2, 5).double()),
-    ],
-    ids=["float64 input", "int64 input", "float64 hx"],
-)
-def test_cell_dtype_errors_keep_torchs_type(arguments):
-    for cell in (nn.RNNCell(3, 5), tritonrnn.RNNCell(3, 5)):
-        with pytest.raises(RuntimeError):
-            cell(*arguments())
+    cell = tritonrnn.RNNCell(3, 5)
+    if serves == "triton" and torch.cuda.is_available():
+        cell, arguments = cell.cuda(), [x if x is None else x.cuda() for x in arguments]
+    run = (
+        (lambda f: torch.func.vjp(f, torch.ones(1))) if serves == "a transform" else lambda f: f(0)
+    )
+    with (
+        tritonrnn.backend("triton" if serves == "triton" else "torch"),
+        pytest.raises(expected.type, match=f"^{re.escape(str(expected.value))}$"),
+    ):
+        run(lambda _: cell(*arguments))
 
 
 def test_cell_with_an_unknown_nonlinearity_raises_torchs_type():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
@@ -13,6 +13,9 @@ import tritonrnn
 from tests.support.cases import LAYOUTS, Case, exact, plain, run
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
+
+# What the tests below are decorated with.
+SETTINGS = settings()
 
 cases = st.builds(
     Case,
@@ -49,6 +52,12 @@ def sequences_of(lengths: list[int]) -> list[torch.Tensor]:
 def built(options: dict) -> tritonrnn.RNN:
     torch.manual_seed(0)
     return tritonrnn.RNN(3, 4, **options, dtype=torch.float64)
+
+
+def test_examples_are_drawn_by_the_profile_asked_for(pytestconfig):
+    asked = pytestconfig.getoption("--hypothesis-profile") or "suite"
+    assert SETTINGS.max_examples == settings.get_profile(asked).max_examples
+    assert SETTINGS.derandomize == (asked == "suite")
 
 
 def assert_close(got, expected):

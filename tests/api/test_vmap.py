@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import tritonrnn
-from tests.support.cases import Case, plain
+from tests.support.cases import Case, pair, plain
 
 CASES = [
     Case(T=4, B=3, I=2, H=3, L=L, D=D, layout=layout, nonlinearity=nonlinearity,
@@ -134,3 +135,20 @@ def test_vmap_over_a_cell_agrees_with_a_loop():
     cell = tritonrnn.RNNCell(3, 5)
     data, hx = torch.randn(4, 2, 3), torch.randn(4, 2, 5)
     torch.testing.assert_close(vmap(cell)(data, hx), torch.stack([*map(cell, data, hx)]))
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[4]], ids=str)
+def test_expanded_weights_give_the_gradients_of_each_sample(case):
+    """The way of Opacus and of torch's own tests: weights that stand for one of each sample."""
+    of_each = []
+    for module in pair(case):
+        data, hx = (x.detach() for x in case.tensors())
+        run = call_for_per_sample_grads(module, batch_size=case.B)
+        output, h_n = run(case.input(data), hx)
+        (plain(output).square().sum() + h_n.pow(3).sum()).backward()
+        of_each.append([weight.grad_sample for weight in module.parameters()])
+    torch.testing.assert_close(of_each[1], of_each[0])
+    with tritonrnn.backend("triton"), pytest.raises(RuntimeError, match="rules for torch's RNN"):
+        call_for_per_sample_grads(case.module(tritonrnn.RNN).float(), batch_size=case.B)(
+            case.input(data.float()), hx.float()
+        )

@@ -52,6 +52,14 @@ def test_nan_stays_in_its_sequence(plan: str, epilogue: str, emulator: Emulator)
     emulator.check(replace(case, poison=True))
 
 
+@pytest.mark.parametrize("epilogue", ["tanh", "relu", "tanh_grad", "relu_grad"])
+@pytest.mark.parametrize("plan", ["resident", "resident-sm_80", "cooperative", "stepwise"])
+def test_fp32_bears_the_truncation_of_tensor_cores(plan: str, epilogue: str, emulator: Emulator):
+    """Which cut off the sum of each instruction, where the interpreter rounds it to nearest."""
+    truncating = {"arithmetic": "fp32", "truncates": True}
+    emulator.check(replace(PLANS[plan], H=100, T=7, B=11, epilogue=epilogue, **truncating))
+
+
 # Batch blocks of 16 sequences. Of each two that are interleaved, the second is longer or empty, or
 # there is none.
 BLOCKS = {

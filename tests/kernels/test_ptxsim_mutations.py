@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import triton
 
-from tests.support.ptxsim.client import LACKS_FENCES, Emulator
+from tests.support.ptxsim.client import Emulator
 from tests.support.ptxsim.mutations import CASES
 
 pytestmark = pytest.mark.slow
@@ -63,8 +63,6 @@ UNNOTICED = {
 
 @pytest.mark.parametrize("kernel", CASES)
 def test_every_mutation_that_matters_is_noticed(kernel: str, emulator: Emulator):
-    if LACKS_FENCES and kernel == "stepwise":
-        pytest.xfail("Triton had no fence there before 3.7.1")
     mutants = emulator.mutate(CASES[kernel])
     unnoticed = Counter(mutant.change for mutant in mutants if not mutant.fault)
     expected = {change: sites for change, (sites, _) in UNNOTICED[kernel].items()}

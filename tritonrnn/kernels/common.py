@@ -55,7 +55,7 @@ class Constants:
 
     @property
     def WIDTH(self) -> int:
-        """Elements of a row."""
+        """Return the elements of a row."""
         return self.G * self.H
 
 

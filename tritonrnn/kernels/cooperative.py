@@ -67,12 +67,12 @@ class CooperativeConstants(Constants):
 
     @property
     def NUM_TILES(self) -> int:
-        """Tiles of M."""
+        """Return the number of tiles of M."""
         return -(-self.H // self.BLOCK_K)
 
     @property
     def NUM_PROGRAMS(self) -> int:
-        """Programs of a CTA group."""
+        """Return the number of programs of a CTA group."""
         return -(-self.H // self.BLOCK_H)
 
 

@@ -44,32 +44,32 @@ class Device:
 
     @property
     def is_interpreter(self) -> bool:
-        """Whether kernels run on CPU tensors, one program after the other."""
+        """Return whether kernels run on CPU tensors, one program after the other."""
         return self.arch == "interpreter"
 
     @property
     def is_amd(self) -> bool:
-        """Whether the device is AMD's."""
+        """Return whether the device is AMD's."""
         return self.arch.startswith("gfx")
 
     @property
     def has_async_copy(self) -> bool:
-        """Whether ``cp.async`` copies words of 32 bits to shared memory: NVIDIA's since sm_80."""
+        """Return whether there is ``cp.async``, of 32 bits or more: NVIDIA's since sm_80."""
         return self.is_interpreter or self._compute_capability >= 80
 
     @property
     def has_wgmma(self) -> bool:
-        """Whether MMA instructions read their operands from shared memory (``wgmma``)."""
+        """Return whether MMA instructions read their operands from shared memory (``wgmma``)."""
         return self.arch == "sm_90"
 
     @property
     def has_tanh(self) -> bool:
-        """Whether there is an instruction for tanh: NVIDIA's since sm_75."""
+        """Return whether there is an instruction for tanh: NVIDIA's since sm_75."""
         return self._compute_capability >= 75
 
     @property
     def has_tf32(self) -> bool:
-        """Whether MMA instructions multiply TF32: of AMD's, on the MI300 only."""
+        """Return whether MMA instructions multiply TF32: of AMD's, on the MI300 only."""
         return not self.is_amd or self.arch == "gfx942"
 
     @property

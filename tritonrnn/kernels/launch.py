@@ -24,6 +24,11 @@ from tritonrnn.layout import SequenceLayout
 MAX_SPINS = 200_000 if triton.knobs.runtime.interpret else 20_000_000
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
+# Triton before 3.7.1 leaves out the proxy fence between an async copy and the wgmma that reads what
+# it brought (https://github.com/triton-lang/triton/issues/10537). The resident plans' products read
+# nothing that was copied so; a stepwise product's tiles go through registers there.
+_LACKS_FENCES = tuple(map(int, triton.__version__.split(".")[:3])) < (3, 7, 1)
+
 _forced: str | None = None
 
 
@@ -224,7 +229,7 @@ def kernel_arguments(
         "reverse_groups": sum(1 << group for group, backwards in enumerate(reverse) if backwards),
         "C": _constants(problem, plan),
         "num_warps": plan.num_warps,
-        "num_stages": plan.num_stages,
+        "num_stages": 1 if plan.name == "stepwise" and _LACKS_FENCES else plan.num_stages,
     }
     if plan.name != "registers":
         strides = ("stride_m_group", "stride_m_row", "stride_m_column")

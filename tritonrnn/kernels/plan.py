@@ -49,24 +49,24 @@ class Problem:
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one element of the state."""
+        """Return the bytes of one element of the state."""
         return ITEM_BYTES[self.dtype]
 
     @property
     def arithmetic(self) -> str:
-        """What products are to be accurate to: ``16-bit``, ``tf32`` or ``fp32``."""
+        """Return what products are to be accurate to: ``16-bit``, ``tf32`` or ``fp32``."""
         if self.dtype != "fp32":
             return "16-bit"
         return "tf32" if self.tf32 else "fp32"
 
     @property
     def is_narrow(self) -> bool:
-        """Whether rows are so odd that each element is loaded from an address of its own."""
+        """Return whether rows are so odd that each element is loaded from an address of its own."""
         return self.H * self.item_bytes % 8 != 0
 
     @property
     def weight_tile_bytes(self) -> int:
-        """Bytes of W_hh as one tile."""
+        """Return the bytes of W_hh as one tile."""
         return power_of_two(self.H, at_least=16) ** 2 * self.item_bytes
 
 

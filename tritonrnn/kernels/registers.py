@@ -64,19 +64,19 @@ class RegistersConstants(Constants):
 
     @property
     def NUM_WARPS(self) -> int:
-        """Warps a program: four to the 64 rows of a product."""
+        """Return the warps of a program: four to the 64 rows of a product."""
         return self.BLOCK_H // 16
 
     @property
     def MMA(self) -> gl.NVMMADistributedLayout:
-        """Layout of products: a warp has 16 hidden units of all sequences."""
+        """Return the layout of products: a warp has 16 hidden units of all sequences."""
         return gl.NVMMADistributedLayout(
             [3, 0], [self.NUM_WARPS, 1], [16, self.BLOCK_B, 256 // self.ITEM_BITS]
         )
 
     @property
     def MEMORY(self) -> gl.BlockedLayout:
-        """Layout of whole rows: a thread has four neighbouring units of one sequence."""
+        """Return the layout of whole rows: a thread has four neighbouring units of one sequence."""
         lanes = min(32, self.BLOCK_H // 4)
         warps_a_row = self.BLOCK_H // (4 * lanes)
         return gl.BlockedLayout(

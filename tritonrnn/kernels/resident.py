@@ -71,12 +71,12 @@ class ResidentConstants(Constants):
 
     @property
     def NUM_TILES(self) -> int:
-        """Tiles of M."""
+        """Return the number of tiles of M."""
         return self.BLOCK_H // self.BLOCK_K
 
     @property
     def STRIDE_K(self) -> int:
-        """From one column of a tile of M to its next: :func:`split_k` deals units in turn."""
+        """Return the distance of a tile's columns in M, which :func:`split_k` deals in turn."""
         return self.NUM_TILES
 
 

@@ -10,18 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pytest
-import triton
-
 from tests.support.ptxsim.case import Case, Result
 from tests.support.ptxsim.mutations import Mutant
-
-# Between an async copy and a product that reads it: triton-lang/triton#10537.
-LACKS_FENCES = tuple(map(int, triton.__version__.split(".")[:3])) < (3, 7, 1)
-
-
-def _lacks_fence(fault: str) -> bool:
-    return fault.startswith("wgmma: read of a write without a fence")
 
 
 class Emulator:
@@ -49,8 +39,6 @@ class Emulator:
     def check(self, case: Case) -> Result:
         """Compile a case, emulate it, and fail unless it passes."""
         result = self.emulate(case)
-        if LACKS_FENCES and result.faults and all(map(_lacks_fence, result.faults)):
-            pytest.xfail("Triton had no fence there before 3.7.1")
         assert result.passed, result
         return result
 
