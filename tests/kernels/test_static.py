@@ -111,16 +111,21 @@ def overlaps(row: dict) -> None:
         wait = next(i for i, name in enumerate(rest) if name.startswith("WARPGROUP"))
         assert sorted(rest[:wait]) == sorted(aside)
         assert rest[wait + 1 :] == [*kept, "MEMBAR", "FENCE", "DEPBAR.LE SB0, 0x2", "BAR"]
-    # From an MMA instruction to the wait nothing else uses its four sums.
+    # From an MMA instruction to the wait nothing else uses its four sums, or writes to the four
+    # registers of M that it takes.
     sums: set[str] = set()
+    weights: set[str] = set()
     for line in 2 * row["step_sass"]:
-        product = re.search(r"HGMMA\S*\s+R(\d+),", line)
+        product = re.search(r"HGMMA\S*\s+R(\d+), R(\d+),", line)
+        written = re.search(r"\*/\s+(?:@!?U?P\w+\s+)?[A-Z]\S*\s+(R\d+)\b", line)
         if product:
             sums = {f"R{int(product[1]) + i}" for i in range(4)}
+            weights |= {f"R{int(product[2]) + i}" for i in range(4)}
         elif "DEPBAR.LE gsb0, 0x0" in line:
-            sums = set()
+            sums, weights = set(), set()
         else:
             assert not sums & set(re.findall(r"\bR\d+\b", line)), line
+            assert written is None or written[1] not in weights, line
 
 
 def reads_at_once(row: dict) -> None:
