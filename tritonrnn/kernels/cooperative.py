@@ -3,7 +3,8 @@
 The tile picture (``common.py`` has the formula and the names). A program's BLOCK_H rows of M stay
 in shared memory for the whole walk, in tiles of BLOCK_K columns. The state travels from step to
 step through ``a``, and a program waits until all programs of its CTA group, those that share its
-sequences, have stored the step before (``cta_barrier.py``):
+sequences, have stored the step before (``cta_barrier.py``). ▒ stays, ░ is read, ▓ is made in a
+step:
 
                     M [H, H]            s_{t-1} [H, B]            s_t [H, B]
                   BLOCK_K                 BLOCK_B
@@ -113,7 +114,8 @@ def cooperative_kernel(
 ):
     """Walk every step of every sequence of the batch blocks of a CTA group.
 
-    Arguments as ``common.Batch`` has them; m_ptr is [G, H, H] of any strides, in the dtype of a.
+    Arguments as ``common.Batch`` has them; m_ptr is [G, H, H] in the dtype of a, with offsets of 32
+    bits at most.
 
     counters_ptr    int32 [1 + INTERLEAVE * CTA groups, 32] of ones. The first word becomes 0 if a
                     wait was in vain; each other row begins with a counter, 128 bytes apart so that
@@ -206,6 +208,7 @@ def walk_step(step, batch, block, state, tiles, counter_ptr, target, max_spins, 
     # them, and the next step's are loaded.
     a = convert_layout_like(state.s, state.a, step, block)
     aux = convert_layout_like(state.s, state.aux, step, block)
+    # The first step is walked here, too, so a sequence may always begin.
     z, aux = prepare_step(step, a, aux, batch, block, C, True)
     row_2 = row_offset(step + 2, batch, block, C)
     next_a, next_aux = load_step(step + 1, state.next_row, batch, block)

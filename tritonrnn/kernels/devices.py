@@ -93,7 +93,8 @@ class Device:
         return moved_bytes / (1e3 * self.memory_gb_per_s)
 
 
-# One device of each architecture: A100, RTX 3090, RTX 4090, H100, B200, B300, RTX 5090, MI300X.
+# One device of each architecture: A100, RTX 3090, RTX 4090, H100 (whose rates are the defaults),
+# B200, B300, RTX 5090 and MI300X; and Triton's interpreter.
 DEVICES = {
     device.arch: device
     for device in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,15 +20,15 @@ from tritonrnn.kernels.resident import ResidentConstants, resident_kernel
 from tritonrnn.kernels.stepwise import StepwiseConstants, stepwise_kernel
 from tritonrnn.layout import SequenceLayout
 
-# Polls until a program gives up waiting: some ten seconds on a GPU, where a poll is a round trip to
-# L2 of half a microsecond or more, and as long in the interpreter, at 50 microseconds a poll.
+# Polls until a program gives up waiting: some seconds on a GPU, where a poll is a round trip to L2,
+# and as long in the interpreter, at 50 microseconds a poll.
 MAX_SPINS = 200_000 if triton.knobs.runtime.interpret else 20_000_000
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 # Triton before 3.7.1 leaves out the proxy fence between an async copy and the wgmma that reads what
-# it brought (https://github.com/triton-lang/triton/issues/10537). The resident plans' products read
-# nothing that was copied so; a stepwise product's tiles go through registers there.
-_LACKS_FENCES = tuple(map(int, triton.__version__.split(".")[:3])) < (3, 7, 1)
+# it brought (https://github.com/triton-lang/triton/issues/10537). No other plan's product reads
+# what was copied so; a stepwise product's tiles go through registers in these versions.
+_LACKS_FENCES = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) < (3, 7, 1)
 
 _forced: str | None = None
 
@@ -62,7 +63,7 @@ def recurrence(
     if a.numel() == 0:
         return
     if a.data_ptr() % 16 != 0:
-        # Kernels access memory by vectors. What the package allocates begins on one.
+        # Kernels access memory by vectors of 16 bytes. What the package allocates is aligned so.
         aligned = a.clone()
         recurrence(
             aligned, v_0, M, aux, layout, epilogue=epilogue, reverse=reverse, tf32=tf32, plan=plan
@@ -209,7 +210,7 @@ def kernel_arguments(
     assert G < 32
     # A matrix that fits multiprocessors may be a view into a larger one; the kernel counts the
     # distance between its elements in 32 bits there.
-    too_wide = (H - 1) * (abs(M.stride(1)) + abs(M.stride(2))) >= 2**31
+    too_wide = (H - 1) * (M.stride(1) + M.stride(2)) >= 2**31
     # Shared memory is read in wide pieces along rows only where elements have 16 bits: a transposed
     # M would be read element by element in every step. Registers take pairs along rows.
     along_rows = a.dtype == torch.float32 or plan.name == "registers"
@@ -266,4 +267,5 @@ def _constants(problem: Problem, plan: LaunchPlan) -> Constants:
             INTERLEAVE=plan.interleave,
             MAX_SPINS=MAX_SPINS,
         )
+    assert plan.name == "stepwise"
     return StepwiseConstants(**shared, BLOCK_K=plan.block_k)
