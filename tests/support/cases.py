@@ -132,17 +132,19 @@ class Case:
         }
         if self.layout == "unbatched":
             state = data.new_zeros(self.L * self.D, self.H) if hx is None else hx
-            return elman(data, state, weights, **options)
+            output, h_n = elman(data[:, None], state[:, None], weights, **options)
+            return output[:, 0], h_n[:, 0]
         if hx is None:
             hx = data.new_zeros(self.state_shape)
         flat = data.reshape(-1, self.I)
         output = flat.new_zeros(len(flat), self.D * self.H)
         last = []
         for b, own_rows in enumerate(self.rows):
-            sequence, state = elman(flat[own_rows], hx[:, b], weights, **options)
-            output = output.index_put((own_rows,), sequence)
+            # A batch of one: torch refuses to map forward AD over products with a vector.
+            sequence, state = elman(flat[own_rows, None], hx[:, b, None], weights, **options)
+            output = output.index_put((own_rows,), sequence[:, 0])
             last.append(state)
-        return output.reshape(*data.shape[:-1], self.D * self.H), torch.stack(last, dim=1)
+        return output.reshape(*data.shape[:-1], self.D * self.H), torch.cat(last, dim=1)
 
     @cached_property
     def rows(self) -> list[Tensor]:
