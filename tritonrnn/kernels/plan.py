@@ -307,8 +307,8 @@ PLANS: dict[str, Callable[[Problem, Device], LaunchPlan | None]] = {
 def _resident_block_b(problem: Problem, device: Device) -> int:
     # Never a function of B, which would compile a kernel for every few batch sizes. The epilogue is
     # a good part of a step, and its cost grows with the tile: so eight sequences, the fewest that
-    # an MMA takes. But 16 where AMD's takes no fewer of 16 bits, and where Triton chooses wgmma for no
-    # fewer, though the instruction takes 8.
+    # an MMA takes. But 16 where AMD's takes no fewer of 16 bits, and where Triton chooses wgmma for
+    # no fewer, though the instruction takes 8.
     wide = device.has_wgmma or device.is_amd or device.is_interpreter
     return 16 if wide and problem.dtype != "fp32" else 8
 
