@@ -149,7 +149,7 @@ def choose_now(
         gpu = devices.device_of(device)
         chosen = cost.choose_plan(problem, gpu)
         if isinstance(chosen, plan.LaunchPlan):
-            if asked == "triton" or chosen.name not in _NOT_BY_DEFAULT:
+            if asked == "triton" or plan.UNTRIED.get(chosen.name) != "torch":
                 return Choice("triton", chosen, "the kernels have a plan for it.")
             obstacle = f"the {chosen.name} plan has yet to be run on a GPU."
         elif asked == "triton" or ragged:
@@ -177,11 +177,6 @@ def recurrence_of(backend: str, device: torch.device, dtype: torch.dtype) -> Rec
 
 # https://github.com/pytorch/pytorch/issues/133751
 _MAX_STEPS_OF_CUDNN = 65535
-
-# Plans whose programs wait for each other. A fault in one can make the GPU unusable for the
-# process, so "auto" leaves their problems to torch until tests/kernels/test_cooperative_gpu.py has
-# passed on a GPU. (plan.UNTRIED lists plans for which another plan is taken.)
-_NOT_BY_DEFAULT = ("cooperative",)
 
 
 @functools.cache

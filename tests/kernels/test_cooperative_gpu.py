@@ -118,7 +118,7 @@ def test_cooperative_wait_in_vain_fails_the_next_synchronising_call():
         timeout=300,
     )
     assert "raised" in process.stdout, process.stderr
-    assert "waited in vain" in process.stderr
+    assert "gave up waiting" in process.stderr
 
 
 def test_cooperative_capture_and_replay():

@@ -23,10 +23,25 @@ PLANS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("T", range(1, 10))
 @pytest.mark.parametrize("layout", ["batch_major", "packed"])
-@pytest.mark.parametrize("plan", ["resident", "resident-loads", "registers", "cooperative"])
+@pytest.mark.parametrize(
+    "plan", ["resident", "resident-loads", "resident-sm_80", "registers", "cooperative"]
+)
 def test_any_number_of_steps(plan: str, layout: str, T: int, emulator: Emulator):
     """Fewer and more than are prefetched, or than a loop has in one iteration."""
     emulator.check(replace(PLANS[plan], T=T, B=9, G=2, layout=layout, epilogue="tanh_grad"))
+
+
+LARGE = [
+    Case("registers", arithmetic="fp16", H=252, T=4, B=5),
+    Case("registers", H=64, T=3, B=3, layout="packed", far=True),
+    Case("registers", H=24, T=3, B=9, G=5, layout="ragged", epilogue="relu_grad"),
+    Case("resident", H=256, T=4, B=5, G=2, layout="packed", epilogue="tanh_grad"),
+]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_largest_tiles_far_rows_and_many_groups(case: Case, emulator: Emulator):
+    emulator.check(case)
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -90,7 +90,7 @@ class Block(NamedTuple):
     num_steps   the largest of them: steps of the walk
     start_time  time step at which the walk of each sequence begins
     base        offset of each sequence from a time step's row, to the group's first hidden unit
-    tile        offset of each element of the tile from a time step's row
+    offs_tile   offset of each element of the tile from a time step's row
     mask_h      which hidden units exist
     v_0         v at each sequence's first step, or 0.0
     """
@@ -100,7 +100,7 @@ class Block(NamedTuple):
     num_steps: Any
     start_time: Any
     base: Any
-    tile: Any
+    offs_tile: Any
     mask_h: Any
     v_0: Any
 
@@ -148,7 +148,7 @@ def make_block(index, range_h, range_b, batch, C: tl.constexpr):
         num_steps=tl.max(lengths, axis=0),
         start_time=tl.where(is_reverse, lengths - 1, 0),
         base=base,
-        tile=base + offs_h[:, None],
+        offs_tile=base + offs_h[:, None],
         mask_h=mask_h,
         v_0=v_0,
     )
@@ -212,10 +212,10 @@ def tile_mask(step, block):
 def load_step(step, row, batch, block):
     """Load a and aux of a step to registers; a twice where there is no aux."""
     mask = tile_mask(step, block)
-    a = tl.load(batch.a_ptr + row + block.tile, mask=mask, other=0.0)
+    a = tl.load(batch.a_ptr + row + block.offs_tile, mask=mask, other=0.0)
     aux = a
     if batch.aux_ptr is not None:
-        aux = tl.load(batch.aux_ptr + row + block.tile, mask=mask, other=0.0)
+        aux = tl.load(batch.aux_ptr + row + block.offs_tile, mask=mask, other=0.0)
     return a, aux
 
 
@@ -286,7 +286,7 @@ def compute_state(step, z, aux, batch, block, C: tl.constexpr):
 @triton.jit
 def store_step(step, row, s, batch, block):
     """Overwrite a by the state of a step of the walk."""
-    tl.store(batch.a_ptr + row + block.tile, s, mask=block.mask_h & is_live(step, block))
+    tl.store(batch.a_ptr + row + block.offs_tile, s, mask=block.mask_h & is_live(step, block))
 
 
 @triton.jit

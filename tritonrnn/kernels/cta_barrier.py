@@ -41,7 +41,7 @@ def arrive(counter_ptr):
 def wait(counter_ptr, target, max_spins, C: tl.constexpr):
     """Return when the counter has reached target, or else after max_spins polls.
 
-    Returns max_spins for the next wait: the same, or 0 after a wait in vain.
+    Returns max_spins for the next wait: the same, or 0 after one that timed out.
     """
     spins = max_spins
     missing = target - poll(counter_ptr, C)

@@ -23,24 +23,24 @@ class Device:
         arch: ``sm_90``, ``gfx942``, ... or ``interpreter``.
         multiprocessors: streaming multiprocessors, or AMD's compute units.
         shared_bytes: shared memory (LDS) that one thread block may use.
-        warp_size: threads a warp.
-        threads: threads that a multiprocessor holds at once.
-        register_bytes: registers of a multiprocessor.
         clock_mhz: of the multiprocessors, boosted.
         flop_per_clock: of a multiprocessor, dense, by arithmetic: ``16-bit``, ``tf32`` and
             ``fp32``, with sums in fp32.
         memory_gb_per_s: of global memory.
+        warp_size: threads a warp.
+        threads: threads that a multiprocessor holds at once.
+        register_bytes: registers of a multiprocessor.
     """
 
     arch: str
     multiprocessors: int
     shared_bytes: int
+    clock_mhz: float
+    flop_per_clock: tuple[int, int, int]
+    memory_gb_per_s: float
     warp_size: int = 32
     threads: int = 2048
     register_bytes: int = 256 * KIB
-    clock_mhz: float = 1980
-    flop_per_clock: tuple[int, int, int] = (4096, 2048, 256)
-    memory_gb_per_s: float = 3350
 
     @property
     def is_interpreter(self) -> bool:
@@ -93,8 +93,8 @@ class Device:
         return moved_bytes / (1e3 * self.memory_gb_per_s)
 
 
-# One device of each architecture: A100, RTX 3090, RTX 4090, H100 (whose rates are the defaults),
-# B200, B300, RTX 5090 and MI300X; and Triton's interpreter.
+# One device of each architecture: A100, RTX 3090, RTX 4090, H100, B200, B300, RTX 5090 and MI300X;
+# and Triton's interpreter, with the limits of an H100.
 DEVICES = {
     device.arch: device
     for device in (
@@ -124,7 +124,14 @@ DEVICES = {
             flop_per_clock=(512, 256, 256),
             memory_gb_per_s=1008,
         ),
-        Device("sm_90", multiprocessors=132, shared_bytes=227 * KIB),
+        Device(
+            "sm_90",
+            multiprocessors=132,
+            shared_bytes=227 * KIB,
+            clock_mhz=1980,
+            flop_per_clock=(4096, 2048, 256),
+            memory_gb_per_s=3350,
+        ),
         Device(
             "sm_100",
             multiprocessors=148,
@@ -160,14 +167,18 @@ DEVICES = {
             flop_per_clock=(2048, 1024, 256),
             memory_gb_per_s=5300,
         ),
-        Device("interpreter", multiprocessors=1, shared_bytes=227 * KIB),
     )
 }
+DEVICES["interpreter"] = replace(DEVICES["sm_90"], arch="interpreter", multiprocessors=1)
 
 
 @functools.cache
 def device_of(device: torch.device) -> Device:
-    """Ask a device at hand. What torch can't tell of it is that of the published one next to it."""
+    """Return the device at hand.
+
+    What torch does not report is taken from a published one: of NVIDIA's from the one of the next
+    lower compute capability, of AMD's from the MI300X.
+    """
     if device.type == "cpu":
         return DEVICES["interpreter"]
     properties: Any = torch.cuda.get_device_properties(device)

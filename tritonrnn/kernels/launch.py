@@ -175,7 +175,7 @@ def check_barrier(counters: Tensor, plan: LaunchPlan) -> None:
     # On CUDA torch takes no text of more than 254 characters.
     torch._assert_async(
         counters[0, 0],
-        "tritonrnn: a program of a recurrence waited in vain for the others of its CTA group; the "
+        "tritonrnn: a program of a recurrence gave up waiting for the others of its CTA group; the "
         f"result is wrong. Launched: {plan.programs} programs of {plan.block_h} hidden units on "
         f"{plan.device.multiprocessors} multiprocessors ({plan.device.arch})",
     )

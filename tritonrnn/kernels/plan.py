@@ -22,10 +22,10 @@ MAX_INTERLEAVED_UNITS = 1280
 # Shared memory that the compiler takes for itself, at most: barriers, reductions.
 RESERVED_BYTES = 1024
 
-# Plans that are not chosen, but launched where they are forced, until their tests have passed on a
-# GPU (perf/GPU.md): the next plan takes their place. dispatch._NOT_BY_DEFAULT has those whose place
-# torch's own path takes.
-UNTRIED = ("registers",)
+# Plans whose tests have not passed on a GPU yet (perf/GPU.md), and what serves in their place: the
+# next plan, or torch's own path. The latter where programs wait for each other: a fault there can
+# make the GPU unusable for the process. Where a plan is forced, it is launched.
+UNTRIED = {"registers": "next plan", "cooperative": "torch"}
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ def rank_plans(problem: Problem, device: Device) -> Iterator[LaunchPlan]:
     """
     for name, plan_of in PLANS.items():
         # In the interpreter the cooperative plan is one program: the resident plan, but slower.
-        if name in UNTRIED or (device.is_interpreter and name == "cooperative"):
+        held_back = UNTRIED.get(name) == "next plan"
+        if held_back or (device.is_interpreter and name == "cooperative"):
             continue
         plan = plan_of(problem, device)
         if plan is not None:

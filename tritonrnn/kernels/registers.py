@@ -168,7 +168,7 @@ def registers_kernel(
     drive, aux = prepare_step_by_sum(0, a, aux, batch, block, C, True)
     s = gl.full([C.BLOCK_H, C.BLOCK_B], 0.0, dtype, C.MMA)
     share_state(s, shared.states[0], C)
-    state = PipelineState(
+    pipeline = PipelineState(
         drive=drive,
         aux=aux,
         s=s.to(gl.float32),
@@ -180,23 +180,25 @@ def registers_kernel(
     # the loop is not the kernel's end.
     for first in tl.range(0, block.num_steps + 1, NUM_STAGES, disable_licm=True):
         for i in gl.static_range(NUM_STAGES):
-            state = walk_step(first + i, i, state, m, shared, batch, block, in_rows, C)
+            pipeline = walk_step(first + i, i, pipeline, m, shared, batch, block, in_rows, C)
     # No copy may land in shared memory that is another program's by then.
     async_copy.wait_group(0)
 
 
 @gluon.jit
-def walk_step(step, STAGE: gl.constexpr, state, m, shared, batch, block, in_rows, C: gl.constexpr):
+def walk_step(
+    step, STAGE: gl.constexpr, pipeline, m, shared, batch, block, in_rows, C: gl.constexpr
+):
     """Walk one step, which is prefetched to stage STAGE. Return the next pipeline state.
 
     block, in_rows  the program's tile in the product's layout, and in that of whole rows
     """
     MAY_BEGIN: gl.constexpr = batch.row_map_ptr is not None
     previous, current = shared.states[STAGE % 2], shared.states[(STAGE + 1) % 2]
-    product = begin_product(m, previous, state.drive)
+    product = begin_product(m, previous, pipeline.drive)
     # From here on, beside the product. The first step has none before it to store.
-    store_state(step - 1, state.previous_row, state.s, previous, batch, block, in_rows, C)
-    prefetch_step(step + NUM_STAGES, state.prefetch_row, shared, STAGE, batch, in_rows)
+    store_state(step - 1, pipeline.previous_row, pipeline.s, previous, batch, block, in_rows, C)
+    prefetch_step(step + NUM_STAGES, pipeline.prefetch_row, shared, STAGE, batch, in_rows)
     row = row_offset(step, batch, in_rows, C)
     next_row = row_offset(step + NUM_STAGES + 1, batch, in_rows, C)
     next_a = shared.a[(STAGE + 1) % NUM_STAGES].load(C.MMA)
@@ -207,7 +209,7 @@ def walk_step(step, STAGE: gl.constexpr, state, m, shared, batch, block, in_rows
     # From here on, on the chain of dependent latencies again.
     z = warpgroup_mma_wait(0, deps=[product])
     z = zero_padding(z, block, C)
-    s = compute_state(step, z, state.aux, batch, block, C)
+    s = compute_state(step, z, pipeline.aux, batch, block, C)
     share_state(s, current, C)
     if C.ITEM_BITS == 16:
         # It is stored from shared memory. Any fp32 tile of this type keeps the pipeline state's.
@@ -240,9 +242,11 @@ def share_state(s, tile, C: gl.constexpr):
 def prefetch_step(step, row, shared, STAGE: gl.constexpr, batch, in_rows):
     """Issue the async copies of a step to its stage, one commit group."""
     mask = tile_mask(step, in_rows)
-    async_copy.async_copy_global_to_shared(shared.a[STAGE], batch.a_ptr + row + in_rows.tile, mask)
+    async_copy.async_copy_global_to_shared(
+        shared.a[STAGE], batch.a_ptr + row + in_rows.offs_tile, mask
+    )
     if batch.aux_ptr is not None:
-        aux_ptrs = batch.aux_ptr + row + in_rows.tile
+        aux_ptrs = batch.aux_ptr + row + in_rows.offs_tile
         async_copy.async_copy_global_to_shared(shared.aux[STAGE], aux_ptrs, mask)
     async_copy.commit_group()
 
@@ -252,10 +256,10 @@ def store_state(step, row, s, tile, batch, block, in_rows, C: gl.constexpr):
     """Overwrite a by the state of a step, if the walk has that step."""
     if C.ITEM_BITS == 32:
         # From registers: eight elements of a sequence are a whole sector of memory.
-        tl.store(batch.a_ptr + row + block.tile, s, mask=tile_mask(step, block))
+        tl.store(batch.a_ptr + row + block.offs_tile, s, mask=tile_mask(step, block))
     else:
         s = tile.load(C.MEMORY)
-        tl.store(batch.a_ptr + row + in_rows.tile, s, mask=tile_mask(step, in_rows))
+        tl.store(batch.a_ptr + row + in_rows.offs_tile, s, mask=tile_mask(step, in_rows))
 
 
 @gluon.jit

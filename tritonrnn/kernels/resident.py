@@ -180,7 +180,7 @@ def walk_sync_loads(batch, block, tiles, C: tl.constexpr):
     drive, aux = load_and_prepare_step(0, row, batch, block, C)
     a_1, aux_1 = load_step(1, row_1, batch, block)
     a_2, aux_2 = load_step(2, row_2, batch, block)
-    s = tl.zeros(block.tile.shape, batch.a_ptr.dtype.element_ty)
+    s = tl.zeros(block.offs_tile.shape, batch.a_ptr.dtype.element_ty)
     for step in tl.range(0, block.num_steps, num_stages=1):
         row_4 = row_offset(step + 4, batch, block, C)
         a_3, aux_3 = load_step(step + 3, row_3, batch, block)
