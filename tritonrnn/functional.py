@@ -64,7 +64,11 @@ def rnn(
             ``batch_first``, or ``(T,)`` if unbatched. A marked step starts from a state of 0
             instead of the step before; step 0 starts from 0 instead of ``hx``. The second
             direction comes from the other side, so that the step before a marked one starts from
-            0. It is read on the host: a call waits for a ``reset`` that is on a GPU.
+            0. It is read on the host: a call waits for a ``reset`` that is on a GPU, as it does for
+            the offsets of a nested input.
+
+    What describes the sequences, ``lengths``, ``reset``, ``batch_sizes`` and offsets, is taken at
+    the call: its memory may be written to before the backward pass.
 
     Returns:
         ``output``, the last layer's state at every step, shaped as the input with D * H features

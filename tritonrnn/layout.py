@@ -32,7 +32,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from tritonrnn.memo import Memo
+from tritonrnn.memo import derive_once
 
 # An index of rows of a matrix: a slice where possible, because a slice makes a view.
 Rows: TypeAlias = slice | Tensor
@@ -88,12 +88,12 @@ class SequenceLayout:
 
     @classmethod
     def of_packed(cls, batch_sizes: Tensor, num_rows: int) -> SequenceLayout:
-        """Return :meth:`packed` of a tensor, the same one while the tensor lives unchanged.
+        """Return :meth:`packed` of a tensor, the same one for one copy of :func:`memo.take`.
 
         So all layers and both passes of a call share what is derived from it.
         """
-        return _packed.get(
-            [batch_sizes], num_rows, lambda: cls.packed(batch_sizes.tolist(), num_rows)
+        return derive_once(
+            [batch_sizes], num_rows, lambda sizes: cls.packed(sizes.tolist(), num_rows)
         )
 
     @cached_property
@@ -259,9 +259,6 @@ class PackedForm(NamedTuple):
     rows: Tensor
     order: Tensor
     layout: SequenceLayout
-
-
-_packed: Memo[SequenceLayout] = Memo()
 
 
 def abridged(values: Sequence[int]) -> str:

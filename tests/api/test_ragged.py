@@ -23,6 +23,8 @@ pytestmark = [
     # modules of its own that warn.
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    # Its compiler looks at that of nested tensors.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -269,14 +271,68 @@ def test_lengths_and_reset_may_change_from_call_to_call():
         assert torch.equal(got[1], expected[1])
 
 
-@pytest.mark.parametrize("name", ["lengths", "reset"])
-def test_change_between_forward_and_backward_is_noticed(name):
-    case = Ragged("unsorted", reset=True)
-    given = case.arguments()
-    output, _ = case.module()(*case.tensors(), **given)
-    given[name].zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        output.sum().backward()
+def described_by(name: str, given: Tensor) -> tuple[object, dict[str, Tensor]]:
+    """An input whose sequences a tensor describes, and the arguments beside it."""
+    data = torch.randn(9, I, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    if name == "batch_sizes":
+        return nn.utils.rnn.PackedSequence(data, given), {}
+    if name == "offsets":
+        return torch.nested.nested_tensor_from_jagged(data, offsets=given), {}
+    return data.view(3, 3, I), {name: given}
+
+
+DESCRIPTIONS = {
+    "lengths": (3, 1, 2),
+    "reset": ((True, False, False), (False, True, False), (False, False, True)),
+    "batch_sizes": (4, 3, 2),
+    "offsets": (0, 4, 7, 9),
+}
+
+
+def differentiated(run, module, input, given):
+    """Run, and return the gradient of the weights as a function to be called later."""
+    output, h_n = run(input, **given)
+    output = output.data if isinstance(output, nn.utils.rnn.PackedSequence) else output
+    loss = (output.values() if output.is_nested else output).sin().abs().sum() + h_n.abs().sum()
+    return lambda **options: torch.autograd.grad(loss, list(module.parameters()), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        (name, path)
+        for name in DESCRIPTIONS
+        for path in ("in-place", "composite", "twice", "triton", "compiled")
+        # torch makes no jagged tensors of complex numbers that are differentiated.
+        if (name, path) != ("offsets", "composite")
+    ],
+)
+def test_what_describes_the_sequences_is_taken_at_the_call(name, path):
+    """Whoever owns its memory may write to it before the backward pass, by torch or by NumPy."""
+    torch._dynamo.reset()
+    dtype = {"composite": torch.complex128, "triton": torch.float32}.get(path, torch.float64)
+    module = tritonrnn.RNN(I, 4, 2, bidirectional=True, dtype=dtype)
+    run = module
+    if path == "compiled":
+        run = torch.compile(module, backend="aot_eager", fullgraph=True)
+
+    def gradients(change):
+        given = torch.tensor(DESCRIPTIONS[name])
+        input, arguments = described_by(name, given)
+        input = input.to(dtype)
+        with tritonrnn.backend("triton" if path == "triton" else "torch"):
+            backward = differentiated(run, module, input, arguments)
+        change(given)
+        return backward(create_graph=path == "twice")
+
+    def by_numpy(given):
+        given.numpy()[:] = 1
+
+    expected = gradients(lambda given: None)
+    for change in (by_numpy, Tensor.zero_):
+        for got, want in zip(gradients(change), expected):
+            assert torch.equal(got, want)
+    torch._dynamo.reset()
 
 
 def test_ragged_tensors_of_inference_mode_serve_training():
