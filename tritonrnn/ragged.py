@@ -75,7 +75,7 @@ class RaggedLayout(SequenceLayout):
             ValueError: ``lengths`` on the CPU has a value outside 0 to T.
         """
         if lengths is None:
-            lengths = torch.full((B,), T)
+            lengths = torch.full((B,), T, device="cpu")
         lengths = lengths.detach().to(torch.int64, copy=True)
         longest = T
         if lengths.device.type == "cpu":
@@ -233,13 +233,15 @@ class RaggedLayout(SequenceLayout):
         order = order.flip(0)
         T = int(ascending[-1]) if self.B else 0
         # The sequences that are longer than t have a token at t.
-        batch_sizes = self.B - torch.searchsorted(ascending, torch.arange(T), right=True)
+        t = torch.arange(T, device="cpu")
+        batch_sizes = self.B - torch.searchsorted(ascending, t, right=True)
         order = order[: int(batch_sizes[0]) if T else 0].to(device)
         layout = SequenceLayout(
             T, len(order), int(batch_sizes.sum()), batch_sizes=tuple(batch_sizes.tolist())
         )
-        rank = torch.arange(layout.N) - layout.time_base.repeat_interleave(batch_sizes)
-        t = torch.arange(T).repeat_interleave(batch_sizes)
+        row = torch.arange(layout.N, device="cpu")
+        rank = row - layout.time_base.repeat_interleave(batch_sizes)
+        t = t.repeat_interleave(batch_sizes)
         rows = self.batch_base[order[rank.to(device)]] + t.to(device) * self.stride
         return PackedForm(rows, order, layout)
 

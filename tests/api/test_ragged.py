@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -297,16 +298,14 @@ def differentiated(run, module, input, given):
     return lambda **options: torch.autograd.grad(loss, list(module.parameters()), **options)
 
 
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [
-        (name, path)
-        for name in DESCRIPTIONS
-        for path in ("in-place", "composite", "twice", "triton", "compiled")
-        # torch makes no jagged tensors of complex numbers that are differentiated.
-        if (name, path) != ("offsets", "composite")
-    ],
-)
+def on_each(*paths: str) -> pytest.MarkDecorator:
+    # torch differentiates no jagged tensor of complex numbers, nor by torch.func.
+    pairs = [(name, path) for name in DESCRIPTIONS for path in paths]
+    pairs = [pair for pair in pairs if pair != ("offsets", "composite")]
+    return pytest.mark.parametrize(("name", "path"), pairs)
+
+
+@on_each("in-place", "composite", "twice", "triton", "compiled")
 def test_what_describes_the_sequences_is_taken_at_the_call(name, path):
     """Whoever owns its memory may write to it before the backward pass, by torch or by NumPy."""
     torch._dynamo.reset()
@@ -333,6 +332,64 @@ def test_what_describes_the_sequences_is_taken_at_the_call(name, path):
         for got, want in zip(gradients(change), expected):
             assert torch.equal(got, want)
     torch._dynamo.reset()
+
+
+@on_each("in-place", "composite", "triton")
+def test_default_device_does_not_matter(name, path):
+    """What is made inside lies where the input is, or on the CPU."""
+    module = tritonrnn.RNN(I, 4, 2, bidirectional=True)
+    weights = {name: weight.detach() for name, weight in module.named_parameters()}
+
+    def gradients(input, arguments):
+        def loss(weights):
+            output, h_n = torch.func.functional_call(module, weights, (input,), arguments)
+            output = output.data if name == "batch_sizes" else output
+            return (output.values() if output.is_nested else output).sum() + h_n.sum()
+
+        with tritonrnn.backend("triton" if path == "triton" else "torch"):
+            if path == "composite":
+                return list(torch.func.grad(loss)(weights).values())
+            return list(torch.autograd.grad(loss({}), list(module.parameters())))
+
+    # Apart, so that nothing is left from the call before.
+    (input, arguments), again = (
+        described_by(name, torch.tensor(DESCRIPTIONS[name])) for _ in range(2)
+    )
+    expected = gradients(input.to(torch.float32), arguments)
+    input, arguments = again[0].to(torch.float32), again[1]
+    # As good as "cuda", and at hand.
+    with torch.device("meta"):
+        got = gradients(input, arguments)
+    torch.testing.assert_close(got, expected)
+
+
+# torch makes no nested tensor of tensors on two devices.
+@pytest.mark.parametrize("name", ["lengths", "reset", "batch_sizes"])
+@pytest.mark.parametrize("hx", [False, True], ids=["nohx", "hx"])
+def test_inputs_without_values_have_results_of_the_right_shape(name, hx):
+    """On the meta device, beside sizes that have values."""
+    module = tritonrnn.RNN(I, 4, 2, bidirectional=True, device="meta")
+    input, arguments = described_by(name, torch.tensor(DESCRIPTIONS[name]))
+    B = 4 if name == "batch_sizes" else 3
+    state = torch.zeros(4, B, 4, device="meta") if hx else None
+    if name == "batch_sizes":
+        input = input._replace(data=input.data.to("meta", torch.float32))
+    else:
+        input = input.to("meta", torch.float32)
+    output, h_n = module(input, state, **arguments)
+    output = output.data if name == "batch_sizes" else output
+    assert output.shape == ((9, 8) if name == "batch_sizes" else (3, 3, 8))
+    assert h_n.shape == (4, B, 4)
+    (output.sum() + h_n.sum()).backward()
+    assert all(weight.grad.is_meta for weight in module.parameters())
+
+
+def test_lengths_and_reset_may_be_fake():
+    """A tracer of one's own has no values."""
+    with FakeTensorMode():
+        lengths, reset = torch.tensor([3, 1]), torch.zeros(5, 2, dtype=torch.bool)
+        output, h_n = tritonrnn.RNN(I, 4)(torch.ones(5, 2, I), lengths=lengths, reset=reset)
+    assert (output.shape, h_n.shape) == ((5, 2, 4), (1, 2, 4))
 
 
 def test_ragged_tensors_of_inference_mode_serve_training():
