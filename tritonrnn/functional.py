@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -14,6 +15,40 @@ from tritonrnn.nested import like_jagged
 from tritonrnn.paths import aten
 from tritonrnn.paths.composite import elman_composite
 from tritonrnn.validation import Call, check, compute_dtype
+
+
+@overload
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = True,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def rnn(
+    input: PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = True,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[PackedSequence, Tensor]: ...
 
 
 def rnn(
@@ -172,7 +207,6 @@ def _step(
     weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
     hx = None if hx is None else hx.unsqueeze(0)
     output, _ = rnn(input.unsqueeze(0), hx, weights, nonlinearity=nonlinearity)
-    assert isinstance(output, Tensor)
     return output.squeeze(0)
 
 
