@@ -228,6 +228,60 @@ def test_subclass_may_add_to_forward():
     assert torch.equal(module(x)[0], 2 * plain(x)[0])
 
 
+class Noting(nn.Module):
+    """A mixin behind the RNN in the order of methods, as Pyro's is."""
+
+    def __setattr__(self, name, value):
+        noted.append(("set", name))
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state):
+        noted.append(("restored", None))
+        super().__setstate__(state)
+
+    def _replicate_for_data_parallel(self):
+        noted.append(("replicated", None))
+        return super()._replicate_for_data_parallel()
+
+
+noted = []
+
+
+class TheirsNoting(nn.RNN, Noting):
+    pass
+
+
+class OursNoting(tritonrnn.RNN, Noting):
+    pass
+
+
+@pytest.mark.parametrize("convert", [False, True], ids=["ours", "converted"])
+def test_methods_of_a_mixin_are_called_as_in_torch(convert):
+    results = []
+    for theirs in (True, False):
+        module = TheirsNoting(3, 5) if theirs or convert else OursNoting(3, 5)
+        if not theirs:
+            tritonrnn.convert(module)
+            assert tritonrnn.explain(module, torch.ones(4, 2, 3)).backend == "torch"
+        noted.clear()
+        module.watched = 1
+        module.weight_hh_l0 = nn.Parameter(torch.zeros(5, 5))
+        copy.deepcopy(module)
+        replica = module._replicate_for_data_parallel()
+        assert not replica._parameters
+        # How often each keeps its own books is its own matter.
+        results.append([note for note in noted if not str(note[1]).startswith("_")])
+    assert results[0] == results[1]
+    assert ("set", "watched") in results[1]
+
+
+def test_subclass_may_use_any_name_but_torchs():
+    """Ours has no attribute that torch's has not."""
+    theirs, ours = nn.RNN(3, 5), tritonrnn.RNN(3, 5)
+    assert set(dir(ours)) <= set(dir(theirs))
+    assert set(dir(tritonrnn.RNNCell(3, 5))) <= set(dir(nn.RNNCell(3, 5)))
+
+
 BAD_CONSTRUCTIONS = [
     ("RNN", (3, 5, 1, "sigmoid"), {}),
     ("RNN", (3, 5), {"nonlinearity": "TANH"}),

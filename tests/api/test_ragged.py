@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -23,6 +24,8 @@ pytestmark = [
     # modules of its own that warn.
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    # Its compiler looks at that of nested tensors.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -270,14 +273,124 @@ def test_lengths_and_reset_may_change_from_call_to_call():
         assert torch.equal(got[1], expected[1])
 
 
-@pytest.mark.parametrize("name", ["lengths", "reset"])
-def test_change_between_forward_and_backward_is_noticed(name):
-    case = Ragged("unsorted", reset=True)
-    given = case.arguments()
-    output, _ = case.module()(*case.tensors(), **given)
-    given[name].zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        output.sum().backward()
+def described_by(name: str, given: Tensor) -> tuple[object, dict[str, Tensor]]:
+    """An input whose sequences a tensor describes, and the arguments beside it."""
+    data = torch.randn(9, I, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    if name == "batch_sizes":
+        return nn.utils.rnn.PackedSequence(data, given), {}
+    if name == "offsets":
+        return torch.nested.nested_tensor_from_jagged(data, offsets=given), {}
+    return data.view(3, 3, I), {name: given}
+
+
+DESCRIPTIONS = {
+    "lengths": (3, 1, 2),
+    "reset": ((True, False, False), (False, True, False), (False, False, True)),
+    "batch_sizes": (4, 3, 2),
+    "offsets": (0, 4, 7, 9),
+}
+
+
+def differentiated(run, module, input, given):
+    """Run, and return the gradient of the weights as a function to be called later."""
+    output, h_n = run(input, **given)
+    output = output.data if isinstance(output, nn.utils.rnn.PackedSequence) else output
+    loss = (output.values() if output.is_nested else output).sin().abs().sum() + h_n.abs().sum()
+    return lambda **options: torch.autograd.grad(loss, list(module.parameters()), **options)
+
+
+def on_each(*paths: str) -> pytest.MarkDecorator:
+    # torch differentiates no jagged tensor of complex numbers, nor by torch.func.
+    pairs = [(name, path) for name in DESCRIPTIONS for path in paths]
+    pairs = [pair for pair in pairs if pair != ("offsets", "composite")]
+    return pytest.mark.parametrize(("name", "path"), pairs)
+
+
+@on_each("in-place", "composite", "twice", "triton", "compiled")
+def test_what_describes_the_sequences_is_taken_at_the_call(name, path):
+    """Whoever owns its memory may write to it before the backward pass, by torch or by NumPy."""
+    torch._dynamo.reset()
+    dtype = {"composite": torch.complex128, "triton": torch.float32}.get(path, torch.float64)
+    module = tritonrnn.RNN(I, 4, 2, bidirectional=True, dtype=dtype)
+    run = module
+    if path == "compiled":
+        run = torch.compile(module, backend="aot_eager", fullgraph=True)
+
+    def gradients(change):
+        given = torch.tensor(DESCRIPTIONS[name])
+        input, arguments = described_by(name, given)
+        input = input.to(dtype)
+        with tritonrnn.backend("triton" if path == "triton" else "torch"):
+            backward = differentiated(run, module, input, arguments)
+        change(given)
+        return backward(create_graph=path == "twice")
+
+    def by_numpy(given):
+        given.numpy()[:] = 1
+
+    expected = gradients(lambda given: None)
+    for change in (by_numpy, Tensor.zero_):
+        for got, want in zip(gradients(change), expected):
+            assert torch.equal(got, want)
+    torch._dynamo.reset()
+
+
+@on_each("in-place", "composite", "triton")
+def test_default_device_does_not_matter(name, path):
+    """What is made inside lies where the input is, or on the CPU."""
+    module = tritonrnn.RNN(I, 4, 2, bidirectional=True)
+    weights = {name: weight.detach() for name, weight in module.named_parameters()}
+
+    def gradients(input, arguments):
+        def loss(weights):
+            output, h_n = torch.func.functional_call(module, weights, (input,), arguments)
+            output = output.data if name == "batch_sizes" else output
+            return (output.values() if output.is_nested else output).sum() + h_n.sum()
+
+        with tritonrnn.backend("triton" if path == "triton" else "torch"):
+            if path == "composite":
+                return list(torch.func.grad(loss)(weights).values())
+            return list(torch.autograd.grad(loss({}), list(module.parameters())))
+
+    # Apart, so that nothing is left from the call before.
+    (input, arguments), again = (
+        described_by(name, torch.tensor(DESCRIPTIONS[name])) for _ in range(2)
+    )
+    expected = gradients(input.to(torch.float32), arguments)
+    input, arguments = again[0].to(torch.float32), again[1]
+    # As good as "cuda", and at hand.
+    with torch.device("meta"):
+        got = gradients(input, arguments)
+    torch.testing.assert_close(got, expected)
+
+
+# torch makes no nested tensor of tensors on two devices.
+@pytest.mark.parametrize("name", ["lengths", "reset", "batch_sizes"])
+@pytest.mark.parametrize("hx", [False, True], ids=["nohx", "hx"])
+def test_inputs_without_values_have_results_of_the_right_shape(name, hx):
+    """On the meta device, beside sizes that have values."""
+    module = tritonrnn.RNN(I, 4, 2, bidirectional=True, device="meta")
+    input, arguments = described_by(name, torch.tensor(DESCRIPTIONS[name]))
+    B = 4 if name == "batch_sizes" else 3
+    state = torch.zeros(4, B, 4, device="meta") if hx else None
+    if name == "batch_sizes":
+        input = input._replace(data=input.data.to("meta", torch.float32))
+    else:
+        input = input.to("meta", torch.float32)
+    output, h_n = module(input, state, **arguments)
+    output = output.data if name == "batch_sizes" else output
+    assert output.shape == ((9, 8) if name == "batch_sizes" else (3, 3, 8))
+    assert h_n.shape == (4, B, 4)
+    (output.sum() + h_n.sum()).backward()
+    assert all(weight.grad.is_meta for weight in module.parameters())
+
+
+def test_lengths_and_reset_may_be_fake():
+    """A tracer of one's own has no values."""
+    with FakeTensorMode():
+        lengths, reset = torch.tensor([3, 1]), torch.zeros(5, 2, dtype=torch.bool)
+        output, h_n = tritonrnn.RNN(I, 4)(torch.ones(5, 2, I), lengths=lengths, reset=reset)
+    assert (output.shape, h_n.shape) == ((5, 2, 4), (1, 2, 4))
 
 
 def test_ragged_tensors_of_inference_mode_serve_training():

@@ -210,3 +210,24 @@ def test_tensors_on_a_device_that_is_not_the_current_one(case):
         output, _ = case.module(tritonrnn.RNN)(case.input(case.tensors()[0]))
         assert plain(output).device == torch.device("cuda:1")
         assert torch.cuda.current_device() == 0
+
+
+def test_lengths_are_read_anew_by_each_call_and_each_replay():
+    case = THROUGH_KERNELS[0]
+    module = case.module(tritonrnn.RNN)
+    data, hx = (tensor.detach() for tensor in case.tensors())
+    lengths = torch.full((case.B,), case.T, device="cuda")
+
+    def compute(lengths: Tensor) -> list[Tensor]:
+        output, h_n = module(data, hx, lengths=lengths)
+        return [output, h_n, *torch.autograd.grad(output.sum() + h_n.sum(), module.parameters())]
+
+    compute(lengths)
+    # Torch does not count what is done through .data as a change.
+    lengths.data.fill_(3)
+    torch.testing.assert_close(compute(lengths), compute(lengths.clone()))
+    graph, replayed = capture(lambda: compute(lengths))
+    for length in (1, 7):
+        lengths.data.fill_(length)
+        graph.replay()
+        torch.testing.assert_close(replayed, compute(lengths.clone()))
