@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from tritonrnn.layer import Recurrence
-from tritonrnn.paths import inplace
+from tritonrnn.paths import inplace, onnx
 from tritonrnn.paths.composite import why_composite
 from tritonrnn.precision import rounds_to_tf32
 
@@ -119,6 +119,13 @@ def choose(
     composite = why_composite(dtype)
     if composite:
         return Choice("torch", "composite", composite)
+    if torch.jit.is_tracing() and onnx.is_exporting():
+        if ragged:
+            raise RuntimeError(
+                "torch.onnx.export(dynamo=False) takes no lengths=, no reset= and no nested input: "
+                "with dynamo=True it takes lengths="
+            )
+        return Choice("torch", "aten", "torch.onnx.export(dynamo=False) knows torch's RNN only.")
     return Choice("auto", "in-place", "a compiled program chooses each time that it runs.")
 
 

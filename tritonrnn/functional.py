@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import overload
 
 import torch
-import torch.fx
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from tritonrnn import ops
 from tritonrnn.dispatch import choose
 from tritonrnn.nested import like_jagged
-from tritonrnn.paths import aten
+from tritonrnn.paths import aten, onnx
 from tritonrnn.paths.composite import elman_composite
 from tritonrnn.validation import Call, check, compute_dtype
 
@@ -52,7 +52,6 @@ def rnn(
 ) -> tuple[PackedSequence, Tensor]: ...
 
 
-@torch.fx.wrap
 def rnn(
     input: Tensor | PackedSequence,
     hx: Tensor | None,
@@ -125,6 +124,18 @@ def rnn(
             ``torch.func.vmap`` maps over ``lengths`` or ``reset``; or the back end that was asked
             for (see :func:`tritonrnn.backend`) can't serve the call.
     """
+    if isinstance(input, Proxy):
+        settings = {
+            "nonlinearity": nonlinearity,
+            "num_layers": num_layers,
+            "bidirectional": bidirectional,
+            "batch_first": batch_first,
+            "dropout": dropout,
+            "training": training,
+            "lengths": lengths,
+            "reset": reset,
+        }
+        return input.tracer.create_proxy("call_function", rnn, (input, hx, weights), settings)
     call = check(
         input,
         hx,
@@ -151,7 +162,6 @@ def rnn(
     return data, h_n
 
 
-@torch.fx.wrap
 def rnn_cell(
     input: Tensor,
     hx: Tensor | None,
@@ -179,6 +189,9 @@ def rnn_cell(
         ValueError: ``input`` or ``hx`` is neither 1-D nor 2-D.
         RuntimeError: sizes, dtypes or devices disagree, or ``nonlinearity`` is unknown.
     """
+    if isinstance(input, Proxy):
+        given, settings = (input, hx, w_ih, w_hh, b_ih, b_hh), {"nonlinearity": nonlinearity}
+        return input.tracer.create_proxy("call_function", rnn_cell, given, settings)
     if input.dim() not in (1, 2):
         raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
     if hx is not None and hx.dim() not in (1, 2):
@@ -268,6 +281,12 @@ def _run_layer(
     sources = data, h_0, weights, call.seq_metadata, call.reset
     if call.choice.plan == "composite":
         return elman_composite(*sources, *settings)
+    if call.choice.backend == "auto" and onnx.is_exporting():
+        if onnx.serves(call.dtype, call.layout, call.reset):
+            return onnx.forward(data, h_0, weights, call.seq_metadata, *settings)
+        if call.seq_metadata is None and call.reset is None:
+            # In another dtype, as torch.nn.RNN is exported: step by step.
+            return aten.forward(data, h_0, [weights], None, *settings)
     return ops.elman(*sources, *settings, call.choice.backend)
 
 

@@ -1,17 +1,19 @@
-"""Export to ONNX: a layer becomes ONNX's standard RNN operator. Needs ``tritonrnn[onnx]``.
+"""Translate exported programs to ONNX: a layer becomes ONNX's RNN operator.
 
-``import tritonrnn`` alone loads neither this module nor onnxscript. Import it by name::
+Needs ``tritonrnn[onnx]``. ``import tritonrnn`` alone loads neither this module nor onnxscript.
+Import it by name::
 
     import tritonrnn.onnx
 
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: "steps", 1: "batch"},))
     torch.onnx.export(
-        model,
-        (x,),
-        "model.onnx",
+        program,
+        f="model.onnx",
         dynamo=True,
-        dynamic_shapes=({0: "steps", 1: "batch"},),
         custom_translation_table=tritonrnn.onnx.translation_table(),
     )
+
+A model itself is exported without the table: ``torch.onnx.export(model, (x,), "model.onnx")``.
 """
 
 from __future__ import annotations

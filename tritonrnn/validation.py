@@ -254,6 +254,11 @@ def _check_data(data: Tensor, layers: Sequence[Sequence[Tensor]], dim: int) -> N
 
 
 def _check_batch_sizes(batch_sizes: Tensor) -> None:
+    if batch_sizes.dtype.is_floating_point and torch.compiler.is_compiling():
+        raise RuntimeError(
+            "torch can't trace pack_padded_sequence. Call the RNN on the padded batch instead, "
+            "with lengths=, or pack outside of the model that is exported"
+        )
     if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
         raise RuntimeError(
             "Expected batch_sizes of a PackedSequence to be 1-D and of dtype torch.int64, got "

@@ -106,6 +106,22 @@ def test_lowered_program_of_static_length_is_unrolled(case):
     assert_agrees(case, lowered, model)
 
 
+def test_packing_inside_the_model_points_to_lengths():
+    class Packs(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = tritonrnn.RNN(3, 4)
+
+        def forward(self, x, lengths):
+            packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
+            return self.rnn(packed)[1], self.rnn(x, lengths=lengths)[1]
+
+    arguments = torch.randn(5, 3, 3), torch.tensor([5, 3, 2])
+    torch.testing.assert_close(*Packs()(*arguments))
+    with pytest.raises(RuntimeError, match=r"pack_padded_sequence.* lengths="):
+        torch.export.export(Packs(), arguments, strict=False)
+
+
 @pytest.fixture(scope="module")
 def table():
     return tritonrnn.export.decompositions()

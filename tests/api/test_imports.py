@@ -23,7 +23,7 @@ LEVELS = [
     {"ops"},
     {"dispatch", "flops"},
     {"paths.aten"},
-    {"paths.composite"},
+    {"paths.composite", "paths.onnx"},
     {"layer"},
     {"paths.inplace"},
     {"paths.__init__"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ import tritonrnn
 from tests.support.cases import Case
 from tests.support.exported import Model, arguments_of, dynamic_shapes_of
 
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 translation = pytest.importorskip("tritonrnn.onnx")
 
@@ -21,6 +23,9 @@ pytestmark = [
     # torch's exporter and onnxscript use what torch and Python deprecate.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:# The axis name"),
+    # Checks of sizes are not traced. torch.nn's modules warn of that as well.
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size other than 1"),
 ]
 
 CASES = [
@@ -36,15 +41,21 @@ CASES = [
 OLDEST_OPSET = 18
 
 
-def exported(case: Case, model: nn.Module):
+def exported(case: Case, model: nn.Module, table: bool = False, **options):
+    """By the plain call, or with the table, as a program that was exported before needs it."""
+    options["opset_version"] = OLDEST_OPSET if case.layout == "packed" else None
+    arguments, shapes = arguments_of(case), dynamic_shapes_of(case)
+    if table:
+        model = torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
+        options["custom_translation_table"] = translation.translation_table()
+        shapes = None
     return torch.onnx.export(
-        model.eval(),
-        arguments_of(case),
+        model if table else model.eval(),
+        () if table else arguments,
         dynamo=True,
         verbose=False,
-        dynamic_shapes=dynamic_shapes_of(case),
-        custom_translation_table=translation.translation_table(),
-        opset_version=OLDEST_OPSET if case.layout == "packed" else None,
+        dynamic_shapes=shapes,
+        **options,
     ).model_proto
 
 
@@ -56,10 +67,11 @@ def run_in_onnxruntime(proto, arguments: tuple[torch.Tensor, ...]) -> list[torch
     return [torch.from_numpy(result) for result in session.run(None, feeds)]
 
 
+@pytest.mark.parametrize("table", [False, True], ids=["plain", "table"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_exported_model_agrees_whatever_the_length_and_batch(case):
-    model = Model(case)
-    proto = exported(case, model)
+def test_exported_model_agrees_whatever_the_length_and_batch(case, table):
+    model = Model(case).eval()
+    proto = exported(case, model, table)
     assert sum(node.op_type == "RNN" for node in proto.graph.node) == case.L
     assert not any(node.domain for node in proto.graph.node)
     assert (proto.opset_import[0].version == OLDEST_OPSET) == (case.layout == "packed")
@@ -74,7 +86,18 @@ def test_exported_model_agrees_whatever_the_length_and_batch(case):
 def test_dtype_that_onnx_does_not_know_is_a_clear_error():
     case = Case(dtype=torch.bfloat16)
     with pytest.raises(torch.onnx.errors.OnnxExporterError, match="float64, not in BFLOAT16"):
-        exported(case, Model(case).bfloat16())
+        exported(case, Model(case).bfloat16().eval(), table=True)
+    # Step by step, as torch.nn.RNN is exported.
+    operators = {
+        node.op_type
+        for node in torch.onnx.export(
+            tritonrnn.RNN(3, 5).bfloat16().eval(),
+            (torch.ones(4, 2, 3).bfloat16(),),
+            dynamo=True,
+            verbose=False,
+        ).model_proto.graph.node
+    }
+    assert "Tanh" in operators
 
 
 def test_layout_that_onnx_does_not_know_is_a_clear_error():
@@ -97,6 +120,81 @@ def test_layout_that_onnx_does_not_know_is_a_clear_error():
         )
 
 
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+@pytest.mark.parametrize("hx", [True, False], ids=["hx", "nohx"])
+def test_cell_becomes_plain_operations(hx, dynamo):
+    cell = tritonrnn.RNNCell(3, 5).eval()
+    x, state = torch.randn(4, 3), torch.randn(4, 5)
+    arguments = (x, state) if hx else (x,)
+    file = io.BytesIO()
+    shapes = {"dynamic_shapes": ({0: "B"},) * len(arguments)} if dynamo else {}
+    torch.onnx.export(cell, arguments, file, dynamo=dynamo, verbose=False, **shapes)
+    proto = onnx.load_from_string(file.getvalue())
+    for got, y in zip(run_in_onnxruntime(proto, arguments), [cell(*arguments)]):
+        torch.testing.assert_close(got, y, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[4]], ids=str)
+def test_torchscript_exporter_agrees_whatever_the_length_and_batch(case):
+    model, file = Model(case).eval(), io.BytesIO()
+    arguments, (shapes,) = arguments_of(case), dynamic_shapes_of(case)
+    names = [f"x{i}" for i in range(len(arguments))]
+    torch.onnx.export(
+        model,
+        arguments,
+        file,
+        dynamo=False,
+        input_names=names,
+        dynamic_axes={n: {i: f"{n}_{i}" for i in axes} for n, axes in zip(names, shapes)},
+    )
+    proto = onnx.load_from_string(file.getvalue())
+    assert sum(node.op_type == "RNN" for node in proto.graph.node) == case.L
+    for T, B in ((case.T, case.B), (2, 3)):
+        arguments = arguments_of(replace(case, T=T, B=B, seed=T))
+        for got, y in zip(run_in_onnxruntime(proto, arguments), model(*arguments)):
+            torch.testing.assert_close(got, y, rtol=0, atol=2e-6)
+
+
+def test_torchscript_exporter_takes_a_model_that_packs():
+    class Packs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = tritonrnn.RNN(3, 5, 2, bidirectional=True)
+
+        def forward(self, x, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths)
+            output, h_n = self.rnn(packed)
+            return nn.utils.rnn.pad_packed_sequence(output)[0], h_n
+
+    model, file = Packs().eval(), io.BytesIO()
+    torch.onnx.export(
+        model,
+        (torch.randn(4, 3, 3), torch.tensor([4, 2, 1])),
+        file,
+        dynamo=False,
+        input_names=["x", "lengths"],
+        dynamic_axes={"x": {0: "T", 1: "B"}, "lengths": {0: "B"}},
+    )
+    proto = onnx.load_from_string(file.getvalue())
+    arguments = torch.randn(6, 2, 3), torch.tensor([6, 5])
+    for got, y in zip(run_in_onnxruntime(proto, arguments), model(*arguments)):
+        torch.testing.assert_close(got, y, rtol=0, atol=2e-6)
+
+
+def test_torchscript_exporter_points_to_the_other_for_lengths():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = tritonrnn.RNN(3, 5)
+
+        def forward(self, x, lengths):
+            return self.rnn(x, lengths=lengths)
+
+    arguments = torch.randn(4, 2, 3), torch.tensor([4, 2])
+    with pytest.raises(RuntimeError, match="dynamo=True it takes lengths="):
+        torch.onnx.export(Padded().eval(), arguments, io.BytesIO(), dynamo=False)
+
+
 @pytest.mark.parametrize("batch_first", [False, True], ids=["time-major", "batch-first"])
 def test_lengths_become_the_operators_sequence_lens(batch_first):
     model = tritonrnn.RNN(3, 5, 2, batch_first=batch_first, bidirectional=True).eval()
@@ -109,7 +207,6 @@ def test_lengths_become_the_operators_sequence_lens(batch_first):
         dynamo=True,
         verbose=False,
         dynamic_shapes={"input": where, "lengths": {0: B}},
-        custom_translation_table=translation.translation_table(),
     )
     x, lengths = torch.randn(5, 6, 3), [4, 1, 3, 2, 2, 4][: 5 if batch_first else 6]
     expected = model(x, lengths=torch.tensor(lengths))

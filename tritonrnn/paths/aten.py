@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from tritonrnn.paths.composite import elman_composite, gradients, is_batched, why_composite
-from tritonrnn.ragged import layout_of
 
 
 def is_differentiated_once(input: Tensor) -> bool:
@@ -53,7 +52,10 @@ def forward(
     weights = [weight for layer in layers for weight in layer]
     if hx is None:
         G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
-        B = layout_of(layout, input.shape[:-1], seq_metadata, None).B
+        # Straight from the tensors: a tracer takes a layout's numbers for constants.
+        B: Any = input.shape[0 if layout == "batch_major" else 1]
+        if seq_metadata is not None:
+            B = seq_metadata[0]
         initial = input.new_zeros(len(layers) * G, B, H)
     else:
         initial = hx
