@@ -176,8 +176,7 @@ def time_loop(sass: list[str], nested: bool = False) -> list[str]:
     """Return the instructions of the time loop.
 
     A loop is a branch to a lower address. The time loop is the longest of them or, nested in
-    the loop over batch blocks of a cooperative plan, the shortest that has all matrix instructions
-    of the kernel.
+    the loop over batch blocks of a cooperative plan, the shortest that has all MMAs of the kernel.
     """
     spans = [(0, 0)]
     addresses = [int(line.split("*/")[0], 16) for line in sass]

@@ -78,7 +78,7 @@ class Case:
         far: put 2³¹ elements between the first and the last time step (packed layouts only).
         lost: the number of a CTA that never runs; -1 for none.
         max_spins: in place of the package's; 0 for that.
-        truncates: truncate the sums of matrix instructions, as tensor cores do.
+        truncates: truncate the sums of MMAs, as tensor cores do.
     """
 
     plan: str = "resident"

@@ -201,7 +201,7 @@ class SharedMemory(Region):
         self.warp_written: Array = np.zeros(count, np.int32)
         # The epoch in which the writer executed a proxy fence after its write.
         self.fenced: Array = np.zeros(count, np.int32)
-        # Async copies to a granule and matrix instructions that read it, in flight.
+        # Async copies to a granule and MMAs that read it, in flight.
         self.copies: Array = np.zeros(count, np.int16)
         self.products: Array = np.zeros(count, np.int16)
         self._unfenced: list[Array] = []
@@ -256,7 +256,7 @@ class SharedMemory(Region):
         self._unfenced.clear()
 
     def begin_product(self, access: Access) -> Array:
-        """Let a matrix instruction begin to read granules, through the async proxy.
+        """Let an MMA begin to read granules, through the async proxy.
 
         It sees a write after which the writer executed a proxy fence and then a barrier came, or
         after which a barrier came and then all threads executed a proxy fence.
@@ -278,7 +278,7 @@ class SharedMemory(Region):
         return self.data[granules]
 
     def end_product(self, cta: CTA, granules: Array) -> None:
-        """Let a matrix instruction end, for which all threads have waited."""
+        """Let an MMA end, for which all threads have waited."""
         np.add.at(self.products, granules, -1)
         self.read_by(cta)[granules] = cta.epoch << THREAD_BITS | MANY
 
