@@ -137,7 +137,7 @@ def assert_close(case: Case, actual: Tensor) -> None:
     """At most twice as far from float64 as the same loop in torch, in the dtype of the input.
 
     Root mean squares are compared, which are steady where maxima are luck; the maxima may differ
-    by a factor of four, so that one wrong number among many is seen.
+    by a factor of four, so that one wrong element among many is seen.
     """
     expected = case.expected()
     assert expected.isfinite().all()
