@@ -69,7 +69,7 @@ class StaleReadError(Exception):
 
 
 def schedule(steps: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Blocks and steps in the order in which a CTA group walks them."""
+    """Return blocks and steps in the order in which a CTA group walks them."""
     pairs = [range(len(steps))[first : first + 2] for first in range(0, len(steps), 2)]
     return [
         (block, step)

@@ -148,7 +148,7 @@ class Case:
 
     @cached_property
     def rows(self) -> list[Tensor]:
-        """The rows of each sequence in the flattened data, sequences in the caller's order."""
+        """Return the rows of each sequence in the flattened data, in the caller's order."""
         row = torch.arange(int(self.lengths().sum()))
         if self.layout == "batch-first":
             return list(row.view(self.B, self.T))

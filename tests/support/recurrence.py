@@ -112,7 +112,7 @@ def make_case(
     reverse: tuple[bool, ...] = BOTH_WAYS,
     tf32: bool = False,
 ) -> Case:
-    """Inputs large enough for tanh to saturate in places, and for relu to be off in others."""
+    """Return inputs for which tanh saturates in places, and relu is off in others."""
     generator = torch.Generator().manual_seed(layout.N * H)
     G = len(reverse)
 
@@ -134,7 +134,7 @@ def make_case(
 
 
 def assert_close(case: Case, actual: Tensor) -> None:
-    """At most twice as far from float64 as the same loop in torch, in the dtype of the input.
+    """Allow twice the distance from float64 of the same loop in torch, in the input's dtype.
 
     Root mean squares are compared, which are steady where maxima are luck; the maxima may differ
     by a factor of four, so that one wrong element among many is seen.

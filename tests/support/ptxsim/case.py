@@ -118,14 +118,14 @@ class Case:
 
     @property
     def problem(self) -> Problem:
-        """What a plan is made for."""
+        """Return the problem that a plan is made for."""
         dtype, tf32 = ARITHMETIC[self.arithmetic]
         name = launch.DTYPES[dtype]
         return Problem(self.rows.T, self.B, self.G, self.H, name, tf32, self.epilogue)
 
     @property
     def device(self) -> Device:
-        """The device that the plan is made for."""
+        """Return the device that the plan is made for."""
         device = DEVICES[self.arch]
         if self.cta_groups:
             # CTAs of a cooperative plan have 64 hidden units.
@@ -135,13 +135,13 @@ class Case:
 
     @property
     def launch_plan(self) -> LaunchPlan | None:
-        """The plan, or None where it does not fit."""
+        """Return the plan, or None where it does not fit."""
         plan = PLANS[self.plan](self.problem, self.device)
         return replace(plan, interleave=self.interleave) if plan and self.interleave else plan
 
     @property
     def reverse(self) -> tuple[bool, ...]:
-        """Which groups walk from the last step to the first."""
+        """Return which groups walk from the last step to the first."""
         if self.G == 2:
             return False, True
         return tuple((g + self.seed) % 3 == 1 for g in range(self.G))
@@ -158,7 +158,7 @@ class Case:
 
     @cached_property
     def rows(self) -> SequenceLayout:
-        """The row map."""
+        """Return the row map."""
         if self.layout == "time_major":
             return SequenceLayout.time_major(self.T, self.B)
         if self.layout == "batch_major":
@@ -211,7 +211,7 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether the output is right and nothing was found."""
+        """Return whether the output is right and nothing was found."""
         return self.close and not self.faults and not self.error
 
     def __str__(self) -> str:

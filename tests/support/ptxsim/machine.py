@@ -295,7 +295,7 @@ class Launch:
 
     @property
     def num_ctas(self) -> int:
-        """CTAs of the grid."""
+        """Return how many CTAs the grid has."""
         x, y, z = self.grid
         return x * y * z
 

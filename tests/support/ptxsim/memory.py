@@ -77,12 +77,12 @@ class Access(NamedTuple):
 
     @property
     def stamp(self) -> Array:
-        """The stamp of each thread, ``[threads, 1]``."""
+        """Return the stamp of each thread, ``[threads, 1]``."""
         return self.now + self.threads[:, None]
 
     @property
     def now(self) -> int:
-        """The least stamp of this epoch."""
+        """Return the least stamp of this epoch."""
         return self.cta.epoch << THREAD_BITS
 
     def fault(self, kind: str, where: Array | bool = True) -> None:
