@@ -76,7 +76,7 @@ class Case:
         interleave: in place of the plan's; 0 for the plan's.
         gap: elements between the rows of M, a view into a larger matrix.
         far: put 2³¹ elements between the first and the last time step (packed layouts only).
-        lost: the number of a CTA that never runs; -1 for none.
+        lost: the index of a CTA that never runs; -1 for none.
         max_spins: in place of the package's; 0 for that.
         truncates: truncate the sums of MMAs, as tensor cores do.
     """
@@ -306,10 +306,10 @@ class Prepared:
         self._compile()
 
     def _compile(self) -> None:
-        from perf.static import _Target
+        from perf.static import TargetDriver
 
         case, plan = self.case, self.plan
-        triton.runtime.driver.set_active(_Target(plan.device))
+        triton.runtime.driver.set_active(TargetDriver(plan.device))
         triton.knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
         tensors = self.a, self.v_0, self.M, self.aux
         spins, launch.MAX_SPINS = launch.MAX_SPINS, case.max_spins or launch.MAX_SPINS

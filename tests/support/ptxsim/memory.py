@@ -90,7 +90,7 @@ class Access(NamedTuple):
         if np.any(where):
             first = tuple(np.argwhere(np.broadcast_to(where, self.granules.shape))[0])
             cta, granule = self.cta, self.granules[first]
-            detail = f"[CTA {cta.number}, epoch {cta.epoch}, granule {granule}]"
+            detail = f"[CTA {cta.index}, epoch {cta.epoch}, granule {granule}]"
             cta.launch.faults.add(kind, self.instruction, detail)
 
 
@@ -114,7 +114,7 @@ class Region:
         # Zeros, for an array may be larger than memory, and most of it never touched.
         self.written: Array = np.zeros(len(data), np.int32)
         self.writer: Array = np.zeros(len(data), np.int16)
-        # By the number of the CTA.
+        # By the index of the CTA.
         self.read: dict[int, Array] = {}
 
     def granules(self, address: Array, size: int, instruction: Instruction) -> Array:
@@ -135,9 +135,9 @@ class Region:
 
     def read_by(self, cta: CTA) -> Array:
         """Return the stamps of a CTA's last reads."""
-        if cta.number not in self.read:
-            self.read[cta.number] = np.zeros(len(self.data), np.int32)
-        return self.read[cta.number]
+        if cta.index not in self.read:
+            self.read[cta.index] = np.zeros(len(self.data), np.int32)
+        return self.read[cta.index]
 
     def add_read(self, access: Access) -> None:
         """Record a read, and report what it is not ordered after."""
@@ -166,14 +166,14 @@ class Region:
         access.fault(f"{self.name}: write not ordered after a write", racy)
         self.written[access.granules], self.writer[access.granules] = (
             access.stamp,
-            access.cta.number,
+            access.cta.index,
         )
 
 
 def _unordered(access: Access, stamps: Array, ctas: Array | int) -> Array:
-    """Return which accesses, by CTAs of these numbers, do not come before this one."""
+    """Return which accesses, by CTAs of these indices, do not come before this one."""
     cta = access.cta
-    mine = np.equal(ctas, cta.number)
+    mine = np.equal(ctas, cta.index)
     racy: Array = (stamps >= access.now) & _differ(stamps, access.stamp) & mine
     others = ~mine & (stamps != NEVER)
     if np.any(others):
@@ -409,10 +409,10 @@ class View:
         return values
 
     def release(self, cta: CTA, address: int) -> None:
-        """Publish what comes before the CTA's last barrier, and what it has acquired by then."""
+        """Release what comes before the CTA's last barrier, and what it has acquired by then."""
         self.flush()
         clock = cta.known.copy()
-        clock[cta.number] = cta.epoch
+        clock[cta.index] = cta.epoch
         before = self.memory.clocks.get(address, 0)
         self.memory.clocks[address] = np.maximum(before, clock)
 
