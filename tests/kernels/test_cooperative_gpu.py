@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.cases import DTYPE_NAMES
 from tests.support.recurrence import DEVICE, Case, assert_close, make_case, plan_of
 from tritonrnn.layout import SequenceLayout
 
@@ -25,7 +26,7 @@ def ragged_case(
     return make_case(layout, H, epilogue, dtype, tf32=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=DTYPE_NAMES.get)
 @pytest.mark.parametrize("epilogue", ["tanh", "tanh_grad"])
 @pytest.mark.parametrize("seed", range(5))
 def test_cooperative_random_ragged_calls(seed, epilogue, dtype):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from tests.support import oracle
+from tests.support.cases import DTYPE_NAMES
 from tests.support.recurrence import (
     BOTH_WAYS,
     DEVICE,
@@ -181,7 +182,9 @@ def test_bf16_recurrence_bears_the_error_of_the_hardwares_tanh(imitation, monkey
     assert_close(case, approximate)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=DTYPE_NAMES.get
+)
 @pytest.mark.parametrize("epilogue", ["tanh", "relu_grad"])
 def test_resident_takes_every_element_from_its_word(epilogue, dtype):
     """With no product added: all elements, exactly."""

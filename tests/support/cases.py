@@ -20,6 +20,8 @@ DTYPE_NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.complex64: "complex64",
+    torch.complex128: "complex128",
 }
 LAYOUTS = ("time-major", "batch-first", "unbatched", "packed", "unsorted")
 PACKED = ("packed", "unsorted")
