@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass
 
 import pytest
@@ -131,6 +132,16 @@ def make_case(
         # What the backward pass hands in: a transposed view.
         M = M.transpose(1, 2)
     return Case(layout, a, v_0, M, aux, epilogue, reverse, tf32)
+
+
+def ragged_case(
+    seed: int, epilogue: str = "tanh", dtype: torch.dtype = torch.bfloat16, H: int = 512
+) -> Case:
+    """Return a packed batch whose number of sequences and lengths are random."""
+    chance = random.Random(seed)
+    sizes = sorted((chance.randint(1, 90) for _ in range(chance.randint(1, 60))), reverse=True)
+    layout = SequenceLayout.packed(sizes, sum(sizes))
+    return make_case(layout, H, epilogue, dtype, tf32=True)
 
 
 def assert_close(case: Case, actual: Tensor) -> None:
