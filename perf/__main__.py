@@ -242,7 +242,7 @@ def show(
         typer.echo(f"\n{found[0]} {mode}\n")
         table = cells.drop(columns=["case_id", "mode"]).astype({"peer": "string"})
         table = table.set_index("peer").T
-        # Transposed, a row mixes numbers and texts.
+        # Transposed, a row mixes values and texts.
         short = table.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
         typer.echo(short.where(table.notna(), "").to_markdown(disable_numparse=True))
 

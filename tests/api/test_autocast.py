@@ -7,6 +7,7 @@ import torch
 
 import tritonrnn
 from tests.support.cases import (
+    DTYPE_NAMES,
     LAYOUTS,
     Case,
     assert_autocast_as_accurate,
@@ -48,7 +49,7 @@ def test_dropout_does_nothing_in_eval_mode(layout):
     assert torch.equal(plain(first), plain(second))
 
 
-@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=DTYPE_NAMES.get)
 @pytest.mark.parametrize("hx", [True, False], ids=["hx", "nohx"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_autocast_follows_torchs_rules(layout, hx, input_dtype):
@@ -69,7 +70,7 @@ ON_CUDA = [
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:RNN module weights are not part of single")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=DTYPE_NAMES.get)
 @pytest.mark.parametrize("case", ON_CUDA, ids=str)
 def test_autocast_on_cuda_follows_torchs_rules(case, dtype):
     """With 33 hidden units the kernels serve the call, with 512 perhaps torch."""
@@ -77,7 +78,7 @@ def test_autocast_on_cuda_follows_torchs_rules(case, dtype):
         assert_autocast_as_accurate(case, dtype, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=DTYPE_NAMES.get)
 def test_autocast_keeps_the_dtypes_that_torch_keeps(dtype):
     """float64 stays float64; a disabled region inside an enabled one is disabled."""
     case = Case(dtype=dtype)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tritonrnn
+from tests.support.cases import DTYPE_NAMES
 
 
 @pytest.fixture(autouse=True)
@@ -250,7 +251,9 @@ def test_explain_follows_the_context():
     assert "torch" in choice.reason
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64], ids=DTYPE_NAMES.get
+)
 def test_explain_needs_no_memory_for_its_answer(dtype):
     """A plan can be asked for before there is data, with tensors on the meta device."""
     module = tritonrnn.RNN(3, 5, dtype=dtype, device="meta")

@@ -39,7 +39,7 @@ SOURCES = {
 
 
 def imports_of(path: Path) -> list[tuple[str, bool]]:
-    """(dotted name, whether it is imported when the module is) of each import."""
+    """Return the dotted name of each import, and whether it runs when the module is imported."""
     tree = ast.parse(path.read_text())
     at_once = set()
     pending = [tree]
@@ -63,7 +63,7 @@ def imports_of(path: Path) -> list[tuple[str, bool]]:
 
 
 def own_module(name: str) -> str | None:
-    """The module of the package that a dotted import reaches, as SOURCES has it."""
+    """Return the module of the package that a dotted import reaches, as SOURCES has it."""
     if name.split(".")[0] != "tritonrnn":
         return None
     parts = name.split(".")[1:]

@@ -14,6 +14,7 @@ from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 from torch.testing._internal.common_utils import freeze_rng_state
 
 import tritonrnn
+from tests.support.cases import DTYPE_NAMES
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
@@ -74,7 +75,7 @@ def test_entries_are_there():
     assert len(packed) >= 16
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=DTYPE_NAMES.get)
 def test_forward_agrees_with_torch_and_the_reference(name, dtype, training):
     for sample in samples(name, dtype, training):
         theirs, ours = build(name, sample, dtype, training)
@@ -124,7 +125,7 @@ def test_factory_arguments_are_followed(name):
         assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=DTYPE_NAMES.get)
 def test_errors_are_those_of_the_entry(name, dtype):
     info = ENTRIES[name]
     errors = info.module_error_inputs_func(

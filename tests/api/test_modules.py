@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import tritonrnn
+from tests.support.cases import DTYPE_NAMES
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
@@ -367,14 +368,16 @@ def test_cell_agrees_with_torch(shape, hx, bias, nonlinearity, dtype):
     assert len(storages) == sum(g.numel() > 0 for g in results[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=DTYPE_NAMES.get
+)
 def test_cell_low_precision_agrees_with_torch(dtype):
     theirs, ours = built("RNNCell", (6, 9), {"dtype": dtype})
     x, state = torch.randn(5, 6).to(dtype), torch.randn(5, 9).to(dtype)
     assert_close(ours(x, state), theirs(x, state))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=DTYPE_NAMES.get)
 def test_cell_autocast_returns_torchs_dtypes(dtype):
     theirs, ours = built("RNNCell", (6, 9), {})
     x, state = torch.randn(5, 6), torch.randn(5, 9)

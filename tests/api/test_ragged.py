@@ -440,8 +440,8 @@ def test_ragged_batches_pass_gradcheck_and_gradgradcheck(case):
 
 
 @pytest.mark.parametrize("case", [Ragged("zeros", L=2, D=2, hx=False), *SMALL], ids=str)
-def test_recorded_steps_agree_under_torch_func(case):
-    """torch.func records every step: the padding may hold NaN there as well."""
+def test_composite_path_agrees_under_torch_func(case):
+    """torch.func takes the composite path: the padding may hold NaN there as well."""
     module = case.module()
     weights = dict(module.named_parameters())
     x, hx = case.tensors()

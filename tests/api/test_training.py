@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonrnn
 from perf.oracle import assert_as_accurate
-from tests.support.cases import Case, assert_same_results, plain, run, with_gradients
+from tests.support.cases import DTYPE_NAMES, Case, assert_same_results, plain, run, with_gradients
 
 pytestmark = [
     # cuDNN warns of weights that torch.nn.RNN no longer keeps in one buffer.
@@ -168,7 +168,7 @@ def test_trained_weights_agree_with_torchs(change, cases):
         assert torch.equal(start, end) == (not start.requires_grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=DTYPE_NAMES.get)
 def test_scaled_training_skips_an_overflow_as_torch_does(dtype, cases):
     """Under autocast with a GradScaler; the second of four steps overflows."""
 

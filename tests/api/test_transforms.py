@@ -191,9 +191,9 @@ def test_operator_called_by_itself_has_no_silent_zero_tangent(grad_mode):
     torch.testing.assert_close(tangent, other)
 
 
-@pytest.mark.parametrize("recorded", [True, False], ids=["create_graph", "plain"])
+@pytest.mark.parametrize("create_graph", [True, False], ids=["create_graph", "plain"])
 @pytest.mark.parametrize("source", ["cotangent", "input"])
-def test_forward_ad_of_a_backward_has_no_silent_zero_tangent(source, recorded):
+def test_forward_ad_of_a_backward_has_no_silent_zero_tangent(source, create_graph):
     """Forward over reverse: the tangent of a gradient, by either of what it depends on."""
     case = Case(D=2, dtype=torch.float64)
     tangents = []
@@ -207,7 +207,7 @@ def test_forward_ad_of_a_backward_has_no_silent_zero_tangent(source, recorded):
             output, _ = module(x, hx)
             if source == "cotangent":
                 cotangent = forward_ad.make_dual(cotangent, cotangent.cumsum(0))
-            (gradient,) = torch.autograd.grad(output, data, cotangent, create_graph=recorded)
+            (gradient,) = torch.autograd.grad(output, data, cotangent, create_graph=create_graph)
             tangents.append(forward_ad.unpack_dual(gradient).tangent)
     assert tangents[0].any()
     torch.testing.assert_close(tangents[1], tangents[0])

@@ -161,7 +161,7 @@ def with_head(rnn, features: int, classes: int = 6) -> nn.Linear:
 
 
 def trained(rnn, head, loss) -> list[Tensor]:
-    """Parameters after three steps of Adam on ``loss()``, and the losses."""
+    """Return the parameters after three steps of Adam on ``loss()``, and the losses."""
     optimizer = torch.optim.Adam([*rnn.parameters(), *head.parameters()], lr=0.01)
     losses = []
     for _ in range(3):

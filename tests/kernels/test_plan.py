@@ -140,7 +140,7 @@ def test_rank_plans_ends_with_the_plan_that_fits_everything(problem, device):
 
 
 def test_device_at_hand_is_asked(monkeypatch):
-    """What torch does not tell is the published device's of the next lower compute capability."""
+    """Limits that torch does not return are the next lower capability's, as published."""
     properties = SimpleNamespace(
         major=8,
         minor=7,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from tests.support import oracle
+from tests.support.cases import DTYPE_NAMES
 from tests.support.recurrence import (
     BOTH_WAYS,
     DEVICE,
@@ -105,7 +106,7 @@ def test_recurrence_keeps_nan_in_its_sequence(epilogue, plan):
 
 
 @pytest.mark.parametrize("plan", PLANS_HERE)
-def test_recurrence_joins_with_a_true_zero(plan):
+def test_recurrence_first_step_starts_from_a_true_zero(plan):
     """An infinite weight of one unit reaches no other unit in a sequence's own first step."""
     case = make_case(LAYOUTS["packed"], 18, "tanh", reverse=(True,), tf32=only_tf32(plan))
     clean = case.run(plan)
@@ -181,7 +182,9 @@ def test_bf16_recurrence_bears_the_error_of_the_hardwares_tanh(imitation, monkey
     assert_close(case, approximate)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=DTYPE_NAMES.get
+)
 @pytest.mark.parametrize("epilogue", ["tanh", "relu_grad"])
 def test_resident_takes_every_element_from_its_word(epilogue, dtype):
     """With no product added: all elements, exactly."""
@@ -371,9 +374,9 @@ def test_oracle_of_a_gradient_epilogue_is_the_gradient(layout, nonlinearity):
     d_h_n = torch.randn(2, layout.B, 9, generator=generator, dtype=torch.float64).to(DEVICE)
     loss = (s * d_s).sum()
     last = [[of_b[-1] for of_b in rows], [of_b[0] for of_b in rows]]
-    joined = [b for b, of_b in enumerate(oracle.sequences(layout)) if of_b]
+    not_empty = [b for b, of_b in enumerate(oracle.sequences(layout)) if of_b]
     for g, last_rows in enumerate(last):
-        loss = loss + (s[last_rows, g * 9 : (g + 1) * 9] * d_h_n[g, joined]).sum()
+        loss = loss + (s[last_rows, g * 9 : (g + 1) * 9] * d_h_n[g, not_empty]).sum()
     expected = torch.autograd.grad(loss, leaves[0])[0]
 
     actual = oracle.recurrence(

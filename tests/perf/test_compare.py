@@ -161,6 +161,7 @@ def test_report_of_a_gpu_renders_all_of_its_sections_and_pictures(tmp_path):
         *("slower: 6 of 12 cells", "fastest", "tritonrnn us/step", "nn_cudnn saved MiB"),
     ):
         assert words in text, words
+    assert report.write(tmp_path).read_text() == text
     assert "fallback" not in text
     pictures = sorted(path.name for path in (tmp_path / report.PICTURES).iterdir())
     assert [name.split("-")[0] for name in pictures] == sorted(

@@ -100,7 +100,7 @@ def test_perturb_moves_by_one_unit_in_the_last_place():
 
 
 def drifting(scale: float, *, steps: int = 400) -> np.ndarray:
-    """Losses that fall from 2.6, plus a rounding error that grows tenfold every 80 steps."""
+    """Return losses that fall from 2.6, plus a rounding error that grows tenfold every 80 steps."""
     step = np.arange(steps)
     return 2.6 * np.exp(-step / 300) + scale * 10 ** (step / 80) * np.sin(step)
 

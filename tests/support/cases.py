@@ -20,6 +20,8 @@ DTYPE_NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.complex64: "complex64",
+    torch.complex128: "complex128",
 }
 LAYOUTS = ("time-major", "batch-first", "unbatched", "packed", "unsorted")
 PACKED = ("packed", "unsorted")
@@ -148,7 +150,7 @@ class Case:
 
     @cached_property
     def rows(self) -> list[Tensor]:
-        """The rows of each sequence in the flattened data, sequences in the caller's order."""
+        """Return the rows of each sequence in the flattened data, in the caller's order."""
         row = torch.arange(int(self.lengths().sum()))
         if self.layout == "batch-first":
             return list(row.view(self.B, self.T))

@@ -76,9 +76,9 @@ class Case:
         interleave: in place of the plan's; 0 for the plan's.
         gap: elements between the rows of M, a view into a larger matrix.
         far: put 2³¹ elements between the first and the last time step (packed layouts only).
-        lost: the number of a CTA that never runs; -1 for none.
+        lost: the index of a CTA that never runs; -1 for none.
         max_spins: in place of the package's; 0 for that.
-        truncates: truncate the sums of matrix instructions, as tensor cores do.
+        truncates: truncate the sums of MMAs, as tensor cores do.
     """
 
     plan: str = "resident"
@@ -118,14 +118,14 @@ class Case:
 
     @property
     def problem(self) -> Problem:
-        """What a plan is made for."""
+        """Return the problem that a plan is made for."""
         dtype, tf32 = ARITHMETIC[self.arithmetic]
         name = launch.DTYPES[dtype]
         return Problem(self.rows.T, self.B, self.G, self.H, name, tf32, self.epilogue)
 
     @property
     def device(self) -> Device:
-        """The device that the plan is made for."""
+        """Return the device that the plan is made for."""
         device = DEVICES[self.arch]
         if self.cta_groups:
             # CTAs of a cooperative plan have 64 hidden units.
@@ -135,13 +135,13 @@ class Case:
 
     @property
     def launch_plan(self) -> LaunchPlan | None:
-        """The plan, or None where it does not fit."""
+        """Return the plan, or None where it does not fit."""
         plan = PLANS[self.plan](self.problem, self.device)
         return replace(plan, interleave=self.interleave) if plan and self.interleave else plan
 
     @property
     def reverse(self) -> tuple[bool, ...]:
-        """Which groups walk from the last step to the first."""
+        """Return which groups walk from the last step to the first."""
         if self.G == 2:
             return False, True
         return tuple((g + self.seed) % 3 == 1 for g in range(self.G))
@@ -158,7 +158,7 @@ class Case:
 
     @cached_property
     def rows(self) -> SequenceLayout:
-        """The row map."""
+        """Return the row map."""
         if self.layout == "time_major":
             return SequenceLayout.time_major(self.T, self.B)
         if self.layout == "batch_major":
@@ -211,7 +211,7 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether the output is right and nothing was found."""
+        """Return whether the output is right and nothing was found."""
         return self.close and not self.faults and not self.error
 
     def __str__(self) -> str:
@@ -306,10 +306,10 @@ class Prepared:
         self._compile()
 
     def _compile(self) -> None:
-        from perf.static import _Target
+        from perf.static import TargetDriver
 
         case, plan = self.case, self.plan
-        triton.runtime.driver.set_active(_Target(plan.device))
+        triton.runtime.driver.set_active(TargetDriver(plan.device))
         triton.knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
         tensors = self.a, self.v_0, self.M, self.aux
         spins, launch.MAX_SPINS = launch.MAX_SPINS, case.max_spins or launch.MAX_SPINS

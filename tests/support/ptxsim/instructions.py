@@ -48,7 +48,7 @@ class Step(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A matrix instruction in flight: its registers, and the granules that it reads."""
+    """An MMA in flight: its registers, and the granules that it reads."""
 
     instruction: Instruction
     registers: frozenset[int]
@@ -61,7 +61,7 @@ class Kernel:
 
     Args:
         program: what is translated.
-        truncates: whether matrix instructions truncate their sums, as tensor cores do.
+        truncates: whether MMAs truncate their sums, as tensor cores do.
 
     Raises:
         Unsupported: the emulator does not know one of its instructions.

@@ -54,12 +54,12 @@ class CTA:
 
     Args:
         launch: what it belongs to.
-        number: of the CTA in the grid, x fastest.
+        index: of the CTA in the grid, x fastest.
         place: its coordinates.
     """
 
-    def __init__(self, launch: Launch, number: int, place: tuple[int, int, int]):
-        self.launch, self.number, self.kernel = launch, number, launch.kernel
+    def __init__(self, launch: Launch, index: int, place: tuple[int, int, int]):
+        self.launch, self.index, self.kernel = launch, index, launch.kernel
         self.threads = WARP * launch.num_warps
         self.arguments = launch.arguments
         self.shared = SharedMemory(launch.shared_bytes, self.kernel.grain)
@@ -274,7 +274,7 @@ class Launch:
         faults: where faults are recorded.
         seed: of the schedule.
         interleaved: whether all CTAs run at the same time, and not one after the other.
-        lost: the number of a CTA that never runs.
+        lost: the index of a CTA that never runs.
     """
 
     kernel: Kernel
@@ -295,7 +295,7 @@ class Launch:
 
     @property
     def num_ctas(self) -> int:
-        """CTAs of the grid."""
+        """Return how many CTAs the grid has."""
         x, y, z = self.grid
         return x * y * z
 

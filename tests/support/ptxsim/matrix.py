@@ -1,4 +1,4 @@
-"""Matrix instructions: which thread holds which element, what a descriptor points at, the products.
+"""MMAs: which thread holds which element, what a descriptor points at, the products.
 
 Fragment layouts and the descriptor are those of the PTX ISA (9.7.14.5 and 9.7.15.5). In the
 comments below g is a lane's group (lane / 4) and t its place in the group (lane % 4).

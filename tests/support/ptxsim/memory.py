@@ -77,12 +77,12 @@ class Access(NamedTuple):
 
     @property
     def stamp(self) -> Array:
-        """The stamp of each thread, ``[threads, 1]``."""
+        """Return the stamp of each thread, ``[threads, 1]``."""
         return self.now + self.threads[:, None]
 
     @property
     def now(self) -> int:
-        """The least stamp of this epoch."""
+        """Return the least stamp of this epoch."""
         return self.cta.epoch << THREAD_BITS
 
     def fault(self, kind: str, where: Array | bool = True) -> None:
@@ -90,7 +90,7 @@ class Access(NamedTuple):
         if np.any(where):
             first = tuple(np.argwhere(np.broadcast_to(where, self.granules.shape))[0])
             cta, granule = self.cta, self.granules[first]
-            detail = f"[CTA {cta.number}, epoch {cta.epoch}, granule {granule}]"
+            detail = f"[CTA {cta.index}, epoch {cta.epoch}, granule {granule}]"
             cta.launch.faults.add(kind, self.instruction, detail)
 
 
@@ -114,7 +114,7 @@ class Region:
         # Zeros, for an array may be larger than memory, and most of it never touched.
         self.written: Array = np.zeros(len(data), np.int32)
         self.writer: Array = np.zeros(len(data), np.int16)
-        # By the number of the CTA.
+        # By the index of the CTA.
         self.read: dict[int, Array] = {}
 
     def granules(self, address: Array, size: int, instruction: Instruction) -> Array:
@@ -135,9 +135,9 @@ class Region:
 
     def read_by(self, cta: CTA) -> Array:
         """Return the stamps of a CTA's last reads."""
-        if cta.number not in self.read:
-            self.read[cta.number] = np.zeros(len(self.data), np.int32)
-        return self.read[cta.number]
+        if cta.index not in self.read:
+            self.read[cta.index] = np.zeros(len(self.data), np.int32)
+        return self.read[cta.index]
 
     def add_read(self, access: Access) -> None:
         """Record a read, and report what it is not ordered after."""
@@ -166,14 +166,14 @@ class Region:
         access.fault(f"{self.name}: write not ordered after a write", racy)
         self.written[access.granules], self.writer[access.granules] = (
             access.stamp,
-            access.cta.number,
+            access.cta.index,
         )
 
 
 def _unordered(access: Access, stamps: Array, ctas: Array | int) -> Array:
-    """Return which accesses, by CTAs of these numbers, do not come before this one."""
+    """Return which accesses, by CTAs of these indices, do not come before this one."""
     cta = access.cta
-    mine = np.equal(ctas, cta.number)
+    mine = np.equal(ctas, cta.index)
     racy: Array = (stamps >= access.now) & _differ(stamps, access.stamp) & mine
     others = ~mine & (stamps != NEVER)
     if np.any(others):
@@ -201,7 +201,7 @@ class SharedMemory(Region):
         self.warp_written: Array = np.zeros(count, np.int32)
         # The epoch in which the writer executed a proxy fence after its write.
         self.fenced: Array = np.zeros(count, np.int32)
-        # Async copies to a granule and matrix instructions that read it, in flight.
+        # Async copies to a granule and MMAs that read it, in flight.
         self.copies: Array = np.zeros(count, np.int16)
         self.products: Array = np.zeros(count, np.int16)
         self._unfenced: list[Array] = []
@@ -256,7 +256,7 @@ class SharedMemory(Region):
         self._unfenced.clear()
 
     def begin_product(self, access: Access) -> Array:
-        """Let a matrix instruction begin to read granules, through the async proxy.
+        """Let an MMA begin to read granules, through the async proxy.
 
         It sees a write after which the writer executed a proxy fence and then a barrier came, or
         after which a barrier came and then all threads executed a proxy fence.
@@ -278,7 +278,7 @@ class SharedMemory(Region):
         return self.data[granules]
 
     def end_product(self, cta: CTA, granules: Array) -> None:
-        """Let a matrix instruction end, for which all threads have waited."""
+        """Let an MMA end, for which all threads have waited."""
         np.add.at(self.products, granules, -1)
         self.read_by(cta)[granules] = cta.epoch << THREAD_BITS | MANY
 
@@ -409,10 +409,10 @@ class View:
         return values
 
     def release(self, cta: CTA, address: int) -> None:
-        """Publish what comes before the CTA's last barrier, and what it has acquired by then."""
+        """Release what comes before the CTA's last barrier, and what it has acquired by then."""
         self.flush()
         clock = cta.known.copy()
-        clock[cta.number] = cta.epoch
+        clock[cta.index] = cta.epoch
         before = self.memory.clocks.get(address, 0)
         self.memory.clocks[address] = np.maximum(before, clock)
 

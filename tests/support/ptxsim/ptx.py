@@ -47,7 +47,7 @@ class Instruction:
 
     @property
     def registers(self) -> set[str]:
-        """The names of all registers that it mentions."""
+        """Return the names of all registers that it mentions."""
         guard = {self.guard[0]} if self.guard else set()
         return guard.union(*map(names, self.operands))
 
