@@ -1,6 +1,6 @@
-"""Measurements of tritonrnn against its peers: run ``python -m perf`` from a checkout.
+"""Measure tritonrnn against its peers: run ``python -m perf`` from a checkout.
 
-In a notebook, ``perf.load("perf/results/...")`` reads what was measured.
+In a notebook, ``perf.load("perf/results/...")`` reads the rows of a run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["load"]
 
 
 def __getattr__(name: str) -> object:
-    # At first use, for a worker process does without pandas.
+    # Imported at first use, because a worker process does not need pandas.
     if name == "load":
         from perf import tables
 

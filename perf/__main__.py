@@ -1,4 +1,4 @@
-"""The command line: ``python -m perf``. Each command imports what it needs when it runs."""
+"""Parse the command line, ``python -m perf``; each command imports what it needs when it runs."""
 
 import re
 from pathlib import Path
@@ -14,16 +14,16 @@ app = typer.Typer(
 )
 
 Rounds = Annotated[int, typer.Option(min=1, help="Samples of each peer.")]
-Seconds = Annotated[float, typer.Option(min=0.0, help="Least time of a sample.")]
+Seconds = Annotated[float, typer.Option(min=0.0, help="Shortest time of a sample.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads of torch on the CPU; 0: its choice.")]
-Seed = Annotated[int, typer.Option(help="Of the inputs, the weights and the order.")]
+Seed = Annotated[int, typer.Option(help="Seed of the inputs, the weights and the order.")]
 
 
 def _device(name: str) -> str:
-    """Return the name of a device that is there."""
+    """Return the name of a device after checking that it exists."""
     if name == "cpu":
         return name
-    # Only here: the help of a command is to come at once.
+    # Imported here, so that --help does not wait for torch.
     import torch
 
     if not re.fullmatch(r"cuda(:\d+)?", name):
@@ -37,7 +37,7 @@ def _device(name: str) -> str:
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...", callback=_device)]
 Axis = Annotated[
     str | None,
-    typer.Option(help="Numbers: 1,16 or 64:1024:x2 or 10:50:+10. In place of the preset's."),
+    typer.Option(help="Integers: 1,16 or 64:1024:x2 or 10:50:+10. In place of the preset's."),
 ]
 
 
@@ -55,7 +55,7 @@ OutFolder = Annotated[
     Path | None,
     typer.Option(
         file_okay=False,
-        help="Folder for the rows, as CSV and Parquet; they join those already there.",
+        help="Folder for the rows, as CSV and Parquet; rows that it holds are kept.",
     ),
 ]
 
@@ -64,11 +64,13 @@ OutFolder = Annotated[
 def run(
     preset: Annotated[str, typer.Option(help="smoke, cpu, headline, packed or full.")] = "smoke",
     out: Annotated[
-        Path, typer.Option(file_okay=False, help="Folder for the rows; what is there is not rerun.")
+        Path,
+        typer.Option(file_okay=False, help="Folder for the rows; cells with a row are not rerun."),
     ] = Path("perf/results/latest"),
     device: Device = "cpu",
     peer_names: Annotated[
-        str, typer.Option("--peers", help="Names after commas; module:Class for one of your own.")
+        str,
+        typer.Option("--peers", help="Names after commas; module:Class for a peer of your own."),
     ] = "",
     T: Axis = None,
     B: Axis = None,
@@ -85,19 +87,22 @@ def run(
     rounds: Rounds = 20,
     seconds: Seconds = 0.05,
     max_seconds: Annotated[float, typer.Option(help="Most time for a case and mode.")] = 60.0,
-    timeout: Annotated[str, typer.Option(help="A worker silent for longer is ended.")] = "300s",
+    timeout: Annotated[
+        str, typer.Option(help="A worker that sends nothing for longer is ended.")
+    ] = "300s",
     budget: Annotated[str, typer.Option(help="Stop after 90s, 9m or 2h; resume later.")] = "",
     threads: Threads = 0,
     seed: Seed = 0,
 ) -> None:
     """Measure many cases, every peer side by side, each case in a process of its own.
 
-    Every result is checked against float64 before it is timed. Whatever fails is a row with its
-    reason. Rows are written as they come: stop it at any moment, and the same command goes on.
+    Every result is checked against float64 before it is timed. A failure is a row with its reason.
+    Each row is written as soon as it is known: stop the command at any moment, and run it again to
+    continue.
 
     Exits with 1 when a result was wrong, or a peer raised, crashed or hung.
     """
-    from perf import axes
+    from perf import presets
     from perf.measure import Settings
     from perf.run import OtherMachineError, run
 
@@ -106,12 +111,12 @@ def run(
     texts |= {"lengths": lengths, "nonlinearities": nonlinearity}
     try:
         rows = run(
-            axes.units(preset, texts, [name for name in peer_names.split(",") if name], device),
+            presets.units(preset, texts, [name for name in peer_names.split(",") if name], device),
             out,
             Settings(rounds, seconds, max_seconds, threads, seed),
             device=device,
-            timeout_s=axes.seconds(timeout),
-            budget_s=axes.seconds(budget) if budget else float("inf"),
+            timeout_s=presets.seconds(timeout),
+            budget_s=presets.seconds(budget) if budget else float("inf"),
         )
     except (ValueError, OtherMachineError) as error:
         raise typer.BadParameter(str(error)) from error
@@ -127,7 +132,7 @@ def calibrate(
         typer.Option(file_okay=False, help="Takes calibration.json, for runs with the same --out."),
     ] = None,
 ) -> None:
-    """Measure the constants of the model of the limit, and show them beside the published."""
+    """Measure the constants of the roofline model, and show them beside the published ones."""
     import torch
 
     from perf import calibrate
@@ -137,31 +142,37 @@ def calibrate(
 
 @app.command()
 def accept(
-    out: Annotated[Path, typer.Option(file_okay=False, help="Takes everything, state included.")],
-    budget: Annotated[str, typer.Option(help="For all steps: 90s, 9m or 2h.")] = "540s",
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for all results and for the state.")
+    ],
+    budget: Annotated[str, typer.Option(help="Time for all steps: 90s, 9m or 2h.")] = "540s",
     device: Device = "cuda",
-    again: Annotated[str, typer.Option(help="Steps to do anew, by name, after commas.")] = "",
+    again: Annotated[str, typer.Option(help="Names of steps to repeat, after commas.")] = "",
 ) -> None:
-    """Show in one go all that a session with a GPU should: right, safe, and how fast.
+    """Check on a GPU, in one command, that the kernels are right and safe, and how fast they are.
 
-    Compiles in parallel, runs the tests of the GPU, has compute-sanitizer watch each plan, measures
-    the constants of the model and a balanced sample of cells, reports, and packs one archive.
-    Stop it at any moment: the same command goes on. On a CPU what needs a GPU says so.
+    Compiles in parallel, runs the GPU tests, runs each plan under compute-sanitizer, measures the
+    constants of the roofline model and a balanced sample of cells, reports, and packs one archive.
+    Stop it at any moment, and run it again to continue. On a CPU, the steps that need a GPU are
+    reported as unavailable.
 
     Exits with 1 when a step failed.
     """
-    from perf import axes, steps
+    from perf import presets, steps
     from perf.accept import accept
 
     try:
         records = accept(
-            out, device, axes.seconds(budget), [name.strip() for name in again.split(",") if name]
+            out,
+            device,
+            presets.seconds(budget),
+            [name.strip() for name in again.split(",") if name],
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(steps.table(records))
     if any(record.status == "unfinished" for record in records.values()):
-        typer.echo("\nNot everything is done; the same command goes on.")
+        typer.echo("\nNot everything is done; run the same command again to continue.")
     raise typer.Exit(1 if any(record.status == "failed" for record in records.values()) else 0)
 
 
@@ -172,14 +183,15 @@ def tune(
     device: Device = "cuda",
     budget: Annotated[str, typer.Option(help="Stop after 90s, 9m or 2h; resume later.")] = "540s",
 ) -> None:
-    """Time every feasible plan of each shape, and say what the chosen one loses to the best.
+    """Time every feasible plan of each shape, and print what the chosen plan loses to the best.
 
-    The same command takes up what the budget left. On a CPU the torch path's own plans are timed.
+    Run the same command again to measure what the budget left. On a CPU, the plans of the torch
+    path are timed.
     """
-    from perf import axes, tune
+    from perf import presets, tune
 
     try:
-        table = tune.run(out, preset, device, axes.seconds(budget))
+        table = tune.run(out, preset, device, presets.seconds(budget))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(tune.summary(table))
@@ -196,7 +208,7 @@ def report(folder: Run) -> None:
 
 @app.command()
 def compare(before: Run, after: Run) -> None:
-    """Say cell by cell whether AFTER is faster than BEFORE, and whether one can tell.
+    """Judge cell by cell whether AFTER is faster than BEFORE by more than the noise.
 
     Exits with 1 if a cell is slower or lost, with 2 if the runs can't be compared.
     """
@@ -217,7 +229,7 @@ def show(
     case: Annotated[str, typer.Argument(help="A case_id, or a part of it that no other has.")],
     folder: Run = Path("perf/results/latest"),
 ) -> None:
-    """Show everything that is known of a case."""
+    """Show all rows of a case."""
     from perf import tables
 
     rows = tables.load(folder)
@@ -230,14 +242,14 @@ def show(
         typer.echo(f"\n{found[0]} {mode}\n")
         table = cells.drop(columns=["case_id", "mode"]).astype({"peer": "string"})
         table = table.set_index("peer").T
-        # Side by side, a row has numbers and texts.
+        # Transposed, a row mixes values and texts.
         short = table.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
         typer.echo(short.where(table.notna(), "").to_markdown(disable_numparse=True))
 
 
 @app.command()
 def env(device: Device = "cpu") -> None:
-    """Show what the results of a run here would depend on."""
+    """Show the facts that the results of a run here would depend on."""
     import json
 
     import torch
@@ -264,17 +276,17 @@ def words(
     try_words: Annotated[
         str, typer.Option("--try", help="Words of your own to classify at the end.")
     ] = "",
-    seed: Annotated[int, typer.Option(help="Of the split, the weights and the batches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the weights and the batches.")] = 0,
     top: Annotated[
         int, typer.Option(min=20, help="How far down each language's word list to go.")
     ] = 9_200,
 ) -> None:
-    """Learn to tell a word's language from its spelling, with torch.nn.RNN and with tritonrnn.
+    """Learn a word's language from its spelling, with torch.nn.RNN and with tritonrnn.
 
     A bidirectional RNN reads the letters of 87,000 words of 14 languages, in packed batches. It is
     trained on the same batches from the same seed with torch.nn.RNN, with tritonrnn.RNN, and with
     a twin of torch.nn.RNN that starts one unit in the last place away: the drift between the twins
-    says how much of a difference between the loss curves is rounding.
+    shows how much of a difference between the loss curves is rounding.
 
     Exits with 1 when the loss curves of torch.nn.RNN and tritonrnn.RNN disagree.
     """
@@ -304,8 +316,8 @@ def cpu(
 ) -> None:
     """Judge tritonrnn.RNN against torch.nn.RNN on the CPU: training, packed training, inference.
 
-    It is the preset ``cpu`` with torch.nn.RNN, torch.nn.RNN again (the noise) and tritonrnn.RNN.
-    Exits with 1 when a result is wrong. A missed target is told, and is no error.
+    Measures the preset ``cpu`` with torch.nn.RNN, torch.nn.RNN again (the noise) and tritonrnn.RNN.
+    Exits with 1 when a result is wrong. A missed target is printed, and is no error.
     """
     from perf import cpu
     from perf.measure import Settings
@@ -341,7 +353,7 @@ def adding(
     """Learn to add two marked numbers far apart, with torch.nn.RNN and with tritonrnn.
 
     A relu RNN that starts at the identity (Le, Jaitly & Hinton 2015, arXiv:1504.00941) reads T
-    numbers, two of them marked, and gives their sum. It is trained as in ``words``: on the same
+    numbers, two of them marked, and outputs their sum. It is trained as in ``words``: on the same
     batches with torch.nn.RNN, tritonrnn.RNN and a perturbed twin of torch.nn.RNN. With --out, the
     learning curves are drawn there as well.
 
@@ -364,8 +376,8 @@ def features() -> None:
     """Try what torch.nn.RNN and tritonrnn.RNN can do, here and now: the README's table.
 
     Each feature is tried on torch.nn.RNN, on the torch path and on the Triton path, which without
-    a GPU runs in Triton's interpreter, and is judged by its numbers, against float64. What failed
-    is told below the table, with its reason.
+    a GPU runs in Triton's interpreter, and is judged by its values, against float64. Each failure
+    is listed below the table, with its reason.
     """
     from perf.features import table
 

@@ -1,7 +1,7 @@
-"""``python -m perf accept``: all that a session with a GPU should show, in ten minutes.
+"""Run ``python -m perf accept``: check on a GPU, in ten minutes, what only a GPU can show.
 
-The steps come in the order of their worth, each with its share of the time. What was done is not
-done again: neither a test that passed nor a cell that has its row.
+The steps come in the order of their worth, each with its share of the time. Nothing is repeated:
+neither a test that passed nor a cell that has its row.
 """
 
 from __future__ import annotations
@@ -31,25 +31,24 @@ from perf.run import waiting
 from perf.steps import Ledger, Outcome, Record, Step, take
 
 ARCHIVE = "accept.tar.gz"
-# Where torch builds FlashRNN's kernels.
+# Folder in which torch builds FlashRNN's kernels.
 EXTENSIONS = "extensions"
 
-# A few rounds of short samples: fifty cells are to fit into a few minutes.
+# A few rounds of short samples, so that fifty cells fit into a few minutes.
 SETTINGS = Settings(rounds=7, sample_s=0.02, max_s=10.0)
-# Longer than nvcc takes over FlashRNN's kernels.
+# Longer than nvcc takes to compile FlashRNN's kernels.
 TIMEOUT_S = 150.0
 
 NEEDS_GPU = Outcome("unavailable", "it needs a GPU")
 TOOLS = ("memcheck", "racecheck")
 SANITIZER_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
-# What the kernels are held against, which a GPU runs natively.
+# Tests of the kernels against their oracle; on a GPU they run without the interpreter.
 KERNEL_TESTS = tuple(
     f"tests/{name}.py"
     for name in (
         "kernels/test_recurrence",
-        "kernels/test_registers",
         "kernels/test_kernels",
-        "perf/test_results",
+        "api/test_results",
     )
 )
 
@@ -61,14 +60,14 @@ def accept(
     again: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Record]:
-    """Take the steps that ``out`` has not seen done, and pack what they made into one archive.
+    """Run the steps that are not done in ``out`` yet, and pack their results into one archive.
 
     Args:
-        out: Folder for all that is made, and for the state of the steps.
-        device: Where to run. On a CPU the steps that need a GPU say so, and the others run the
-            preset ``smoke``.
-        budget_s: For everything.
-        again: Names of steps to do anew.
+        out: Folder for all results, and for the state of the steps.
+        device: Where to run. On a CPU the steps that need a GPU are unavailable, and the others run
+            the preset ``smoke``.
+        budget_s: Time for all steps.
+        again: Names of steps to repeat.
         console: Shows the progress.
 
     Returns:
@@ -84,24 +83,24 @@ def accept(
         if name not in names:
             raise ValueError(f"Expected a step of {', '.join(names)}, got {name!r}")
         Ledger(out).forget(name)
-    return take(steps, out, budget_s, lambda what: console.print(f"{what}", style="bold"))
+    return take(steps, out, budget_s, lambda message: console.print(message, style="bold"))
 
 
 class Acceptance:
-    """What the steps share: a folder and a device."""
+    """Run the steps in one folder and on one device."""
 
     def __init__(self, out: Path, device: str, console: Console) -> None:
         self._out, self._device, self._console = out, device, console
         self._on_gpu = torch.device(device).type == "cuda"
         self._units = samples.acceptance(device)
         if self._on_gpu:
-            # For whoever builds them, and for the workers that load them.
+            # For the process that builds the extensions, and for the workers that load them.
             os.environ["TORCH_EXTENSIONS_DIR"] = str(self._out / EXTENSIONS)
 
     def steps(self) -> list[Step]:
-        """Return the steps, each with about the seconds of ten minutes that it is worth."""
+        """Return the steps, each with its share of ten minutes in seconds."""
         return [
-            # nvcc takes most of it; without, it is left to the others.
+            # nvcc takes most of this; without nvcc, the time goes to the other steps.
             Step("compile", 110, self.compile),
             Step("gpu tests", 80, self.gpu_tests),
             Step("sanitizer", 55, self.sanitizer),
@@ -117,33 +116,33 @@ class Acceptance:
         if not self._on_gpu:
             return Outcome("unavailable", "nothing is compiled on a CPU")
         extensions = self._out / EXTENSIONS
-        # A build that was ended has left its lock behind, for which the next would wait.
+        # A build that was killed left its lock behind; the next build would wait for it.
         _unlock(extensions)
         todo = precompile.tasks(self._units, every_epilogue=True)
 
-        def walk(plan: str) -> int | None:
-            # What compute-sanitizer is to watch, without it.
+        def launch(plan: str) -> int | None:
+            # The launches that run under compute-sanitizer later, here without it.
             command = [sys.executable, "-m", "perf.sanitize", plan]
-            return run_for(command, seconds, self._out / f"walks-{plan}.log", {})
+            return run_for(command, seconds, self._out / f"launches-{plan}.log", {})
 
         with ThreadPoolExecutor(len(sanitize.PLANS)) as pool:
-            codes = pool.map(walk, sanitize.PLANS)
+            codes = pool.map(launch, sanitize.PLANS)
             done = list(precompile.compile_all(todo, seconds))
-            walks = dict(zip(sanitize.PLANS, codes))
+            launches = dict(zip(sanitize.PLANS, codes))
         _unlock(extensions)
         failed = Counter(f"{one.peer}: {one.error}" for one in done if one.error)
-        told = [f"{len(done) - failed.total()} of {len(todo)} compiled"]
-        told += [f"walks-{plan}.log: {code}" for plan, code in walks.items() if code]
-        told += [f"{count} {error}" for error, count in failed.items()]
-        # Not to be taken up again: a worker compiles what it does not find.
-        return Outcome("failed" if any(walks.values()) else "done", "; ".join(told))
+        message = [f"{len(done) - failed.total()} of {len(todo)} compiled"]
+        message += [f"launches-{plan}.log: {code}" for plan, code in launches.items() if code]
+        message += [f"{count} {error}" for error, count in failed.items()]
+        # Never "unfinished": a worker compiles whatever is not in the caches.
+        return Outcome("failed" if any(launches.values()) else "done", "; ".join(message))
 
     def gpu_tests(self, seconds: float) -> Outcome:
         """Run the tests that only a GPU can show."""
         return self._tests("gpu-tests", ("-m", "gpu"), seconds)
 
     def kernel_tests(self, seconds: float) -> Outcome:
-        """Run the tests of the kernels, which elsewhere are the interpreter's."""
+        """Run the tests of the kernels, which run in the interpreter where there is no GPU."""
         return self._tests("kernel-tests", KERNEL_TESTS, seconds)
 
     def _tests(self, name: str, arguments: Sequence[str], seconds: float) -> Outcome:
@@ -160,19 +159,19 @@ class Acceptance:
         )
         outcomes = recorded_tests.outcomes(path)
         counts = Counter(outcomes.values())
-        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "none ran"
+        message = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "none ran"
         failed = [test for test, outcome in outcomes.items() if outcome == "failed"]
         if code is None:
-            return Outcome("unfinished", f"{told} so far")
+            return Outcome("unfinished", f"{message} so far")
         if failed:
-            return Outcome("failed", f"{told}: {', '.join(failed)}")
-        # 5: none was left to run.
+            return Outcome("failed", f"{message}: {', '.join(failed)}")
+        # 5: no test was left to run.
         if code not in (0, 5):
-            return Outcome("failed", f"{told}; pytest exited with {code}, see {name}.log")
-        return Outcome("done", told)
+            return Outcome("failed", f"{message}; pytest exited with {code}, see {name}.log")
+        return Outcome("done", message)
 
     def sanitizer(self, seconds: float) -> Outcome:
-        """Have compute-sanitizer watch small ragged walks of each plan, all at the same time."""
+        """Run small ragged launches of each plan under compute-sanitizer, all at the same time."""
         if not self._on_gpu:
             return NEEDS_GPU
         sanitizer = find_sanitizer()
@@ -194,23 +193,23 @@ class Acceptance:
                 ],
                 seconds,
                 log,
-                # So that what lies beyond a tensor belongs to no other one.
+                # So that memory beyond a tensor belongs to no other tensor.
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             )
-            return f"{tool} {plan}", None if code is None else _sanitizer_says(code, log)
+            return f"{tool} {plan}", None if code is None else _finding(code, log)
 
         with ThreadPoolExecutor(len(todo) or 1) as pool:
             found = dict(pool.map(watch, todo))
-        known |= {name: says for name, says in found.items() if says is not None}
+        known |= {name: finding for name, finding in found.items() if finding is not None}
         path.write_text(json.dumps(known, indent=2) + "\n")
-        told = "; ".join(f"{name}: {says}" for name, says in known.items())
-        if unfinished := [name for name, says in found.items() if says is None]:
-            return Outcome("unfinished", f"{told}; not in time: {', '.join(unfinished)}")
-        clean = all(says.startswith("clean") for says in known.values())
-        return Outcome("done" if clean else "failed", told)
+        message = "; ".join(f"{name}: {finding}" for name, finding in known.items())
+        if unfinished := [name for name, finding in found.items() if finding is None]:
+            return Outcome("unfinished", f"{message}; not in time: {', '.join(unfinished)}")
+        clean = all(finding.startswith("clean") for finding in known.values())
+        return Outcome("done" if clean else "failed", message)
 
     def calibrate(self, seconds: float) -> Outcome:
-        """Measure the constants of the model, in a process that can be ended."""
+        """Measure the constants of the roofline model, in a process that can be killed."""
         log = self._out / "calibrate.log"
         command = [sys.executable, "-m", "perf", "calibrate", "--device", self._device]
         code = run_for([*command, "--out", str(self._out)], seconds, log, {})
@@ -219,11 +218,11 @@ class Acceptance:
         if code:
             return Outcome("failed", f"exited with {code}, see {log.name}")
         content = tables.read_calibration(self._out)
-        told = [f"{name} {value:.4g}" for name, value in content["measured"].items()]
+        message = [f"{name} {value:.4g}" for name, value in content["measured"].items()]
         if self._on_gpu:
-            told += [f"no {name}: {reason}" for name, reason in content["missing"].items()]
+            message += [f"no {name}: {reason}" for name, reason in content["missing"].items()]
         broken = self._on_gpu and content["missing"]
-        return Outcome("failed" if broken else "done", ", ".join(told))
+        return Outcome("failed" if broken else "done", ", ".join(message))
 
     def cells(self, seconds: float) -> Outcome:
         """Measure the sample of cells beside nn.RNN, the graphed loop and FlashRNN."""
@@ -238,7 +237,7 @@ class Acceptance:
         )
         rows = tables.read_lines(self._out / tables.ROWS)
         counts = Counter(str(row["status"]) for row in rows)
-        told = [", ".join(f"{count} {status}" for status, count in counts.items())]
+        message = [", ".join(f"{count} {status}" for status, count in counts.items())]
         for mode in samples.MODES:
             speedups = [
                 row["speedup_vs_nn"]
@@ -247,19 +246,19 @@ class Acceptance:
             ]
             if speedups:
                 mean = float(np.exp(np.mean(np.log(speedups))))
-                told.append(f"{mode} {mean:.2f} x nn.RNN over {len(speedups)} cells")
+                message.append(f"{mode} {mean:.2f} x nn.RNN over {len(speedups)} cells")
         if left := waiting(self._units, rows):
-            told.append(f"{left} of {len(self._units)} cases to go")
-            return Outcome("unfinished", "; ".join(told))
+            message.append(f"{left} of {len(self._units)} cases to go")
+            return Outcome("unfinished", "; ".join(message))
         broken = [
             row
             for row in rows
             if row["peer"] == report.OURS and row["status"] in ("wrong", "error", "timeout")
         ]
-        return Outcome("failed" if broken else "done", "; ".join(told))
+        return Outcome("failed" if broken else "done", "; ".join(message))
 
     def report(self, seconds: float) -> Outcome:
-        """Write what the rows say."""
+        """Write the report of the rows."""
         if not tables.read_lines(self._out / tables.ROWS):
             return Outcome("unfinished", "there are no rows yet")
         return Outcome("done", str(report.write(self._out)))
@@ -279,10 +278,10 @@ class Acceptance:
 def run_for(
     command: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str]
 ) -> int | None:
-    """Run a command in the checkout, and end it with all that it started if it takes too long.
+    """Run a command in the checkout; kill it and all its processes if it takes too long.
 
     Returns:
-        Its exit code, or None if it was ended.
+        Its exit code, or None if it was killed.
     """
     with log.open("a") as file:
         process = subprocess.Popen(
@@ -304,17 +303,17 @@ def run_for(
 
 
 def find_sanitizer() -> str | None:
-    """Return compute-sanitizer, from the path or where CUDA's toolkit has it."""
+    """Return the path of compute-sanitizer, from PATH or from a folder of CUDA's toolkit."""
     return shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path=os.pathsep.join(SANITIZER_FOLDERS)
     )
 
 
-def _sanitizer_says(code: int, log: Path) -> str:
+def _finding(code: int, log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()
     summaries = [line.strip("= ") for line in lines if "SUMMARY" in line]
-    told = summaries[-1] if summaries else next(reversed(lines), "it said nothing")
-    return f"clean, {told}" if code == 0 else f"exited with {code}, {told}"
+    last = summaries[-1] if summaries else next(reversed(lines), "no output")
+    return f"clean, {last}" if code == 0 else f"exited with {code}, {last}"
 
 
 def _unlock(folder: Path) -> None:

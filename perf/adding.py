@@ -1,4 +1,4 @@
-"""``python -m perf adding``: add two marked numbers far apart, with torch.nn.RNN and tritonrnn."""
+"""Run ``python -m perf adding``: learn to add two marked numbers that are far apart."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from perf import environment, loss_curves, plots, tables
-from perf.contenders import (
+from perf.paired_training import (
     OURS,
     REFERENCE,
     TWIN,
-    Contender,
     MakeRNN,
     Recipe,
+    Trainee,
     curves_table,
-    make_contenders,
+    make_trainees,
     speedup,
     train,
 )
 
 BATCH_SIZE = 128
-# The paper's own recipe, input weights of 1e-3 and plain gradient descent at 1e-2, had hardly begun
-# to learn after 2,500 steps of 32 sequences (100 hidden units, a loss of 0.156).
+# With the paper's own recipe (input weights of 1e-3, plain gradient descent at 1e-2), the loss was
+# still 0.156 after 2,500 steps of 32 sequences (100 hidden units).
 INPUT_WEIGHT_STD = 0.05
 LEARNING_RATE = 1e-3
 CLIP_NORM = 1.0
-# Built at once, ahead of being trained on.
+# Batches that are built together, before the models train on them.
 PORTION = 80
-# What the loss is averaged over for the table and the plot.
+# Steps that the loss is averaged over, for the table and the plot.
 WINDOW = 50
-# The variance of the sum of two uniform numbers: the loss of whoever always answers 1.
+# The variance of the sum of two uniform numbers: the loss of a model that always answers 1.
 BLIND_LOSS = 1 / 6
 
 
 class Batch(NamedTuple):
-    """Sequences of (number, mark), ``(T, B, 2)``, and the sums of the marked numbers, ``(B,)``."""
+    """Hold sequences of (number, mark), ``(T, B, 2)``, and sums of marked numbers, ``(B,)``."""
 
     input: Tensor
     sums: Tensor
 
 
 class Adder(nn.Module):
-    """A relu RNN that starts as the identity, and a linear head on its final state.
+    """Add numbers with a relu RNN that starts as the identity, and a linear head on ``h_n``.
 
     Le, Jaitly & Hinton 2015, arXiv:1504.00941.
     """
@@ -89,35 +89,35 @@ def make_batch(T: int, generator: torch.Generator) -> Batch:
 
 
 def portions(steps: int, T: int, seed: int, device: torch.device) -> Iterator[list[Batch]]:
-    """Yield ``steps`` batches in all, some at a time."""
+    """Yield ``steps`` batches in all, ``PORTION`` at a time."""
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, steps, PORTION):
         batches = (make_batch(T, generator) for _ in range(min(PORTION, steps - start)))
         yield [Batch(*(tensor.to(device) for tensor in batch)) for batch in batches]
 
 
-def results_table(contenders: Sequence[Contender[Adder]]) -> pd.DataFrame:
-    """Return one row for each contender, the reference first."""
+def results_table(trainees: Sequence[Trainee[Adder]]) -> pd.DataFrame:
+    """Return one row for each trainee, the reference first."""
     return pd.DataFrame(
         [
             {
-                "model": contender.name,
-                "loss": float(np.mean(contender.losses[-WINDOW:])),
+                "model": trainee.name,
+                "loss": float(np.mean(trainee.losses[-WINDOW:])),
                 "blind_loss": BLIND_LOSS,
-                "steps_per_s": len(contender.losses) / sum(contender.turn_seconds),
-                "seconds": sum(contender.turn_seconds),
-                "speedup_vs_nn": speedup(contenders[0], contender),
+                "steps_per_s": len(trainee.losses) / sum(trainee.chunk_seconds),
+                "seconds": sum(trainee.chunk_seconds),
+                "speedup_vs_nn": speedup(trainees[0], trainee),
             }
-            for contender in contenders
+            for trainee in trainees
         ]
     )
 
 
-def draw(contenders: Sequence[Contender[Adder]], T: int) -> Figure:
+def draw(trainees: Sequence[Trainee[Adder]], T: int) -> Figure:
     """Draw the losses, and how far two trainings drift from torch.nn.RNN's."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    by_name = {contender.name: np.array(contender.losses) for contender in contenders}
+    by_name = {trainee.name: np.array(trainee.losses) for trainee in trainees}
     smooth = {
         name: pd.Series(losses).rolling(WINDOW, min_periods=1).mean()
         for name, losses in by_name.items()
@@ -138,7 +138,7 @@ def draw(contenders: Sequence[Contender[Adder]], T: int) -> Figure:
     left.set_title(f"Adding problem, {T} steps", fontsize=10)
     for name, style in ((OURS, "tab:blue"), (TWIN, "tab:gray")):
         drift = np.maximum.accumulate(np.abs(by_name[name] - by_name[REFERENCE]))
-        # What is exactly 0 has no place on a logarithmic axis.
+        # A logarithmic axis can't show 0.
         right.plot(np.where(drift > 0, drift, np.nan), label=name, color=style)
     right.set_yscale("log")
     right.set(xlabel="training step", ylabel="largest difference so far")
@@ -152,7 +152,7 @@ def draw(contenders: Sequence[Contender[Adder]], T: int) -> Figure:
 def run(
     *, steps: int, T: int, hidden_size: int, device: torch.device, out: Path | None, seed: int
 ) -> bool:
-    """Train, print what came of it, write and draw it to ``out``.
+    """Train, print the results, and write and draw them to ``out``.
 
     Args:
         steps: Training steps.
@@ -160,7 +160,7 @@ def run(
         hidden_size: Hidden units.
         device: Where to train.
         out: Folder for the tables, the loss curves and their plot, if they are wanted.
-        seed: Of the first weights and the batches.
+        seed: Seed of the initial weights and the batches.
 
     Returns:
         Whether the loss curves agree.
@@ -170,13 +170,11 @@ def run(
         f"Sums of 2 of {T} numbers, {BATCH_SIZE} sequences a batch; {device}, "
         f"{torch.get_num_threads()} threads"
     )
-    contenders = make_contenders(
-        lambda rnn_class: Adder(rnn_class, hidden_size), RECIPE, seed, device
-    )
+    trainees = make_trainees(lambda rnn_class: Adder(rnn_class, hidden_size), RECIPE, seed, device)
     batches = portions(steps, T, seed, device)
-    train(contenders, batches, steps=steps, seed=seed, device=device, console=console)
-    results = results_table(contenders)
-    reference, ours, twin = contenders
+    train(trainees, batches, steps=steps, seed=seed, device=device, console=console)
+    results = results_table(trainees)
+    reference, ours, twin = trainees
     comparison = loss_curves.compare(reference.losses, twin.losses, ours.losses)
     print(results.to_markdown(index=False, floatfmt=("", ".5f", ".3f", ",.0f", ".1f", ".2f")))
     print(f"loss: mean squared error over the last {WINDOW} steps. blind_loss: of answering 1.")
@@ -185,7 +183,7 @@ def run(
         run_id = environment.new_run_id()
         keys = {"steps": steps, "T": T, "hidden_size": hidden_size, "seed": seed}
         tables.append_rows(out, "adding", results.assign(run_id=run_id, **keys))
-        tables.append_rows(out, "adding_curves", curves_table(contenders).assign(run_id=run_id))
+        tables.append_rows(out, "adding_curves", curves_table(trainees).assign(run_id=run_id))
         tables.add_environment(out, run_id, environment.describe(device))
-        plots.save(draw(contenders, T), out / "adding.png")
+        plots.save(draw(trainees, T), out / "adding.png")
     return comparison.agrees

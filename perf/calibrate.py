@@ -1,4 +1,4 @@
-"""``python -m perf calibrate``: the constants of the model of the limit, measured."""
+"""Run ``python -m perf calibrate``: measure the constants of the roofline model."""
 
 from __future__ import annotations
 
@@ -13,35 +13,34 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from perf import environment, limits, tables
+from perf import environment, roofline, tables
 from perf.timing import Clock, EventClock, Job, WallClock
+from tritonrnn.kernels.devices import DEVICES
 
 COPY_BYTES = 2**30
 MATRIX_SIZE = 8192
-# A CPU would take minutes over what a GPU needs to be busy, most of all in 16 bits.
+# Sizes that keep a GPU busy would take minutes on a CPU, most of all in 16 bits.
 CPU_COPY_BYTES = 2**26
 CPU_MATRIX_SIZE = 256
 
-# Long walks less short ones, so that the launch drops out.
+# Steps of two calls, whose difference contains no launch.
 SHORT, LONG = 1_000, 11_000
 NODES = 1_000
 SAMPLE_S = 0.2
-LEAST_WALKS = 8
+MIN_LAUNCHES = 8
 GAIN = 1.5
-# Polls, of half a microsecond or more, that two programs of a walk may take.
-PATIENCE = 10_000_000
-# Of the wgmma in which the chain is measured: NVIDIA H100 white paper.
-BF16_FLOP_PER_CLK = 4096
+# Spins of about half a microsecond, after which a program gives up waiting for the other.
+MAX_SPINS = 10_000_000
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What measures one constant.
+    """Measure one constant.
 
     Attributes:
-        constant: As ``limits.json`` names it.
-        measure: Returns it for a device, in the unit of its name.
-        needs_gpu: Why it does not apply on a CPU, or None if it does.
+        constant: Its name in :func:`perf.roofline.sources`.
+        measure: Returns its value for a device, in the unit of the name.
+        needs_gpu: Why it does not apply to a CPU, or None if it does.
     """
 
     constant: str
@@ -50,7 +49,7 @@ class Probe:
 
 
 def clock(job: Job, device: torch.device) -> Clock:
-    """Return the clock that suits a device."""
+    """Return the clock for a device."""
     return EventClock(job, SAMPLE_S) if device.type == "cuda" else WallClock(job, SAMPLE_S)
 
 
@@ -63,7 +62,7 @@ def hbm_TBps(device: torch.device) -> float:
 
 
 def matrix_TFLOPps(dtype: torch.dtype, fp32_mode: str | None = None) -> Callable[..., float]:
-    """Return what measures the rate of large products of random matrices."""
+    """Return a function that measures the rate of large products of random matrices."""
 
     def measure(device: torch.device) -> float:
         size = MATRIX_SIZE if device.type == "cuda" else CPU_MATRIX_SIZE
@@ -81,24 +80,24 @@ def matrix_TFLOPps(dtype: torch.dtype, fp32_mode: str | None = None) -> Callable
 
 
 def slope_us(call: Callable[[int], object], short: int = SHORT, long: int = LONG) -> float:
-    """Return the time of one repetition inside a call, by the difference of two calls."""
+    """Return the time of one repetition inside a call, from the difference of two calls."""
     us = [EventClock(Job(lambda n=n: call(n)), SAMPLE_S).sample_us() for n in (short, long)]  # type: ignore[misc]
     return (us[1] - us[0]) / (long - short)
 
 
-def walk(device: torch.device, steps: int) -> tuple[float, float]:
-    """Return the clock cycles and the nanoseconds of a walk of the chain, by the GPU's counters."""
+def run_chain(device: torch.device, steps: int) -> tuple[float, float]:
+    """Return the clock cycles and the nanoseconds of a chain of steps, by the GPU's counters."""
     from perf import probes
 
     H, B = probes.CHAIN_HIDDEN, probes.CHAIN_SEQUENCES
-    # Of a gain above 1, or the state would soon be zeros, which draw less power.
+    # The gain is above 1; otherwise the state would soon be zeros, which draw less power.
     matrix = (GAIN * torch.randn(H, H, device=device) / math.sqrt(H)).bfloat16()
     state = torch.randn(H, B, device=device).bfloat16()
     ticks = torch.zeros(2, dtype=torch.int64, device=device)
     found: list[list[int]] = []
     deadline = time.monotonic() + SAMPLE_S
-    # The first launch compiles, and the clock of a GPU at rest takes a while to rise.
-    while len(found) < LEAST_WALKS or time.monotonic() < deadline:
+    # The first launch compiles, and the clock of an idle GPU takes a while to rise.
+    while len(found) < MIN_LAUNCHES or time.monotonic() < deadline:
         probes.chain_kernel[(1,)](
             matrix,
             state,
@@ -114,21 +113,22 @@ def walk(device: torch.device, steps: int) -> tuple[float, float]:
 
 
 def clock_GHz(device: torch.device) -> float:
-    """Return the clock of the multiprocessors while one of them walks the chain."""
-    cycles, ns = walk(device, LONG)
+    """Return the clock of the multiprocessors while one of them runs the chain."""
+    cycles, ns = run_chain(device, LONG)
     return cycles / ns
 
 
 def chain_clk(device: torch.device) -> float:
     """Return the clock cycles of a step of a dependent chain in one multiprocessor.
 
-    It is a step of the smallest recurrence there is, less what the model counts for its product.
+    It is a step of the smallest recurrence, less the cycles that the model counts for its product.
     """
     from perf import probes
 
-    step_clk = (walk(device, LONG)[0] - walk(device, SHORT)[0]) / (LONG - SHORT)
+    step_clk = (run_chain(device, LONG)[0] - run_chain(device, SHORT)[0]) / (LONG - SHORT)
     product = 2 * probes.CHAIN_SEQUENCES * probes.CHAIN_HIDDEN**2
-    return step_clk - product / BF16_FLOP_PER_CLK
+    # The probe is for Hopper, whose wgmma it uses.
+    return step_clk - DEVICES["sm_90"].product_clocks(product, "16-bit")
 
 
 def handoff_us(device: torch.device) -> float:
@@ -143,18 +143,19 @@ def handoff_us(device: torch.device) -> float:
 
     def pass_flag(round_trips: int) -> None:
         flag.zero_()
-        ping_pong_kernel[(2,)](flag, round_trips, PATIENCE, num_warps=1)
+        ping_pong_kernel[(2,)](flag, round_trips, MAX_SPINS, num_warps=1)
 
     pass_flag(LONG)
     if flag.item() != 2 * LONG:
-        raise RuntimeError("a program waited in vain for the other")
+        raise RuntimeError("a program gave up waiting for the other")
     return slope_us(pass_flag) / 2
 
 
 def launch_us(device: torch.device) -> float:
     """Return the time from one launch of an empty kernel to the next, in a stream.
 
-    It is launched by Triton from Python, as tritonrnn's are, which takes longer than the driver.
+    Triton launches it from Python, as it launches tritonrnn's kernels; that takes longer than a
+    launch by the driver alone.
     """
     from perf.probes import empty_kernel
 
@@ -162,7 +163,7 @@ def launch_us(device: torch.device) -> float:
 
 
 def graph_node_us(device: torch.device) -> float:
-    """Return the time of one of many empty kernels in a row in a CUDA graph."""
+    """Return the time of one node among many empty kernels of a CUDA graph."""
     from perf.probes import empty_kernel
 
     def replay(nodes: int) -> Callable[[], None]:
@@ -196,7 +197,7 @@ def calibrate(device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
     """Measure every constant that applies.
 
     Returns:
-        The constants that were measured, and for each other why it was not.
+        The constants that were measured, and for each of the others why it was not.
     """
     measured: dict[str, float] = {}
     missing: dict[str, str] = {}
@@ -207,7 +208,7 @@ def calibrate(device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
         try:
             measured[probe.constant] = probe.measure(device)
         except Exception as exception:
-            # One probe that fails is no reason to lose the others.
+            # A probe that fails must not lose the results of the others.
             missing[probe.constant] = f"{type(exception).__name__}: {exception}".splitlines()[0]
     return measured, missing
 
@@ -215,13 +216,13 @@ def calibrate(device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
 def run(device: torch.device, out: Path | None) -> pd.DataFrame:
     """Measure, write ``calibration.json`` to ``out``, and return the table.
 
-    The file has the published constants beside the measured. A run with the same ``out`` uses
-    the measured ones where the device is the same.
+    The file has the published constants beside the measured ones. A run with the same ``out`` uses
+    the measured ones if the device is the same.
     """
     facts = environment.describe(device)
     name = str(facts["gpu"] if device.type == "cuda" else facts["cpu"])
     measured, missing = calibrate(device)
-    published = limits.sources().get(name, {})
+    published = roofline.sources().get(name, {})
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         content = {
@@ -238,7 +239,7 @@ def run(device: torch.device, out: Path | None) -> pd.DataFrame:
 def table(
     measured: dict[str, float], missing: dict[str, str], published: dict[str, dict[str, object]]
 ) -> pd.DataFrame:
-    """Return one row for each constant: measured, published, and why or where from."""
+    """Return one row for each constant: measured, published, its source, why it is missing."""
     names = list(dict.fromkeys([*measured, *missing, *published]))
     return pd.DataFrame(
         {

@@ -1,4 +1,4 @@
-"""What is measured: sizes of an RNN, and inputs and gradients to run it with."""
+"""Describe what is measured: the sizes of an RNN, and inputs and gradients to run it with."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ LENGTHS = ("equal", "linear", "uniform", "words", "lognormal")
 # alone. fwdbwd: both, as in training.
 MODES = ("infer", "fwd", "bwd", "fwdbwd")
 
-# Letters of a word, as often as in a running list of English words; scaled to T.
+# TF32 keeps 10 bits of the fraction.
+TF32_EPS = 2.0**-10
+# Lengths of words, as frequent as in a list of English words; scaled to T.
 WORD_LENGTHS = (2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 10, 12, 15)
 LOGNORMAL_SIGMA = 0.75
 
 
 @dataclass(frozen=True)
 class Case:
-    """An RNN and its input: T steps, B sequences, I inputs, H hidden units, and how they lie.
+    """Describe an RNN and its input: T steps, B sequences, I features, H hidden units, the layout.
 
     Attributes:
         layout: One of ``LAYOUTS``.
@@ -55,7 +57,7 @@ class Case:
 
     @property
     def case_id(self) -> str:
-        """Everything but the device, readable: ``T100-B1-I32-H32-L1-D1-tanh-padded-fp32-ieee``."""
+        """Return the name, without the device: ``T100-B1-I32-H32-L1-D1-tanh-padded-fp32-ieee``."""
         parts = [
             f"T{self.T}-B{self.B}-I{self.I}-H{self.H}-L{self.layers}-D{self.directions}",
             self.nonlinearity,
@@ -70,8 +72,14 @@ class Case:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether it runs on a GPU."""
+        """Return whether the case runs on a GPU."""
         return torch.device(self.device).type == "cuda"
+
+    @property
+    def eps(self) -> float:
+        """Return the rounding of the case's products."""
+        tf32 = self.dtype == "fp32" and self.fp32_mode == "tf32"
+        return TF32_EPS if tf32 else torch.finfo(DTYPES[self.dtype]).eps
 
     def columns(self) -> dict[str, object]:
         """Return the columns of a row that name this case."""
@@ -80,8 +88,8 @@ class Case:
     def make_module(self, rnn_class: Callable[..., nn.RNNBase], seed: int) -> nn.RNNBase:
         """Return an RNN on the CPU with torch's own initial weights.
 
-        They are uniform in ±1/√H, so that the spectral radius of W_hh is about 0.6: states stay in
-        the range of tanh that models live in, however many the steps.
+        The weights are uniform in ±1/√H, so that the spectral radius of W_hh is about 0.6: over any
+        number of steps, states stay in the range of tanh that trained models use.
         """
         torch.manual_seed(seed)
         return rnn_class(
@@ -93,7 +101,7 @@ class Case:
         )
 
     def ragged_lengths(self, seed: int) -> list[int]:
-        """Return the lengths of a ragged batch, the longest first, which is T long."""
+        """Return the lengths of a ragged batch in descending order; the longest is T."""
         generator = torch.Generator().manual_seed(seed)
         if self.lengths == "linear":
             lengths = torch.linspace(self.T, self.T / 4, self.B)
@@ -114,20 +122,20 @@ class Case:
         return lengths.tolist()
 
     def tokens(self, seed: int) -> int:
-        """Return how many steps all sequences have together, N."""
+        """Return N, the number of steps of all sequences together."""
         return self.T * self.B if self.layout == "padded" else sum(self.ragged_lengths(seed))
 
 
 @dataclass(frozen=True)
 class Workload:
-    """An input, and the gradients that come back to both results.
+    """Hold an input, and the gradients of both results.
 
     Attributes:
         tokens: The input, or the rows of a packed or jagged one.
-        output_grad: Gradient of a loss by the output, or by its rows.
-        h_n_grad: Gradient of the loss by ``h_n``.
-        batch_sizes: Of a ragged input; on the CPU, as torch has it.
-        offsets: Of a jagged input: where each sequence begins in its rows, and where the last ends.
+        output_grad: Gradient of a loss with respect to the output, or to its rows.
+        h_n_grad: Gradient of the loss with respect to ``h_n``.
+        batch_sizes: Batch sizes of a ragged input; on the CPU, as torch keeps them.
+        offsets: For a jagged input, the row where each sequence begins, and the end of the last.
     """
 
     tokens: Tensor
@@ -138,9 +146,9 @@ class Workload:
 
     @classmethod
     def make(cls, case: Case, *, seed: int) -> Workload:
-        """Draw normal random numbers for everything, in float32 on the CPU.
+        """Draw all tensors from the normal distribution, in float32 on the CPU.
 
-        Random, for zeros draw less power and run faster.
+        They are random because zeros draw less power and run faster.
         """
         generator = torch.Generator().manual_seed(seed)
         rows: tuple[int, ...] = (case.T, case.B)
@@ -160,7 +168,7 @@ class Workload:
         )
 
     def to(self, device: str, dtype: torch.dtype) -> Workload:
-        """Return the same numbers elsewhere."""
+        """Return the same values on another device or in another dtype."""
         return Workload(
             self.tokens.to(device, dtype),
             self.output_grad.to(device, dtype),
@@ -170,12 +178,12 @@ class Workload:
         )
 
     def input_of(self, tokens: Tensor) -> Any:
-        """Return these tokens as a module takes them: a tensor, nested if jagged, or packed."""
+        """Return these tokens in the form that a module takes: padded, packed or nested."""
         if self.batch_sizes is None:
             return tokens
         if self.offsets is None:
             return PackedSequence(tokens, self.batch_sizes)
-        # Told, or each call would have to ask the device.
+        # Passed on, so that no call has to ask the device.
         shortest = int((self.batch_sizes == self.batch_sizes[0]).sum())
         return torch.nested.nested_tensor_from_jagged(
             tokens, self.offsets, min_seqlen=shortest, max_seqlen=len(self.batch_sizes)
@@ -189,10 +197,11 @@ class Workload:
         return output if self.batch_sizes is None else output.data, h_n
 
     def run_packed(self, module: nn.RNNBase, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what :meth:`run` does, of a module that takes no nested tensor."""
+        """Return the results of :meth:`run` for a module that takes no nested tensor."""
         if self.offsets is None or self.batch_sizes is None:
             return self.run(module, tokens)
-        # Packed, the first steps of all sequences come first; there as here the longest is first.
+        # A packed batch has the first steps of all sequences first. In both layouts the longest
+        # sequence comes first.
         starts = self.offsets[:-1]
         order = torch.cat([starts[:n] + t for t, n in enumerate(self.batch_sizes.tolist())])
         output, h_n = module(PackedSequence(tokens[order], self.batch_sizes))

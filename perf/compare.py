@@ -1,4 +1,4 @@
-"""``python -m perf compare A B``: is B faster than A, cell by cell, and can one tell?"""
+"""Run ``python -m perf compare A B``: judge cell by cell whether B is faster than A."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from perf.schema import KEYS
 VERDICTS = ("SLOWER", "LOST", "UNCLEAR", "SAME", "FASTER", "NEW")
 REGRESSIONS = ("SLOWER", "LOST")
 
-# No difference below this is told apart, however quiet the two runs were.
+# A smaller difference counts as noise, however quiet the two runs were.
 LEAST_NOISE = 0.02
-# A cell whose samples spread wider can't be called the same.
+# A cell whose samples spread wider than this is not called the same.
 WIDEST_SAME = 0.10
 
-# Sizes and layout: what two cases have in common that differ in precision only.
+# Sizes and layout, which two cases share that differ in precision only.
 _SIZES = [
     *("T", "B", "I", "H", "layers", "directions", "nonlinearity", "layout", "lengths", "device")
 ]
@@ -27,7 +27,7 @@ _PRECISION = ["dtype", "fp32_mode"]
 
 
 class NotComparableError(Exception):
-    """Two runs whose times can't be compared."""
+    """The times of two runs can't be compared."""
 
 
 def compare(before: Path, after: Path) -> pd.DataFrame:
@@ -41,14 +41,14 @@ def compare(before: Path, after: Path) -> pd.DataFrame:
         ``speedup`` (above 1 if ``after`` is faster), ``noise`` and ``verdict``; the worst first.
 
     Raises:
-        NotComparableError: the runs are of different machines or precisions.
+        NotComparableError: the machines or the precisions of the runs differ.
     """
     check_machines(*(list(tables.read_environments(path).values()) for path in (before, after)))
     return judge(tables.load(before), tables.load(after))
 
 
 def check_machines(*runs: Sequence[dict[str, object]]) -> None:
-    """Raise unless all runs on one kind of device are of one machine."""
+    """Raise unless all runs on one kind of device come from one machine."""
     seen: dict[object, dict[str, object]] = {}
     for facts in (one for run in runs for one in run):
         machine = environment.machine(facts)
@@ -89,7 +89,8 @@ def _judge(cell: pd.Series, noise: float) -> dict[str, object]:
     """Return the times of a cell and the verdict.
 
     FASTER and SLOWER: the ranges from p10 to p90 do not touch, and the medians differ by more than
-    the noise. SAME: the medians do not, and the ranges are narrow. UNCLEAR: the rest.
+    the noise. SAME: the medians differ by no more than the noise, and the ranges are narrow.
+    UNCLEAR: all other cells.
     """
     row: dict[str, object] = {
         "before_us": cell["p50_before"],
@@ -116,17 +117,17 @@ def _judge(cell: pd.Series, noise: float) -> dict[str, object]:
 
 
 def _times(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the status and the quantiles of each cell, of the GPU's own time where there is it."""
+    """Return the status and the quantiles of each cell: of GPU time on a GPU, else of wall time."""
     on_gpu = rows["device"].str.startswith("cuda")
     table = rows[list(KEYS)].astype("string").assign(status=rows["status"].astype("string"))
     for quantile in ("p10", "p50", "p90"):
         table[quantile] = rows[f"event_us_{quantile}"].where(on_gpu, rows[f"wall_us_{quantile}"])
-    # A cell that was measured twice counts as it was measured last.
+    # If a cell was measured twice, the last row counts.
     return table.drop_duplicates(list(KEYS), keep="last").set_index(list(KEYS))
 
 
 def _repeat_noise(rows: pd.DataFrame) -> dict[tuple[object, ...], float]:
-    """Return, for each case, device and mode, how far ``nn.RNN`` was from itself."""
+    """Return, for each case, device and mode, how far ``nn_again`` was from ``nn.RNN``."""
     again = rows[(rows["peer"] == "nn_again") & rows["speedup_vs_nn"].notna()]
     return {
         (row["case_id"], row["device"], str(row["mode"])): abs(np.log(row["speedup_vs_nn"]))
@@ -135,7 +136,7 @@ def _repeat_noise(rows: pd.DataFrame) -> dict[tuple[object, ...], float]:
 
 
 def _check_precisions(before: pd.DataFrame, after: pd.DataFrame) -> None:
-    """Raise where both have a case, but at no precision that both have."""
+    """Raise if both runs have a case, but at no common precision."""
     found: list[dict[tuple[object, ...], set[tuple[str, ...]]]] = []
     for rows in (before, after):
         cases: dict[tuple[object, ...], set[tuple[str, ...]]] = {}
@@ -150,11 +151,11 @@ def _check_precisions(before: pd.DataFrame, after: pd.DataFrame) -> None:
 
 
 def summary(table: pd.DataFrame) -> str:
-    """Return how many cells have which verdict, in one line."""
+    """Return in one line how many cells have each verdict."""
     counts = table["verdict"].value_counts(sort=False)
     return ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
 
 
 def has_regressed(table: pd.DataFrame) -> bool:
-    """Whether a cell is slower or lost."""
+    """Return whether a cell is slower or lost."""
     return bool(table["verdict"].isin(REGRESSIONS).any())

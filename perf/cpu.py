@@ -1,7 +1,4 @@
-"""``python -m perf cpu``: is tritonrnn as much faster than torch.nn.RNN on the CPU as it should be?
-
-It measures the preset ``cpu`` and judges what comes out.
-"""
+"""Run ``python -m perf cpu``: measure the preset ``cpu``, and judge tritonrnn by its targets."""
 
 from __future__ import annotations
 
@@ -11,34 +8,34 @@ from pathlib import Path
 
 import pandas as pd
 
-from perf import axes, tables
+from perf import presets, tables
 from perf.measure import Settings
 from perf.run import run as run_units
 from perf.sweep import Unit
 
-# The geometric mean of the speedups that each mode is to reach.
+# The geometric mean of the speedups that each mode should reach.
 TARGETS = {"train": 1.8, "train_packed": 2.5, "infer": 1.1}
 
-# torch.nn.RNN takes part twice: what it gains on itself is the noise.
+# torch.nn.RNN is measured twice: its speedup over itself is the noise.
 REFERENCE, AGAIN, OURS = "nn_aten", "nn_again", "tritonrnn"
 
 TIMEOUT_S = 300.0
 
 
 def units() -> list[Unit]:
-    """Return what is measured."""
-    return axes.units("cpu", {}, (REFERENCE, AGAIN, OURS), "cpu")
+    """Return the units of the preset ``cpu``."""
+    return presets.units("cpu", {}, (REFERENCE, AGAIN, OURS), "cpu")
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one row for each case and mode: times, speedup, and the noise of nn.RNN.
 
     Args:
-        rows: Of the schema; those of other peers and modes are left out.
+        rows: Rows of the schema; other peers and modes are left out.
 
     Returns:
-        A table; its ``slower`` says whether tritonrnn is slower than nn.RNN by more than nn.RNN
-        is slower than itself: its median speedup is below 1 and below the noise's p10.
+        A table. Its column ``slower`` is true where tritonrnn is slower than nn.RNN beyond the
+        noise: its median speedup is below 1 and below the noise's p10.
     """
     rows = rows.assign(mode=[_mode(row) for _, row in rows.iterrows()])
     rows = rows[rows["mode"].isin(list(TARGETS))]
@@ -68,7 +65,7 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _mode(row: pd.Series) -> str:
-    """Return the target that a row counts for, or "" if none."""
+    """Return the target that a row counts for, or "" if it counts for none."""
     if row["mode"] == "infer":
         return "infer" if row["layout"] == "padded" else ""
     if row["mode"] == "fwdbwd":
@@ -79,14 +76,14 @@ def _mode(row: pd.Series) -> str:
 def geometric_means(summary: pd.DataFrame) -> dict[str, float]:
     """Return the geometric mean of each mode's median speedups."""
     return {
-        # A case that was not timed leaves its mode without a mean.
+        # If a case was not timed, its mode has no mean.
         str(mode): math.exp(group["speedup_p50"].map(math.log).mean(skipna=False))
         for mode, group in summary.groupby("mode", sort=False)
     }
 
 
 def verdict(summary: pd.DataFrame) -> list[str]:
-    """Return, in plain sentences, which targets are met."""
+    """Return sentences about which targets are met."""
     sentences = [
         f"{str(row['status']).upper()}: {row['mode']} {row['case_id']} was not timed."
         for _, row in summary[summary["status"] != "ok"].iterrows()
@@ -113,7 +110,7 @@ def run(settings: Settings, out: Path | None) -> bool:
 
     Args:
         settings: How to measure.
-        out: Folder for the rows, if they are wanted; measured cells are taken from there.
+        out: Folder for the rows, if they are wanted; cells that it holds are not measured again.
 
     Returns:
         Whether every result was right.

@@ -1,6 +1,6 @@
-"""Two processes on the CPU train a model around an RNN together: DistributedDataParallel, FSDP2.
+"""Train a model around an RNN in two processes on the CPU: DistributedDataParallel, FSDP2.
 
-``python -m perf.distributed`` is one of the two; :func:`train_in_two` starts both.
+``python -m perf.distributed`` is one of the processes; :func:`train_in_two` starts both.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ RNNS: dict[str, Callable[..., nn.RNNBase]] = {
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, and how.
+    """Describe a training.
 
     Attributes:
         way: "DistributedDataParallel" or "fully_shard", or "alone" in one process.
         rnn: "torch.nn.RNN" or "tritonrnn.RNN".
         dtype: "float64" or "float32".
-        backend: of ``tritonrnn.backend``.
+        backend: An argument of ``tritonrnn.backend``.
     """
 
     way: str
@@ -52,7 +52,7 @@ class Training:
 
 
 class Tagger(nn.Module):
-    """Scores of every step of ragged sequences, ``(T, B, C)``, zero after their ends."""
+    """Score every step of ragged sequences: ``(T, B, C)``."""
 
     def __init__(self, rnn_class: Callable[..., nn.RNNBase]) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Tagger(nn.Module):
         self.head = nn.Linear(HIDDEN_SIZE, CLASSES)
 
     def forward(self, input: Tensor, lengths: Tensor) -> Tensor:
-        """Pack, run, unpack."""
+        """Pack, run the RNN, unpack, and apply the head."""
         packed = pack_padded_sequence(input, lengths, enforce_sorted=False)
         output, h_n = self.rnn(packed)
         padded, _ = pad_packed_sequence(output, total_length=len(input))
@@ -71,11 +71,11 @@ def train(training: Training, rank: int | None) -> list[Tensor]:
     """Train on this process's share of every batch.
 
     Args:
-        training: what and how.
-        rank: of this process, None if it is alone with all sequences.
+        training: What to train, and how.
+        rank: Rank of this process, or None if one process has all sequences.
 
     Returns:
-        Every parameter, whole.
+        Every parameter, unsharded.
     """
     dtype = getattr(torch, training.dtype)
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ def train(training: Training, rank: int | None) -> list[Tensor]:
     if training.way == "DistributedDataParallel":
         model = nn.parallel.DistributedDataParallel(model)
     elif training.way == "fully_shard":
-        # Only here: the import is slow.
+        # Imported here, because the import is slow.
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -113,19 +113,19 @@ def train(training: Training, rank: int | None) -> list[Tensor]:
 def train_in_two(
     trainings: Sequence[Training], limit_s: float = 120.0
 ) -> dict[Training, list[Tensor] | str]:
-    """Train each in two processes, one after the other.
+    """Run each training in two processes, one training after the other.
 
     Returns:
-        For each the parameters, or what it raised.
+        For each training its parameters, or the text of what it raised.
 
     Raises:
-        RuntimeError: a process failed otherwise, or they took longer than ``limit_s``.
+        RuntimeError: a process crashed, or the processes took longer than ``limit_s``.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.save([astuple(training) for training in trainings], Path(folder, "trainings"))
         command = [sys.executable, "-m", "perf.distributed", folder]
-        # One thread each, for threads that wait for one another are slow; and no look at the
-        # network beyond this machine.
+        # One thread each: two processes with many threads would wait for each other's cores. The
+        # loopback interface: gloo must not look for the network.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         if sys.platform == "linux":
             environment |= {"GLOO_SOCKET_IFNAME": "lo"}
@@ -150,13 +150,13 @@ def train_in_two(
                 process.wait()
         if any(process.returncode for process in processes):
             text = "\n".join(log.read_text() for log in logs)
-            raise RuntimeError(f"two processes did not come to their end in {limit_s:g} s:\n{text}")
+            raise RuntimeError(f"two processes did not finish in {limit_s:g} s:\n{text}")
         results = torch.load(Path(folder, "results"))
     return dict(zip(trainings, results))
 
 
 def _join(processes: Sequence[subprocess.Popen], limit_s: float) -> None:
-    """Wait until all have ended, one has failed or the time is up."""
+    """Wait until all processes have ended, one has failed or the time is up."""
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
         codes = [process.poll() for process in processes]
@@ -175,7 +175,7 @@ def _main(folder: Path, rank: int) -> None:
         try:
             results.append(train(Training(*fields), rank))
         except Exception as error:
-            # Where it is a fault of the module, it is that of both processes.
+            # A fault of the module occurs in both processes, so neither waits for the other.
             results.append(f"{type(error).__name__}: {error}")
     if rank == 0:
         torch.save(results, folder / "results")

@@ -1,4 +1,4 @@
-"""The facts of a run that its results depend on: machine, versions, commit."""
+"""Collect the facts that the results of a run depend on: machine, versions, commit."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def new_run_id() -> str:
-    """Return a name for a run that starts now, in UTC; later runs sort after earlier ones."""
+    """Return an id for a run that starts now, in UTC; later runs sort after earlier ones."""
     return datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
 
 
 def describe(device: torch.device) -> dict[str, object]:
-    """Return what the results on ``device`` depend on, ready for JSON."""
+    """Return the facts that results on ``device`` depend on, ready for JSON."""
     facts: dict[str, object] = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
@@ -44,7 +44,7 @@ def describe(device: torch.device) -> dict[str, object]:
 
 
 def machine(facts: Mapping[str, object]) -> dict[str, object]:
-    """Return the facts that two runs must share for their times to be compared."""
+    """Return the facts that must be equal for the times of two runs to be compared."""
     on_gpu = str(facts["device"]).startswith("cuda")
     names = ("device", "gpu") if on_gpu else ("device", "cpu", "threads")
     return {name: facts.get(name) for name in names}

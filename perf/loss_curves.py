@@ -1,4 +1,4 @@
-"""Do two trainings agree? Judged by how far one drifts from itself after a rounding error."""
+"""Judge whether two trainings agree, by how far one drifts from itself after a rounding error."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Two runs that differ by rounding alone drift apart at one rate, from starts that differ by chance.
-# On the CPU, three other perturbations of nn.RNN and a recurrence written by hand stayed within
-# 7 times the twin's drift, at learning rates of 2e-3 (no growth), 5e-3 and 1e-2 (up to 2e-1). A
-# wrong gradient is off by thousands of times within a few steps.
+# Two runs that differ by rounding alone drift apart at the same rate; only their first differences
+# are random. On the CPU, three other perturbations of nn.RNN and a recurrence written by hand
+# stayed within 7 times the twin's drift, at learning rates of 2e-3 (no growth), 5e-3 and 1e-2 (up
+# to 2e-1). With a wrong gradient, the drift is thousands of times the twin's within a few steps.
 ALLOWED_DRIFTS = 10.0
 
-# What a loss of either run is off by before any training, in units of its last place.
+# The difference of two losses before any training, in units of the last place.
 ALLOWED_ULPS = 8.0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a candidate's losses compare with a reference's, step by step.
+    """Hold how a candidate's losses compare with a reference's, step by step.
 
     Attributes:
-        agrees: The candidate drifts no further than rounding explains.
+        agrees: Whether the candidate drifts no further than rounding explains.
         drift: Largest difference of the candidate's loss from the reference's.
         twin_drift: The same for the reference's twin.
         first_departure: First step at which the candidate is further off than rounding explains.
@@ -68,7 +68,7 @@ def compare(
     drift = np.abs(np.asarray(candidate, dtype=np.float64) - base)
     twin_drift = np.maximum.accumulate(np.abs(np.asarray(twin, dtype=np.float64) - base))
     ulp = np.spacing(np.abs(base).astype(np.float32)).astype(np.float64)
-    # Written so that a NaN on either side is a departure.
+    # Negated, so that a NaN on either side is a departure.
     departs = ~(drift <= ALLOWED_DRIFTS * twin_drift + ALLOWED_ULPS * ulp)
     first = int(np.argmax(departs)) if departs.any() else None
     return Comparison(first is None, float(drift.max()), float(twin_drift.max()), first)

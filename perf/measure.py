@@ -1,4 +1,4 @@
-"""One case: every peer is checked, weighed and timed against the others."""
+"""Measure one case: check every peer, weigh its memory and time it against the others."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perf import limits, memory, oracle, peers
+from perf import memory, oracle, peers, roofline
 from perf.cases import DTYPES, Case, Workload
-from perf.health import Health
 from perf.peers.peer import Runner
 from perf.switches import set_precision
+from perf.telemetry import Telemetry
 from perf.timing import Clock, EventClock, GraphClock, Job, WallClock, floor_us, time_in_rounds
 
 Row = dict[str, object]
 Cell = tuple[str, str]
 
-# Rows whose time is nearer to that of an empty kernel tell little of the peer.
+# A row gets a note if its time is below that of so many empty kernels.
 FLOORS = 5
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """Hold how to measure.
 
     Attributes:
         rounds: Samples of each peer.
         sample_s: About how long a sample lasts.
         max_s: About how long the rounds of a case and mode may last.
-        threads: That torch may use on the CPU; 0 for its own choice.
-        seed: Of the inputs, the weights and the order of the peers.
+        threads: CPU threads of torch; 0 for its own choice.
+        seed: Seed of the inputs, the weights and the order of the peers.
     """
 
     rounds: int = 20
@@ -47,7 +47,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Checked:
-    """A peer that was run once and compared with float64."""
+    """Hold a peer that was run once and compared with float64."""
 
     runner: Runner
     max_rel_err: float
@@ -55,27 +55,27 @@ class Checked:
 
 
 class Measurement:
-    """Measures one case in this process.
+    """Measure one case in this process.
 
     Args:
         case: What to run.
         settings: How to measure.
-        device: Constants for the model of the limit, if the device's are known.
-        begin: Told the peer, mode and phase that come next: where to look if nothing comes after.
-        emit: Takes each row as soon as it is known.
+        gpu: Constants of the roofline model, if they are known for the device.
+        begin: Called with the peer, mode and phase that come next, to name them after a crash.
+        emit: Called with each row as soon as it is known.
     """
 
     def __init__(
         self,
         case: Case,
         settings: Settings,
-        device: limits.Device | None,
+        gpu: roofline.GPU | None,
         *,
         begin: Callable[[str, str, str], None],
         emit: Callable[[Row], None],
     ) -> None:
         self._case, self._settings = case, settings
-        self._device, self._limits = torch.device(case.device), device
+        self._device, self._gpu = torch.device(case.device), gpu
         self._begin, self._emit = begin, emit
         self._baseline = peers.baseline(case.device)
         self._checked: dict[tuple[str, bool], Checked | Row] = {}
@@ -101,16 +101,14 @@ class Measurement:
         self._workload = self._drawn.to(self._case.device, DTYPES[self._case.dtype])
         for mode in modes:
             names = [name for name, its_mode in able if its_mode == mode]
-            # Whatever else is measured is measured against the baseline, and judged by its error.
+            # The baseline comes first: the others are timed against it and judged by its error.
             self._measure(mode, sorted(names, key=lambda name: name != self._baseline))
 
     def _measure(self, mode: str, names: Sequence[str]) -> None:
         trains = mode != "infer"
         if names and trains not in self._exact:
             self._begin("", mode, "float64")
-            self._exact[trains] = oracle.exact_results(
-                self._case, self._drawn, self._settings.seed, trains=trains
-            )
+            self._exact[trains] = self._module_results(oracle.RNN, torch.float64, trains)
         rows: dict[str, Row] = {}
         clocks: dict[Cell, Clock] = {}
         for name in names:
@@ -130,14 +128,14 @@ class Measurement:
         self._time(mode, rows, clocks)
 
     def _check(self, name: str, mode: str) -> Row:
-        """Return a row whose status says whether the peer's results are right."""
+        """Return a row with the status of the peer's results: right, wrong or failed."""
         trains = mode != "infer"
         if (name, trains) not in self._checked:
             self._checked[name, trains] = self._run_once(name, trains)
         checked = self._checked[name, trains]
         if not isinstance(checked, Checked):
             return {**checked, "mode": mode}
-        tolerance = oracle.tolerance(self._case, self._reference_error(trains))
+        tolerance = oracle.tolerance(self._case.eps, self._reference_error(trains))
         row = self._row((name, mode)) | {
             "status": "ok",
             "max_rel_err": checked.max_rel_err,
@@ -151,21 +149,31 @@ class Measurement:
         return row
 
     def _reference_error(self, trains: bool) -> float | None:
-        """Return the error of nn.RNN at the precision of the case, if it could be had."""
+        """Return the error of nn.RNN at the precision of the case, if nn.RNN ran."""
         if self._case.layout != "jagged":
             reference = self._checked.get((self._baseline, trains))
             return reference.max_rel_err if isinstance(reference, Checked) else None
         if trains not in self._packed_errors:
-            # The baseline takes no nested tensor, but the same batch packed.
-            results = oracle.nn_results(
-                self._case,
-                self._drawn,
-                self._settings.seed,
-                DTYPES[self._case.dtype],
-                trains=trains,
-            )
-            self._packed_errors[trains] = oracle.relative_error(results, self._exact[trains])
+            # The baseline takes no nested tensor, so it runs the same batch packed.
+            results = self._module_results(nn.RNN, DTYPES[self._case.dtype], trains)
+            self._packed_errors[trains] = oracle.max_relative_error(results, self._exact[trains])
         return self._packed_errors[trains]
+
+    def _module_results(
+        self, rnn_class: type[nn.RNN], dtype: torch.dtype, trains: bool
+    ) -> list[Tensor]:
+        """Return the results of a class of modules in some dtype.
+
+        The inputs and weights have the values that a peer gets: rounded to the dtype of the case.
+        """
+        case, narrow = self._case, DTYPES[self._case.dtype]
+        module = case.make_module(rnn_class, self._settings.seed).to(narrow).to(case.device, dtype)
+        workload = self._drawn.to(case.device, narrow).to(case.device, dtype)
+        # A jagged batch is packed, because nn.RNN takes no nested tensor.
+        runner = Runner(
+            lambda tokens: workload.run_packed(module, tokens), list(module.parameters())
+        )
+        return runner.results(workload, trains=trains)
 
     def _run_once(self, name: str, trains: bool) -> Checked | Row:
         module = self._case.make_module(nn.RNN, self._settings.seed)
@@ -174,8 +182,8 @@ class Measurement:
         try:
             runner = peers.find(name).build(self._case, module, self._workload)
             with runner.context():
-                results = oracle.results_of(runner, self._workload, trains=trains)
-            error = oracle.relative_error(results, self._exact[trains])
+                results = runner.results(self._workload, trains=trains)
+            error = oracle.max_relative_error(results, self._exact[trains])
         except Exception as exception:
             if gpu_is_lost():
                 raise
@@ -183,7 +191,7 @@ class Measurement:
         return Checked(runner, error, time.perf_counter() - started)
 
     def _weigh(self, runner: Runner, mode: str) -> Row:
-        runner = replace(runner, forward=runner.unrecorded or runner.forward)
+        runner = replace(runner, forward=runner.uncaptured or runner.forward)
         job = make_job(runner, self._workload, mode)
         with job.context():
             called, _ = memory.footprint(job.call, self._device)
@@ -203,7 +211,7 @@ class Measurement:
         clocks: dict[Cell, Clock] = {(name, "wall_us"): WallClock(job(), seconds)}
         if self._case.on_gpu:
             clocks[name, "event_us"] = EventClock(job(), seconds)
-            if runner.unrecorded is not None:
+            if runner.uncaptured is not None:
                 row["note"] = "no CUDA graph: it replays some of its own"
                 return clocks
             try:
@@ -216,10 +224,10 @@ class Measurement:
 
     def _time(self, mode: str, rows: Mapping[str, Row], clocks: Mapping[Cell, Clock]) -> None:
         settings, timed = self._settings, dict(rows)
-        health = Health(self._device)
+        telemetry = Telemetry(self._device)
 
         def before(cell: Cell) -> None:
-            health.sample()
+            telemetry.sample()
             self._begin(cell[0], mode, "timing")
 
         def failed(cell: Cell, exception: Exception) -> None:
@@ -231,7 +239,7 @@ class Measurement:
             elif timed.pop(name, None) is not None:
                 self._emit(rows[name] | failure(exception))
 
-        # Seeded by what is measured, so that a case resumed is a case repeated.
+        # Seeded by the case and mode, so that a case has the same order after a resumed run.
         random = Random(f"{settings.seed} {self._case.case_id} {mode}")
         samples = time_in_rounds(
             clocks,
@@ -243,7 +251,7 @@ class Measurement:
         )
         floor = floor_us(settings.sample_s) if self._case.on_gpu and timed else None
         for name, row in timed.items():
-            row |= self._times(name, samples) | health.columns()
+            row |= self._times(name, samples) | telemetry.columns()
             row |= self._model(mode, row)
             if floor is not None:
                 row["event_floor_us"] = floor
@@ -268,7 +276,7 @@ class Measurement:
         return row
 
     def _model(self, mode: str, row: Row) -> Row:
-        work = limits.work(self._case, mode, self._settings.seed)
+        work = roofline.work(self._case, mode, self._settings.seed)
         seconds = 1e-6 * headline_us(row)
         columns: Row = {
             "flop": work.flop,
@@ -276,10 +284,10 @@ class Measurement:
             "tflops": work.flop / seconds / 1e12,
             "gbps": work.bytes / seconds / 1e9,
         }
-        if self._limits is not None:
-            limit = limits.limit(self._case, mode, self._limits, self._settings.seed)
+        if self._gpu is not None:
+            limit = roofline.limit(self._case, mode, self._gpu, self._settings.seed)
             columns |= limit.columns()
-            columns["limit_constants"] = self._limits.origin
+            columns["limit_constants"] = self._gpu.origin
             columns["pct_of_limit"] = 100 * limit.limit_us / headline_us(row)
         return columns
 
@@ -292,7 +300,7 @@ class Measurement:
 
     @contextmanager
     def _failing(self, name: str, mode: str) -> Iterator[None]:
-        """Make a row of what is raised inside, unless the process can't go on."""
+        """Make a row of an exception raised inside, unless the process can't continue."""
         try:
             yield
         except Exception as exception:
@@ -302,7 +310,7 @@ class Measurement:
 
 
 def make_job(runner: Runner, workload: Workload, mode: str) -> Job:
-    """Return what a mode times of a peer."""
+    """Return the job of a peer that a mode times."""
     tokens = workload.tokens.detach().clone().requires_grad_(mode != "infer")
     leaves = [tokens, *runner.parameters] if mode != "infer" else []
     gradients = (workload.output_grad, workload.h_n_grad)
@@ -328,7 +336,7 @@ def make_job(runner: Runner, workload: Workload, mode: str) -> Job:
 
 
 def headline_us(row: Row) -> float:
-    """Return the time that counts: the GPU's own where there is one, else what a user waits."""
+    """Return the time that counts: GPU time where there is one, else wall time."""
     value = row.get("event_us_p50", row["wall_us_p50"])
     assert isinstance(value, float)
     return value
@@ -342,17 +350,18 @@ def quantiles(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def is_out_of_memory(exception: BaseException) -> bool:
-    """Whether memory ran out: the GPU's, or the CPU's, for which torch has no exception."""
+    """Return whether memory ran out: the GPU's, or the CPU's, for which torch has no exception."""
     return isinstance(exception, (torch.OutOfMemoryError, MemoryError)) or (
         "can't allocate memory" in str(exception)
     )
 
 
 def gpu_is_lost() -> bool:
-    """Whether the GPU can do nothing more for this process.
+    """Return whether this process can't use the GPU any more.
 
-    It is asked, not told by the exception: torch raises the same for an illegal access, which
-    stays, and for a call that a CUDA graph can't record, which does not. Triton raises its own.
+    The GPU is asked, because the exception does not show it: torch raises the same one for an
+    illegal access, after which the context is lost, and for a call that a CUDA graph can't capture,
+    after which it is not. Triton raises exceptions of its own.
     """
     if not torch.cuda.is_initialized():
         return False
@@ -364,7 +373,7 @@ def gpu_is_lost() -> bool:
 
 
 def failure(exception: BaseException) -> Row:
-    """Return the columns that tell of an exception."""
+    """Return the columns of a row for an exception."""
     if is_out_of_memory(exception):
         status = "oom"
     elif isinstance(exception, NotImplementedError):
@@ -375,5 +384,5 @@ def failure(exception: BaseException) -> Row:
 
 
 def first_line(exception: BaseException) -> str:
-    """Return the first line of what an exception says."""
+    """Return the first line of an exception's message."""
     return next(iter(str(exception).strip().splitlines()), "")[:300]

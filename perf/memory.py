@@ -1,8 +1,8 @@
-"""Bytes that a call takes: at its peak, and alive after it.
+"""Measure the bytes that a call takes: at its peak, and alive after it.
 
-On a GPU the caching allocator counts. On a CPU torch's profiler reports every allocation and every
-release of the CPU allocator, whose running sum is the same count; it includes what operators
-allocate inside, which hooks on saved tensors do not see.
+On a GPU the caching allocator counts them. On a CPU, torch's profiler reports every allocation and
+release of the CPU allocator; their running sum is the same count. It includes the memory that
+operators allocate inside, which hooks on saved tensors do not see.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a call added to the memory in use.
+    """Count the bytes that a call added to the memory in use.
 
     Attributes:
-        peak_bytes: Most that were in use at once during the call.
-        alive_bytes: Still in use after it, while its result lives.
+        peak_bytes: The most that were in use at once during the call.
+        alive_bytes: Those still in use after the call, while its result lives.
     """
 
     peak_bytes: int
@@ -32,7 +32,7 @@ class Footprint:
 
 
 def footprint(call: Callable[[], object], device: torch.device) -> tuple[Footprint, object]:
-    """Run a call and return what it took, and its result."""
+    """Run a call; return its footprint and its result."""
     return _on_gpu(call, device) if device.type == "cuda" else _on_cpu(call)
 
 
@@ -46,16 +46,14 @@ def _on_gpu(call: Callable[[], object], device: torch.device) -> tuple[Footprint
 
 
 def _on_cpu(call: Callable[[], object]) -> tuple[Footprint, object]:
-    activities = [ProfilerActivity.CPU]
-    # acc_events changes nothing in one cycle, but torch 2.11 warns where it is not given.
-    with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+    # torch.profiler.profile wraps this one, but imports torch._inductor, which takes 2 s.
+    with profile(profile_memory=True, acc_events=True) as profiler:
         result = call()
-    session = profiler.profiler
-    assert session is not None
-    # Negative when released. What was there before the profiler started is not reported.
+    assert profiler.kineto_results is not None
+    # A release is negative. Memory allocated before the profiler started is not reported.
     changes = sorted(
         (event.start_ns(), event.nbytes())
-        for event in session.kineto_results.events()
+        for event in profiler.kineto_results.events()
         if event.name() == "[memory]"
     )
     in_use = list(accumulate((nbytes for _, nbytes in changes), initial=0))
@@ -63,7 +61,7 @@ def _on_cpu(call: Callable[[], object]) -> tuple[Footprint, object]:
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of tensors, counting no storage beyond its size if they share one."""
+    """Return the bytes of tensors; a storage that several share counts at most once."""
     used: dict[int, int] = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()

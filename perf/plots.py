@@ -1,4 +1,4 @@
-"""Pictures of a table of results. Each peer has one colour in all of them."""
+"""Draw a table of results. Each peer has one colour in all pictures."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from perf.peers import BASELINE, PEERS
 
 # Sharp enough to read, small enough to keep under version control.
 DPI, COLOURS = 90, 256
-# More facets than these on a side are too small to read; the outermost and some between are shown.
+# More facets on a side would be too small to read; the outermost and some between are shown.
 MOST_FACETS = 3
-# Of the second ten, whose colours are paler than those of the first, none is a blob.
+# The first ten are filled; the others are strokes, which stay legible in the paler colours.
 MARKERS = "osD^vPX*<>x+1234"
 OURS = "tritonrnn"
 
-# What is the same for all points of a figure.
+# The columns that all points of a figure share.
 FAMILY = [
     *("device", "mode", "nonlinearity", "layout", "lengths", "dtype", "fp32_mode"),
     *("layers", "directions"),
@@ -36,7 +36,7 @@ FAMILY = [
 
 @dataclass(frozen=True)
 class Picture:
-    """A file, and a sentence on what it shows."""
+    """Hold the path of a picture and its caption."""
 
     path: Path
     caption: str
@@ -54,11 +54,11 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[Picture]:
     """Draw every picture that the rows allow.
 
     Args:
-        rows: Of the schema; those that are not ok are left out.
-        folder: Takes the files.
+        rows: Rows of the schema; those that are not ok are left out.
+        folder: Folder for the files.
 
     Returns:
-        What was drawn.
+        The pictures that were drawn.
     """
     rows = rows[rows["status"] == "ok"].assign(
         us=rows["event_us_p50"].fillna(rows["wall_us_p50"]).astype(float)
@@ -79,9 +79,10 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[Picture]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a picture with a palette: a fraction of the bytes.
+    """Write a picture with a palette, which takes a fraction of the bytes.
 
-    An octree keeps the colours that few points have, such as a colour bar's; a median cut does not.
+    An octree keeps colours that few pixels have, such as those of a colour bar; a median cut does
+    not.
     """
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(DPI)
@@ -91,7 +92,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def family_title(key: Sequence[object]) -> str:
-    """Return what all rows of a family share, in words."""
+    """Return in words what all rows of a family share."""
     device, mode, nonlinearity, layout, lengths, dtype, fp32_mode, layers, directions = key
     ragged = "" if layout == "padded" else f" ({lengths})"
     precision = dtype if fp32_mode == "none" else f"{dtype} {fp32_mode}"
@@ -107,7 +108,7 @@ def _time_name(rows: pd.DataFrame) -> str:
 
 
 def by_case(family: pd.DataFrame, title: str) -> Figure:
-    """Draw every case's speed-up over nn.RNN, with its spread, one line a case."""
+    """Draw the speed-up of every case over nn.RNN, with its spread; one line a case."""
     cases = list(family.drop_duplicates("case_id").sort_values(["T", "B", "H", "I"])["case_id"])
     figure, axes = _figure(1, 1, width=8, height=1.5 + 0.36 * len(cases))
     ax = axes[0, 0]
@@ -161,10 +162,10 @@ def step_by_hidden(family: pd.DataFrame, title: str) -> Figure | None:
 
 
 def memory_by_steps(family: pd.DataFrame, title: str) -> Figure | None:
-    """Draw what backward needs, or in inference the peak, against T."""
+    """Draw the memory saved for backward, or in inference the peak, against T."""
     kind = "peak_MiB" if (family["mode"] == "infer").all() else "saved_MiB"
     name = "most memory in use, MiB" if kind == "peak_MiB" else "saved for backward, MiB"
-    # Some save nothing, which a logarithmic axis can't show.
+    # Some peers save nothing, and a logarithmic axis can't show 0.
     return _facets(family, title, x="T", y=kind, x_name="T, steps", y_name=name, from_zero=True)
 
 
@@ -180,7 +181,7 @@ def _facets(
     columns: str = "H",
     from_zero: bool = False,
 ) -> Figure | None:
-    """Draw lines in facets, B down and ``columns`` across; None if no facet has a line."""
+    """Draw lines in facets, B down and ``columns`` across; return None if no facet has a line."""
     positive = family[family[y].notna()]
     lines = positive.groupby(["B", columns], observed=True)[x].nunique()
     if lines.empty or lines.max() < 2:
@@ -198,7 +199,7 @@ def _facets(
                 # No case has this B with that H or T.
                 ax.set_axis_off()
                 continue
-            # Those that lie on one another are told apart by their sizes.
+            # Markers of different sizes, so that peers with equal values all stay visible.
             names = [name for name in peers_of(positive) if name != "nn_again"]
             for place, peer in enumerate(names):
                 points = here[here["peer"] == peer].groupby(x, observed=True)[y].median()
@@ -246,7 +247,7 @@ def speedup_map(family: pd.DataFrame, title: str) -> Figure | None:
 
 
 def limit_map(family: pd.DataFrame, title: str) -> Figure | None:
-    """Draw how near tritonrnn comes to the limit, over B and H, a map for each T."""
+    """Draw the percentage of the limit that tritonrnn reaches, over B and H, a map for each T."""
     return _maps(
         family, title, "pct_of_limit", "% of the limit (model)", "viridis", Normalize(0, 100),
         lambda value: f"{value:.0f}",
@@ -262,7 +263,7 @@ def _maps(
     norm: Normalize,
     text: Callable[[float], str],
 ) -> Figure | None:
-    """Draw a heat map of a column for each T; None if it would have one row or column."""
+    """Draw a heat map of a column for each T; return None if it would have one row or column."""
     ours = family[(family["peer"] == OURS) & family[column].notna()]
     if ours.empty:
         return None
@@ -304,13 +305,13 @@ def _maps(
 
 
 def _legible(colour: tuple[float, ...]) -> str:
-    """Return black or white, whichever can be read on a colour."""
+    """Return black or white, whichever is legible on a colour."""
     red, green, blue, *_ = colour
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
 
 def _usual(values: pd.Series) -> list[int]:
-    """Return the values of an axis that many rows have; a stray one needs no place of its own."""
+    """Return the values of an axis that many rows have; leave out the rare ones."""
     counts = values.astype(int).value_counts()
     return sorted(counts.index[counts >= counts.max() / 2])
 
@@ -323,7 +324,7 @@ def _some(values: pd.Series) -> list[int]:
 
 
 def peers_of(rows: pd.DataFrame) -> list[str]:
-    """Return the peers of some rows, in the order of the project's."""
+    """Return the peers of some rows: the project's in their order, then the others."""
     found = set(rows["peer"])
     return [*(name for name in PEERS if name in found), *sorted(found - set(PEERS))]
 
@@ -334,7 +335,7 @@ def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Fi
 
 
 def _plain_log_ticks(ax: Axes, which: str) -> None:
-    """Label a logarithmic axis with numbers as people write them, also within a decade."""
+    """Label a logarithmic axis with plain decimal numbers, also within a decade."""
     axis = ax.xaxis if which == "x" else ax.yaxis
     low, high = sorted(ax.get_xlim() if which == "x" else ax.get_ylim())
     decades = np.log10(high / low)
@@ -348,7 +349,7 @@ def _plain_log_ticks(ax: Axes, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-# For how many decades which ticks of each are not too many.
+# The ticks of each decade, for axes of at most so many decades.
 _TICKS: tuple[tuple[float, tuple[float, ...]], ...] = (
     (0.8, (1, 1.5, 2, 3, 4, 6, 8)),
     (1.7, (1, 2, 5)),
@@ -358,7 +359,7 @@ _TICKS: tuple[tuple[float, tuple[float, ...]], ...] = (
 
 
 def _finish(figure: Figure, axes: np.ndarray, title: str) -> Figure:
-    """Add the title, and one legend for all facets."""
+    """Add a title and one legend for all facets."""
     handles: dict[str, Artist] = {}
     for ax in axes.flat:
         found, names = ax.get_legend_handles_labels()

@@ -1,8 +1,8 @@
-"""Kernels compiled in parallel, before a run whose workers would compile them one by one.
+"""Compile kernels in parallel, before a run whose workers would compile them one by one.
 
-Every peer that compiles runs a few steps of each case in a pool of processes, which leaves its
-kernels in the disk caches of Triton and of torch's extensions; the number of steps is no part of a
-kernel.
+Every peer that compiles runs a few steps of each case in a pool of processes. That leaves its
+kernels in the disk caches of Triton and of torch's extensions; a kernel does not depend on the
+number of steps.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from perf import oracle, peers
+from perf import peers
 from perf.cases import DTYPES, Case, Workload
 from perf.measure import first_line
 from perf.sweep import Unit
 from perf.switches import set_precision
 
 STEPS = 2
-# The longest of all: nvcc takes a minute or two where Triton takes a second.
+# These come first, because nvcc takes a minute or two where Triton takes a second.
 FIRST = ("flashrnn", "flashrnn-alternating")
-# Kernels of which more would not fit the memory of a GPU that all of the pool share.
+# The processes of the pool share one GPU; more of them would not fit its memory.
 MOST_PROCESSES = 16
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A peer and case, how long they took, and what was raised, if anything was."""
+    """Hold a peer and a case, the time they took, and the error, if one was raised."""
 
     peer: str
     case: Case
@@ -40,12 +40,12 @@ class Compiled:
 
 
 def tasks(units: Iterable[Unit], *, every_epilogue: bool = False) -> list[tuple[str, Case]]:
-    """Return each peer that compiles with each case that has its own kernels, in a good order.
+    """Return each peer that compiles with each case that has kernels of its own, slowest first.
 
     Args:
-        units: What is to be run.
-        every_epilogue: Whether each case is wanted with both nonlinearities; the one that the
-            units do not ask for comes last.
+        units: The units that will be run.
+        every_epilogue: Whether to compile each case with both nonlinearities; those that no unit
+            asks for come last.
     """
     found: dict[tuple[str, Case], int] = {}
     for unit in units:
@@ -60,7 +60,7 @@ def tasks(units: Iterable[Unit], *, every_epilogue: bool = False) -> list[tuple[
 
 
 def compile_one(task: tuple[str, Case]) -> Compiled:
-    """Run a few steps of a case by a peer, forward and backward. Runs in a process of the pool."""
+    """Run a few steps of a case, forward and backward, in a process of the pool."""
     name, case = task
     started = time.monotonic()
     error = None
@@ -73,24 +73,24 @@ def compile_one(task: tuple[str, Case]) -> Compiled:
         runner = peers.find(name).build(case, module, workload)
         with runner.context():
             for trains in (False, True):
-                oracle.results_of(runner, workload, trains=trains)
+                runner.results(workload, trains=trains)
     except Exception as exception:
         error = f"{type(exception).__name__}: {first_line(exception)}"
     return Compiled(name, case, time.monotonic() - started, error)
 
 
 def compile_all(todo: list[tuple[str, Case]], budget_s: float) -> Iterator[Compiled]:
-    """Compile in parallel, and yield what is done, for as long as the budget lasts."""
+    """Compile in parallel, and yield each result, for as long as the budget lasts."""
     deadline = time.monotonic() + budget_s
     processes = min(MOST_PROCESSES, os.cpu_count() or 1, len(todo))
     if not processes:
         return
-    # Leaving the pool ends its processes, whatever they are at.
+    # Leaving the pool kills its processes, whatever they are doing.
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         results = pool.imap_unordered(compile_one, todo)
         for _ in todo:
             try:
-                # A process that dies takes its task with it, which is never heard of again.
+                # If a process dies, its task never yields a result.
                 yield results.next(max(0.0, deadline - time.monotonic()))
             except multiprocessing.TimeoutError:
                 return

@@ -1,17 +1,17 @@
-"""Triton kernels that measure a GPU rather than an RNN."""
+"""Define Triton kernels that measure a GPU rather than an RNN."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# The least that wgmma takes from shared memory, and as many sequences as a resident plan does.
+# The smallest tile that wgmma reads from shared memory, and as many sequences as a resident plan.
 CHAIN_HIDDEN, CHAIN_SEQUENCES, CHAIN_WARPS = 64, 16, 4
 
 
 @triton.jit
 def empty_kernel():
-    """Do nothing: what is left is a launch."""
+    """Do nothing, so that only the launch takes time."""
 
 
 @triton.jit
@@ -34,11 +34,11 @@ def nanoseconds():
 def chain_kernel(
     matrix_ptr, state_ptr, ticks_ptr, steps, HIDDEN: tl.constexpr, SEQUENCES: tl.constexpr
 ):
-    """Walk ``steps`` of the smallest resident recurrence, with neither drive nor output.
+    """Run ``steps`` of the smallest resident recurrence, with neither drive nor output.
 
-    A step is what the model of the limit calls the chain: the state goes to shared memory, a
-    barrier, matrix instructions, the cheapest tanh there is. What ``steps`` of it took is left in
-    ``ticks_ptr``: clock cycles, and nanoseconds.
+    A step is the chain of the roofline model: the state goes to shared memory, then a barrier, MMA,
+    and the cheapest tanh of the hardware. The clock cycles and the nanoseconds of all ``steps`` are
+    stored at ``ticks_ptr``.
     """
     offs_h = tl.arange(0, HIDDEN)
     offs_b = tl.arange(0, SEQUENCES)
@@ -53,33 +53,33 @@ def chain_kernel(
             "tanh.approx.f32 $0, $1;", "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1
         )
         state = z.to(state.dtype)
-    # Before the clock is read, for a store can't be moved past that, nor the walk past the store.
+    # Store before the clock is read: the compiler moves neither the store past the clock nor the
+    # loop past the store.
     tl.store(state_ptrs, state)
     tl.store(ticks_ptr, clocks() - begun)
     tl.store(ticks_ptr + 1, nanoseconds() - begun_ns)
 
 
 @triton.jit
-def ping_pong_kernel(flag_ptr, round_trips, patience):
-    """Pass a flag between two programs: each way a release, and an acquire that polls for it.
+def ping_pong_kernel(flag_ptr, round_trips, max_spins):
+    """Pass a flag between two programs: each way a release, and an acquire that spins on it.
 
-    The grid is of two programs, which run at the same time on any GPU that is otherwise idle. In
-    the end the flag is at twice ``round_trips``; who has polled ``patience`` times in all gives up,
-    and leaves it anywhere else.
+    The grid has two programs, which run at the same time on any GPU that is otherwise idle. At the
+    end the flag is twice ``round_trips``, unless a program gave up after ``max_spins`` in all.
     """
     me = tl.program_id(0)
     for trip in range(round_trips):
         # Program 0 makes the flag odd, program 1 even again.
         expected = 2 * trip + me
-        while (load_acquire(flag_ptr) != expected) & (patience > 0):
-            patience -= 1
-        if patience > 0:
+        while (load_acquire(flag_ptr) != expected) & (max_spins > 0):
+            max_spins -= 1
+        if max_spins > 0:
             tl.atomic_add(flag_ptr, 1, sem="release")
 
 
 @triton.jit
 def load_acquire(flag_ptr):
-    """Read a number that another program releases; Triton has no load that does."""
+    """Load with acquire semantics a word that another program releases; ``tl.load`` has none."""
     return tl.inline_asm_elementwise(
         "ld.acquire.gpu.global.s32 $0, [$1];",
         "=r,l",

@@ -1,7 +1,7 @@
-"""A pytest plugin that writes down each test's outcome at once, and skips those that passed before.
+"""Extend pytest: write down each test's outcome at once, and leave out tests that passed before.
 
-So a run of tests that is cut off can be taken up where it was: ``pytest -p perf.recorded_tests``
-with the environment variable ``PERF_RECORDED_TESTS`` naming the file, a line of JSON for each test.
+So an interrupted run of tests can be resumed: ``pytest -p perf.recorded_tests``, where the
+environment variable ``PERF_RECORDED_TESTS`` names the file, with a line of JSON for each test.
 """
 
 from __future__ import annotations
@@ -9,26 +9,28 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytest
+if TYPE_CHECKING:
+    import pytest
 
 VARIABLE = "PERF_RECORDED_TESTS"
-# Those that are kept of what a failure says.
+# Lines that are kept of the message of a failure.
 LAST_LINES = 30
 PARENT = os.getppid()
 
 
 def outcomes(path: Path) -> dict[str, str]:
-    """Return, for each test, how it ended the last time: passed, failed or skipped."""
+    """Return the last outcome of each test: passed, failed or skipped."""
     if not path.exists():
         return {}
-    # A line that was cut short is of a test that did not end.
+    # An incomplete line belongs to a test that did not end.
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     return {one["test"]: one["outcome"] for one in map(json.loads, lines)}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what has passed."""
+    """Leave out tests that have passed."""
     known = outcomes(Path(os.environ[VARIABLE]))
     passed = [item for item in items if known.get(item.nodeid) == "passed"]
     if passed:
@@ -37,17 +39,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Write down how a test ended: by its call, or by a fixture that did not get that far."""
+    """Write down the outcome of a test: of its call, or of a fixture that failed before it."""
     if report.when != "call" and report.passed:
         return
     row = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
     if report.failed:
-        row["says"] = "\n".join(report.longreprtext.splitlines()[-LAST_LINES:])
+        row["message"] = "\n".join(report.longreprtext.splitlines()[-LAST_LINES:])
     with Path(os.environ[VARIABLE]).open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def pytest_runtest_logstart() -> None:
-    """Stop where the command that ran the tests is gone, which will run them again."""
+    """Stop if the command that started the tests is gone; when resumed, it runs them again."""
     if os.getppid() != PARENT:
-        pytest.exit("whoever ran the tests is gone")
+        # Imported here, because ``perf accept`` needs this module where pytest is not installed.
+        import pytest
+
+        pytest.exit("the process that started the tests is gone")

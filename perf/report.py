@@ -1,4 +1,4 @@
-"""``python -m perf report DIR``: what a folder of results says, in markdown and pictures."""
+"""Run ``python -m perf report DIR``: show a folder of results in markdown and pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from perf.peers import BASELINE
 
 REPORT, PICTURES = "report.md", "plots"
 
-# What a geometric mean is taken over one of.
+# The cells of a geometric mean share these columns.
 KINDS = ["peer", "device", "mode", "layout", "dtype", "fp32_mode"]
 OURS = "tritonrnn"
 METRICS = {
@@ -31,7 +31,7 @@ def write(folder: Path) -> Path:
     rows = tables.load(folder)
     pictures = folder / PICTURES
     pictures.mkdir(exist_ok=True)
-    # Those of an earlier report may show what is no longer there.
+    # Pictures of an earlier report may show rows that are gone.
     for old in pictures.glob("*.png"):
         old.unlink()
     drawn = plots.draw(rows, pictures)
@@ -61,14 +61,14 @@ def _introduction(rows: pd.DataFrame) -> Iterator[str]:
     yield f"# {len(rows):,} results of {rows['case_id'].nunique():,} cases"
     if "cpu" in kinds:
         yield (
-            "On the CPU it is the fallback that was measured, tritonrnn's torch path: no Triton "
-            "kernel ran, Triton's interpreter was not timed, `wall_us` counts, and the columns of "
-            "a GPU and of the model of its limit are empty."
+            "On the CPU the fallback was measured, tritonrnn's torch path: no Triton kernel ran, "
+            "Triton's interpreter was not timed, `wall_us` counts, and the columns of a GPU and of "
+            "the roofline model are empty."
         )
     if "cuda" in kinds:
         yield (
             "On the GPU `event_us` counts. The limit is a model, not a measurement: "
-            "`perf/limits.py`."
+            "`perf/roofline.py`."
         )
 
 

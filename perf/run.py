@@ -1,4 +1,4 @@
-"""``python -m perf run``: a sweep that shows its progress and can be taken up again."""
+"""Run ``python -m perf run``: a sweep that shows its progress and can be resumed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from perf import environment, limits, peers, tables
+from perf import environment, peers, roofline, tables
 from perf.measure import Row, Settings
 from perf.sweep import OutOfTimeError, Sweep, Unit
 
@@ -30,14 +30,14 @@ def run(
     budget_s: float = float("inf"),
     console: Console | None = None,
 ) -> list[Row]:
-    """Measure what has no row in ``out`` yet.
+    """Measure the cells that have no row in ``out`` yet.
 
     Args:
         units: What to measure.
         out: Folder for the rows and the facts of the run.
         settings: How to measure.
         device: Where the units run.
-        timeout_s: A worker that tells nothing for longer is ended.
+        timeout_s: A worker that sends nothing for longer is killed.
         budget_s: Stop after this time.
         console: Shows the progress.
 
@@ -56,7 +56,7 @@ def run(
     _check_machine(out, facts)
     run_id = _new_run_id(out)
     tables.add_environment(out, run_id, facts)
-    known = limits.find(str(facts["gpu"])) if "gpu" in facts else None
+    known = roofline.find(str(facts["gpu"])) if "gpu" in facts else None
     calibration = tables.read_calibration(out)
     if known is not None and calibration.get("device") == known.name:
         known = known.measured(calibration["measured"])
@@ -76,8 +76,8 @@ def run(
         except OutOfTimeError:
             console.print(
                 f"Stopped after {time.monotonic() - started:.0f} s with "
-                f"{waiting(units, file.rows)} of {len(units)} cases to go; the same command takes "
-                "them up."
+                f"{waiting(units, file.rows)} of {len(units)} cases to go; run the same command "
+                "again to continue."
             )
         rows = file.rows[before:]
     counts = Counter(str(row["status"]) for row in rows)
@@ -92,7 +92,7 @@ def waiting(units: Sequence[Unit], rows: Sequence[Row]) -> int:
 
 
 def _new_run_id(out: Path) -> str:
-    """Return a name that no run in ``out`` has, waiting for the next second if need be."""
+    """Return an id that no run in ``out`` has; wait for the next second if necessary."""
     while (run_id := environment.new_run_id()) in tables.read_environments(out):
         time.sleep(0.1)
     return run_id

@@ -1,14 +1,14 @@
-"""Balanced samples of the cases that the project is judged by, for when there is no time for all.
+"""Choose balanced samples of the cases that the project is judged by, for a short run.
 
-Every prefix of a sample is about as balanced as the whole, so that a run that is cut short still
-says something of every size and precision.
+Every prefix of a sample is about as balanced as the whole, so that an interrupted run still covers
+every size and precision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from perf import axes, peers
+from perf import peers, presets
 from perf.cases import Case
 from perf.sweep import Unit
 
@@ -28,24 +28,24 @@ RAGGED = (
     (128, 64, 1024, "uniform", ("bf16", "none")),
 )
 
-# What FlashRNN is known for, and three more: steps, sequences, hidden units, in bf16.
+# A case of FlashRNN's paper, and three more: steps, sequences, hidden units, in bf16.
 FLASH = ((1024, 16, 768), (1024, 16, 256), (1024, 64, 512), (256, 16, 1024))
 
 
 def headline(device: str) -> list[Case]:
-    """Return 20 of the 360 padded cases of a layer: each B with each H, the rest in turn."""
+    """Return 20 of the 360 padded cases of a layer: each B with each H, the other axes cycled."""
     cases = []
-    for turn in range(len(SEQUENCES) * len(HIDDEN)):
-        # Both go round together, and meet each other once, as 4 and 5 have no common factor.
-        b, h = turn % len(SEQUENCES), turn % len(HIDDEN)
-        T, (dtype, fp32_mode) = STEPS[(turn + turn // 3) % 3], PRECISIONS[turn % 3]
+    for index in range(len(SEQUENCES) * len(HIDDEN)):
+        # Each pair occurs once, because 4 and 5 have no common factor.
+        b, h = index % len(SEQUENCES), index % len(HIDDEN)
+        T, (dtype, fp32_mode) = STEPS[(index + index // 3) % 3], PRECISIONS[index % 3]
         cases.append(
             Case(
                 T=T,
                 B=SEQUENCES[b],
                 I=HIDDEN[h],
                 H=HIDDEN[h],
-                directions=1 + turn // len(HIDDEN) % 2,
+                directions=1 + index // len(HIDDEN) % 2,
                 dtype=dtype,
                 fp32_mode=fp32_mode,
                 device=device,
@@ -55,7 +55,7 @@ def headline(device: str) -> list[Case]:
 
 
 def ragged(device: str) -> list[Case]:
-    """Return the packed cases, one direction."""
+    """Return the packed cases, of one direction."""
     return [
         Case(
             T=T,
@@ -73,16 +73,16 @@ def ragged(device: str) -> list[Case]:
 
 
 def flash(device: str) -> list[Case]:
-    """Return the cases to run beside FlashRNN."""
+    """Return the cases to measure beside FlashRNN."""
     return [
         Case(T=T, B=B, I=H, H=H, dtype="bf16", fp32_mode="none", device=device) for T, B, H in FLASH
     ]
 
 
 def acceptance(device: str) -> list[Unit]:
-    """Return what ``python -m perf accept`` measures, the preset ``smoke`` on a CPU."""
+    """Return the units of ``python -m perf accept``; on a CPU, those of the preset ``smoke``."""
     if device == "cpu":
-        return axes.units("smoke", {}, (), device)
+        return presets.units("smoke", {}, (), device)
     baseline = peers.baseline(device)
     beside: tuple[tuple[list[Case], Sequence[str]], ...] = (
         (headline(device), ("tritonrnn", baseline, "loop_graphed")),

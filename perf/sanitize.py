@@ -1,4 +1,4 @@
-"""Small ragged walks of one plan: what compute-sanitizer is to watch.
+"""Launch one plan on small ragged batches, to be run under compute-sanitizer.
 
 ``compute-sanitizer --tool memcheck python -m perf.sanitize resident``
 """
@@ -16,7 +16,7 @@ from tritonrnn.kernels.plan import PLANS
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.ragged import RaggedLayout
 
-# Not round, and for a gang of several programs.
+# Sizes that are no multiple of a tile; those of the cooperative plan take several programs.
 HIDDEN = {"registers": 252, "resident": 100, "cooperative": 200, "stepwise": 100}
 LAYOUTS = {
     "packed": SequenceLayout.packed([11, 9, 9, 5, 2, 1, 1], 38),
@@ -27,16 +27,16 @@ EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-def walk(name: str, device: torch.device) -> int:
-    """Launch a plan over every layout, epilogue and dtype, both directions at once.
+def launch_all(name: str, device: torch.device) -> int:
+    """Launch a plan for every layout, epilogue and dtype, both directions at once.
 
     Returns:
-        How many walks the plan fitted.
+        The number of problems that the plan fits.
 
     Raises:
-        ArithmeticError: a walk gave what is no number.
+        ArithmeticError: a result is not finite.
     """
-    walks = 0
+    launches = 0
     for layout, epilogue, dtype in product(LAYOUTS.values(), EPILOGUES, DTYPES):
         H, G = HIDDEN[name], 2
         generator = torch.Generator().manual_seed(H)
@@ -52,8 +52,8 @@ def walk(name: str, device: torch.device) -> int:
         if plan is None:
             continue
         if plan.name == "cooperative":
-            # One gang a direction, so that it takes several blocks: of "many", in bf16, the first
-            # two by turns, then the other two.
+            # One CTA group a direction, so that it takes several batch blocks: of "many", in bf16,
+            # the first two interleaved, then the other two.
             plan = replace(plan, programs=G * -(-H // plan.block_h))
         launch.recurrence(
             a,
@@ -67,11 +67,11 @@ def walk(name: str, device: torch.device) -> int:
             plan=plan,
         )
         if not bool(a.isfinite().all()):
-            raise ArithmeticError(f"{plan} gave what is no number: {layout}, {epilogue}, {dtype}")
-        walks += 1
-    return walks
+            raise ArithmeticError(f"{plan}: not finite for {layout}, {epilogue}, {dtype}")
+        launches += 1
+    return launches
 
 
 if __name__ == "__main__":
-    count = walk(sys.argv[1], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    print(f"{count} walks of the plan {sys.argv[1]}")
+    count = launch_all(sys.argv[1], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(f"{count} launches of the plan {sys.argv[1]}")

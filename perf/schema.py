@@ -1,4 +1,4 @@
-"""The columns of a table of results: what each means, its type and its unit."""
+"""Define the columns of a table of results: the meaning, type and unit of each."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ STATUSES = ("ok", "wrong", "oom", "unsupported", "error", "timeout", "skipped")
 
 @dataclass(frozen=True)
 class Column:
-    """One column.
+    """Describe one column.
 
     Attributes:
-        kind: "text", "int", "float", or what a category can be, in order.
+        kind: "text", "int", "float", or the ordered values of a category.
         unit: "" for a name or a count.
     """
 
@@ -29,14 +29,14 @@ class Column:
 
     @property
     def type_name(self) -> str:
-        """The kind, as the documentation has it."""
+        """Return the type for the documentation."""
         return self.kind if isinstance(self.kind, str) else "category"
 
 
 COLUMNS = (
     Column("case_id", "text", "", "everything that names the case but its device"),
     Column("run_id", "text", "", "when the run began, in UTC; env.json has its facts"),
-    Column("peer", tuple(PEERS), "", "who ran it"),
+    Column("peer", tuple(PEERS), "", "which implementation ran it"),
     Column("mode", MODES, "", "infer, fwd (keeping what backward needs), bwd, fwdbwd (training)"),
     Column("T", "int", "steps", "of the longest sequence"),
     Column("B", "int", "sequences", ""),
@@ -52,7 +52,7 @@ COLUMNS = (
     Column("device", "text", "", "as torch names it"),
     Column("status", STATUSES, "", "ok rows alone have times"),
     Column("error", "text", "", "why the status is not ok"),
-    Column("note", "text", "", "what to know of an ok row"),
+    Column("note", "text", "", "a remark on an ok row"),
     Column("max_rel_err", "float", "", "against float64: largest of all results and gradients"),
     Column("tolerance", "float", "", "largest max_rel_err that is right: twice that of nn.RNN"),
     Column("event_us_p10", "float", "us", "GPU: time between events, L2 flushed; over rounds"),
@@ -61,7 +61,7 @@ COLUMNS = (
     Column("graph_us_p10", "float", "us", "GPU: the same of a CUDA graph that replays the call"),
     Column("graph_us_p50", "float", "us", ""),
     Column("graph_us_p90", "float", "us", ""),
-    Column("wall_us_p10", "float", "us", "what a user waits, calls back to back"),
+    Column("wall_us_p10", "float", "us", "wall time of a call, calls back to back"),
     Column("wall_us_p50", "float", "us", ""),
     Column("wall_us_p90", "float", "us", ""),
     Column("us_per_step", "float", "us", "median by T: of event_us on a GPU, of wall_us on a CPU"),
@@ -79,7 +79,7 @@ COLUMNS = (
     Column("limit_kind", ("compute", "memory", "serial"), "", "model: which it is"),
     Column("limit_strategy", "text", "", "model: what sets the chain"),
     Column("limit_constants", ("published", "measured"), "", "model: where its constants are from"),
-    Column("plan", "text", "", "how the peer ran it, in its own words"),
+    Column("plan", "text", "", "the plan by which the peer ran it"),
     Column("tflops", "float", "TFLOP/s", "flop by the median time"),
     Column("gbps", "float", "GB/s", "min_bytes by the median time"),
     Column("pct_of_limit", "float", "%", "limit_us by the median time"),
@@ -92,7 +92,7 @@ COLUMNS = (
 )
 NAMES = tuple(column.name for column in COLUMNS)
 
-# What tells one cell from another.
+# The columns that identify a cell.
 KEYS = ("case_id", "device", "peer", "mode")
 
 _TYPES = {"text": "string", "int": "Int64", "float": "float64"}
@@ -101,7 +101,7 @@ _TYPES = {"text": "string", "int": "Int64", "float": "float64"}
 def typed(rows: pd.DataFrame) -> pd.DataFrame:
     """Return rows with every column of the schema, in its order and type.
 
-    Peers of one's own come after those that the project knows.
+    In the category of peers, peers of a user's own come after those of the project.
     """
     rows = rows.reindex(columns=[*NAMES, *(name for name in rows if name not in NAMES)])
     for column in COLUMNS:
@@ -116,7 +116,7 @@ def typed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def document() -> str:
-    """Return the schema as a markdown table; a column without words belongs to the one above."""
+    """Return the schema as a markdown table; a column without a meaning has the one above."""
     table = pd.DataFrame(
         {
             "column": [f"`{column.name}`" for column in COLUMNS],

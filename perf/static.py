@@ -33,6 +33,8 @@ from tritonrnn.kernels.devices import DEVICES, Device
 from tritonrnn.kernels.plan import PLANS, LaunchPlan, Problem
 from tritonrnn.layout import SequenceLayout
 
+# GPUs that can be compiled for.
+ARCHS = [name for name, device in DEVICES.items() if not device.is_interpreter]
 EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
 # Round sizes, and odd ones between them: rows that are no whole number of vectors are loaded and
 # stored element by element, with other layouts and more registers.
@@ -51,7 +53,7 @@ T = 1024
 STEPS_A_LOOP = {"registers": 4}
 
 
-class _Target:
+class TargetDriver:
     """Stand in for Triton's driver where there is no device."""
 
     def __init__(self, device: Device):
@@ -60,13 +62,15 @@ class _Target:
         self.target = GPUTarget(backend, arch, device.warp_size)
 
     def get_current_device(self) -> str:
-        # The kernel's cache is kept by device: another target must be another device.
+        """Return another device for another target: Triton keeps a kernel's cache by device."""
         return str(self.target.arch)
 
     def get_current_stream(self, device: Any = None) -> int:
+        """Return the default stream."""
         return 0
 
     def get_current_target(self) -> GPUTarget:
+        """Return what Triton compiles for."""
         return self.target
 
 
@@ -146,7 +150,7 @@ def compile_case(case: CompileCase) -> Compiled:
 
     M = meta(G, H, H)
     a = meta(rows.N, G * H)
-    triton.runtime.driver.set_active(_Target(plan.device))
+    triton.runtime.driver.set_active(TargetDriver(plan.device))
     started = time.perf_counter()
     step = {"step": 0} if plan.name == "stepwise" else {}
     kernel = launch.kernel_of(plan).warmup(
@@ -176,8 +180,7 @@ def time_loop(sass: list[str], nested: bool = False) -> list[str]:
     """Return the instructions of the time loop.
 
     A loop is a branch to a lower address. The time loop is the longest of them or, nested in
-    the loop over batch blocks of a cooperative plan, the shortest that has all matrix instructions
-    of the kernel.
+    the loop over batch blocks of a cooperative plan, the shortest that has all MMAs of the kernel.
     """
     spans = [(0, 0)]
     addresses = [int(line.split("*/")[0], 16) for line in sass]
@@ -311,7 +314,7 @@ def versions(arch: str) -> dict[str, str]:
 
 
 def static(
-    arch: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942.")] = "sm_90",
+    arch: Annotated[str, typer.Option(help=f"One of {', '.join(ARCHS)}.")] = "sm_90",
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file, too.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Only bf16, fp16, tf32, fp32.")] = None,
     plan: Annotated[list[str] | None, typer.Option(help="Only plans of this name.")] = None,
@@ -321,7 +324,7 @@ def static(
     if triton.knobs.runtime.interpret:
         raise typer.BadParameter("Nothing is compiled where TRITON_INTERPRET is set.")
     for option, chosen, known in (
-        ("--arch", [arch], [name for name in DEVICES if not DEVICES[name].is_interpreter]),
+        ("--arch", [arch], ARCHS),
         ("--dtype", dtype or [], list(DTYPES)),
         ("--plan", plan or [], list(PLANS)),
     ):

@@ -1,6 +1,6 @@
-"""Steps of a long command that is to make the most of a time: the same command goes on later.
+"""Run the steps of a long command within a budget of time; the same command continues later.
 
-What became of each step is written as it comes, so that the command may be killed at any moment.
+The outcome of each step is written at once, so that the command may be killed at any moment.
 """
 
 from __future__ import annotations
@@ -13,30 +13,32 @@ from pathlib import Path
 
 import pandas as pd
 
+from perf.tables import renamed
+
 STATE = "steps.json"
 
-# done, failed and unavailable are final; a step that is unfinished goes on the next time.
+# done, failed and unavailable are final; an unfinished step continues the next time.
 STATUSES = ("done", "failed", "unavailable", "unfinished")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step: one of ``STATUSES``, and what there is to say of it."""
+    """Hold the outcome of a step: one of ``STATUSES``, and a message."""
 
     status: str
-    says: str
+    message: str
 
 
 @dataclass(frozen=True)
 class Step:
-    """A part of the command.
+    """Describe a part of the command.
 
     Attributes:
-        name: Of the step, for its state and its row.
-        share: Of the time, in proportion to those of the other steps; what a step leaves over is
-            shared by those that follow.
-        run: Does it, in about so many seconds.
-        again: Whether it is done each time, as it shows what the others did.
+        name: The name of the step, in its state and its row.
+        share: Its share of the time, relative to the other steps; the later steps share what it
+            does not use.
+        run: Runs the step in about the given seconds.
+        again: Whether it runs each time, because it shows the results of the others.
     """
 
     name: str
@@ -47,29 +49,29 @@ class Step:
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a step: its outcome so far, and the seconds that it took in all."""
+    """Hold the outcome of a step so far, and the seconds that it took in all."""
 
     status: str
     seconds: float
-    says: str
+    message: str
 
 
 class Ledger:
-    """The records of a folder's steps, in ``steps.json``."""
+    """Keep the records of a folder's steps in ``steps.json``."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / STATE
         folder.mkdir(parents=True, exist_ok=True)
         content = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self.records = {name: Record(**record) for name, record in content.items()}
+        self.records = {name: Record(**renamed(record)) for name, record in content.items()}
 
     def write(self, name: str, record: Record) -> None:
-        """Note what became of a step."""
+        """Write the record of a step."""
         self.records[name] = record
         self._save()
 
     def forget(self, name: str) -> None:
-        """Have a step done anew."""
+        """Delete the record of a step, so that it runs again."""
         self.records.pop(name, None)
         self._save()
 
@@ -84,17 +86,17 @@ def take(
     steps: Sequence[Step],
     folder: Path,
     budget_s: float,
-    told: Callable[[str], None] = lambda what: None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Record]:
-    """Take the steps that are not done yet, one after the other.
+    """Run the steps that are not done yet, one after the other.
 
-    A step that raises has failed, and those that follow are taken all the same.
+    A step that raises has failed; the later steps run all the same.
 
     Args:
-        steps: In the order of their worth.
-        folder: Keeps their state.
-        budget_s: For all of them. No step is begun later; those that are done each time are.
-        told: Hears which step begins, and for how long at most.
+        steps: The steps, in the order of their worth.
+        folder: Folder for their state.
+        budget_s: Time for all steps. When it is spent, only the steps that run each time begin.
+        log: Called with a message when a step begins.
 
     Returns:
         The record of each step.
@@ -110,14 +112,14 @@ def take(
             continue
         allowed_s = max(0.0, left_s) * step.share / sum(one.share for one in waiting[place:])
         ledger.write(step.name, Record("unfinished", before.seconds, "cut off"))
-        told(f"{step.name}, for {allowed_s:.0f} s at most")
+        log(f"{step.name}, for {allowed_s:.0f} s at most")
         started = time.monotonic()
         try:
             outcome = step.run(allowed_s)
         except Exception as exception:
             outcome = Outcome("failed", f"{type(exception).__name__}: {exception}")
         seconds = (0.0 if step.again else before.seconds) + time.monotonic() - started
-        ledger.write(step.name, Record(outcome.status, seconds, outcome.says))
+        ledger.write(step.name, Record(outcome.status, seconds, outcome.message))
     return {step.name: ledger.records[step.name] for step in steps}
 
 
@@ -126,13 +128,13 @@ def _is_final(record: Record | None) -> bool:
 
 
 def table(records: dict[str, Record]) -> str:
-    """Return a row for each step, as markdown."""
+    """Return a markdown table with a row for each step."""
     rows = [
         {
             "step": name,
             "status": one.status,
             "seconds": one.seconds,
-            "says": " ".join(one.says.split()),
+            "message": " ".join(one.message.split()),
         }
         for name, one in records.items()
     ]

@@ -1,4 +1,4 @@
-"""Many cases, one worker process after the other, every outcome a row."""
+"""Measure many cases, one worker process after the other; every outcome is a row."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from perf import peers
 from perf.cases import Case
-from perf.limits import Device
 from perf.measure import Row, Settings
+from perf.roofline import GPU
 from perf.schema import KEYS
 from perf.tables import RowFile
 from perf.worker import Begun, Crashed, Finished, Measured, Message, Request, serve
@@ -26,7 +26,7 @@ LOG_TAIL = 300
 
 @dataclass(frozen=True)
 class Unit:
-    """A case, and the peers that run each mode of it."""
+    """Hold a case, and the peers that run each mode of it."""
 
     case: Case
     modes: Mapping[str, Sequence[str]]
@@ -38,7 +38,7 @@ class Unit:
                 yield name, mode
 
     def without(self, done: Iterable[tuple[str, str]]) -> Unit:
-        """Return what is left when some cells are done."""
+        """Return the unit without the cells that are done."""
         done = set(done)
         left = {
             mode: tuple(name for name in names if (name, mode) not in done)
@@ -47,7 +47,7 @@ class Unit:
         return Unit(self.case, {mode: names for mode, names in left.items() if names})
 
     def left(self, rows: Iterable[Row]) -> Unit:
-        """Return what has no row among these."""
+        """Return the unit without the cells that have a row among these."""
         own = (self.case.case_id, self.case.device)
         return self.without(
             (str(row["peer"]), str(row["mode"]))
@@ -61,15 +61,15 @@ class OutOfTimeError(Exception):
 
 
 class Sweep:
-    """Measures units and writes their rows.
+    """Measure units and write their rows.
 
     Args:
-        file: Takes the rows; cells that it has are not measured again.
-        run_id: Of this run.
+        file: File of the rows; cells that it holds are not measured again.
+        run_id: The id of this run.
         settings: How to measure.
-        device: Constants for the model of the limit, if the device's are known.
-        timeout_s: A worker that tells nothing for longer is ended.
-        budget_s: No time is spent beyond.
+        gpu: Constants of the roofline model, if they are known for the device.
+        timeout_s: A worker that sends nothing for longer is killed.
+        budget_s: Time after which the sweep stops.
     """
 
     def __init__(
@@ -77,57 +77,56 @@ class Sweep:
         file: RowFile,
         run_id: str,
         settings: Settings,
-        device: Device | None,
+        gpu: GPU | None,
         *,
         timeout_s: float,
         budget_s: float = float("inf"),
     ) -> None:
         self._file, self._run_id = file, run_id
-        self._settings, self._limits = settings, device
+        self._settings, self._gpu = settings, gpu
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + budget_s
         self._done = {tuple(str(row[key]) for key in KEYS) for row in file.rows}
 
     def left(self, unit: Unit) -> Unit:
-        """Return what of a unit has no row yet."""
+        """Return the unit without the cells that have a row in the file."""
         return unit.without(
             (name, mode)
             for name, mode in unit.cells()
             if (unit.case.case_id, unit.case.device, name, mode) in self._done
         )
 
-    def run(self, unit: Unit, told: Callable[[str], None] = lambda what: None) -> None:
+    def run(self, unit: Unit, log: Callable[[str], None] = lambda message: None) -> None:
         """Measure what is left of a unit, with as many workers as it takes.
 
         Args:
             unit: What to measure.
-            told: Hears what is being done.
+            log: Called with a message when a phase begins.
 
         Raises:
-            OutOfTimeError: the budget was spent; what was measured is written.
+            OutOfTimeError: the budget is spent; rows of finished cells are written.
         """
         while (left := self.left(unit)).modes:
             if time.monotonic() > self._deadline:
                 raise OutOfTimeError
-            self._attempt(left, told)
+            self._attempt(left, log)
 
-    def _attempt(self, left: Unit, told: Callable[[str], None]) -> None:
-        """Run one worker until it ends; then a cell at least has got its row."""
+    def _attempt(self, left: Unit, log: Callable[[str], None]) -> None:
+        """Run one worker until it ends; at least one cell has a row afterwards."""
         at = Begun("", "", "starting")
         with tempfile.TemporaryDirectory() as folder:
-            log = Path(folder) / "log"
-            request = Request(
-                left.case, self._with_baseline(left), self._settings, self._limits, log
-            )
+            output = Path(folder) / "output"
+            modes = self._with_baseline(left)
+            request = Request(left.case, modes, self._settings, self._gpu, output)
             with worker(request) as (pipe, ended):
                 while True:
                     message = self._receive(pipe)
                     if isinstance(message, Begun):
                         at = message
-                        told(f"{left.case.case_id} {at.mode} {at.peer} {at.phase}")
+                        log(f"{left.case.case_id} {at.mode} {at.peer} {at.phase}")
                     elif isinstance(message, Measured):
                         self._write(left, message.row)
                     elif isinstance(message, Finished):
-                        # What it has not told of, it will not.
+                        # The worker sends nothing more, so a cell without a row gets an error.
                         columns: Row = {"status": "error", "error": "the worker left it out"}
                         return self._give_up(left, Begun("", "", ""), columns)
                     elif isinstance(message, Crashed):
@@ -136,11 +135,11 @@ class Sweep:
                         error = f"nothing for {self._timeout_s:g} s while in: {at.phase}"
                         return self._give_up(left, at, {"status": "timeout", "error": error})
                     else:
-                        error = f"{describe_exit(ended())} in: {at.phase}. {tail(log)}".strip()
+                        error = f"{describe_exit(ended())} in: {at.phase}. {tail(output)}".strip()
                         return self._give_up(left, at, {"status": "error", "error": error})
 
     def _receive(self, pipe: Connection) -> Message | EOFError | None:
-        """Return the next message, None if there is none in time, or why there will be none."""
+        """Return the next message, None after a timeout, or the error that ended the pipe."""
         remaining_s = self._deadline - time.monotonic()
         if not pipe.poll(max(0.0, min(self._timeout_s, remaining_s))):
             if remaining_s <= self._timeout_s:
@@ -152,9 +151,9 @@ class Sweep:
             return error
 
     def _with_baseline(self, left: Unit) -> dict[str, Sequence[str]]:
-        """Add the baseline where its row is there: the others' speed-ups need it in their rounds.
+        """Add the baseline where it has its row: the others' speed-ups need it in their rounds.
 
-        Where it failed, it would fail again.
+        Leave it out where it failed, because it would fail again.
         """
         name = peers.baseline(left.case.device)
         failed = {
@@ -170,13 +169,13 @@ class Sweep:
         }
 
     def _give_up(self, left: Unit, at: Begun, columns: Row) -> None:
-        """Write rows for what can't be measured: one peer's cell, or all if it is nobody's."""
+        """Write rows for cells that can't be measured: one peer's, or all of them."""
         remaining = self.left(left)
         cells = [cell for cell in remaining.cells() if cell == (at.peer, at.mode)]
         if cells:
             self._write_failure(left.case, cells[0], columns)
         elif at.peer:
-            # The baseline, whose row is there: it can't be had again, so do without the ratio.
+            # The baseline, which has its row, failed this time; the others have no ratio to it.
             for cell in remaining.cells():
                 self._write_failure(left.case, cell, skipped(f"beside {at.peer}", columns))
         else:
@@ -195,17 +194,18 @@ class Sweep:
 
 
 def skipped(where: str, columns: Row) -> Row:
-    """Return the columns of a cell whose turn never came."""
+    """Return the columns of a cell that was never begun."""
     reason = f"{columns['status']} in {where}: {columns['error']}" if where else columns["error"]
     return {"status": "skipped", "error": reason}
 
 
 @contextmanager
 def worker(request: Request) -> Iterator[tuple[Connection, Callable[[], int | None]]]:
-    """Start a worker, and end it and all that it started in the end.
+    """Start a worker; on leaving, kill it and all its processes.
 
     Yields:
-        The end of the pipe to read from, and what waits for the process and returns its exit code.
+        The reading end of the pipe, and a function that waits for the process and returns its exit
+        code.
     """
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
@@ -228,13 +228,13 @@ def worker(request: Request) -> Iterator[tuple[Connection, Callable[[], int | No
 
 
 def describe_exit(code: int | None) -> str:
-    """Return how a process ended, in words."""
+    """Return in words how a process ended."""
     if code is not None and code < 0:
         return f"killed by {signal.Signals(-code).name}"
     return f"exited with {code}"
 
 
-def tail(log: Path) -> str:
-    """Return the last of what was printed, in one line."""
-    text = log.read_text(errors="replace") if log.exists() else ""
+def tail(path: Path) -> str:
+    """Return the end of a file in one line."""
+    text = path.read_text(errors="replace") if path.exists() else ""
     return " ".join(text[-LOG_TAIL:].split())

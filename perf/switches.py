@@ -1,4 +1,4 @@
-"""torch's global switches, set without disturbing each other."""
+"""Set torch's global switches without disturbing each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from perf.cases import Case
 
 
 def set_precision(case: Case) -> None:
-    """Give all products of fp32, of every peer, the precision of the case."""
+    """Set the precision of all fp32 products, of every peer, to that of the case."""
     if case.on_gpu and case.dtype == "fp32":
         torch.backends.cudnn.rnn.fp32_precision = case.fp32_mode  # type: ignore[attr-defined]
         torch.backends.cuda.matmul.fp32_precision = case.fp32_mode
@@ -19,11 +19,11 @@ def set_precision(case: Case) -> None:
 
 @contextmanager
 def cudnn_off() -> Iterator[None]:
-    """Run torch's own kernels inside.
+    """Switch cuDNN off inside, so that ATen's own kernels run.
 
-    ``torch.backends.cudnn.flags`` would read and set the precision of fp32 as well, by a name that
-    raises once :func:`set_precision` has used the newer one; and ``torch.backends.cudnn.enabled``
-    can't be set where torch's own test utilities were imported.
+    ``torch.backends.cudnn.flags`` would also read and set the precision of fp32, by an older name
+    that raises after :func:`set_precision`; and ``torch.backends.cudnn.enabled`` can't be set after
+    torch's own test utilities were imported.
     """
     before = torch._C._get_cudnn_enabled()
     torch._C._set_cudnn_enabled(False)

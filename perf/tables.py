@@ -1,4 +1,4 @@
-"""Results as files: a run adds its rows to those of earlier runs and overwrites none."""
+"""Keep results in files: a run adds its rows to those of earlier runs and overwrites none."""
 
 from __future__ import annotations
 
@@ -14,28 +14,39 @@ from perf import schema
 
 ROWS, ENVIRONMENT, CALIBRATION = "rows.jsonl", "env.json", "calibration.json"
 
-# The facts of a run that a reader joins to its rows.
+# The facts of a run that are joined to its rows.
 JOINED_FACTS = ("cpu", "threads", "gpu", "driver", "torch", "triton", "cudnn", "commit", "dirty")
+
+# Names in files of earlier versions, and the names they have now: of columns, and of values.
+RENAMED_COLUMNS = {"turns": "interleave", "says": "message"}
+RENAMED_VALUES = {
+    "plan": {
+        "torch, walk": "torch, in-place",
+        "torch, native": "torch, aten",
+        "torch, recorded": "torch, composite",
+    },
+    "peer": {"nn_native": "nn_no_cudnn"},
+}
 
 
 class RowFile:
-    """``rows.jsonl``, to which rows are added as they come; a context manager.
+    """Add rows to ``rows.jsonl``, one by one; a context manager.
 
-    On leaving, ``rows.csv`` and ``rows.parquet`` are made from it.
+    On leaving, ``rows.csv`` and ``rows.parquet`` are written from it.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self.path = folder, folder / ROWS
         self.rows = read_lines(self.path)
-        # A run that was killed while it wrote left part of a line.
+        # A run that was killed while it wrote left an incomplete line.
         if self.path.exists():
-            whole = self.path.read_bytes().rfind(b"\n") + 1
+            complete = self.path.read_bytes().rfind(b"\n") + 1
             with self.path.open("r+b") as file:
-                file.truncate(whole)
+                file.truncate(complete)
 
     def add(self, row: Mapping[str, object]) -> None:
-        """Write a row, at once."""
+        """Write a row at once."""
         self.rows.append(dict(row))
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -53,11 +64,20 @@ class RowFile:
             write(self._folder, "rows", schema.typed(pd.DataFrame(self.rows)))
 
 
+def renamed(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return a row of any earlier version with the names of today."""
+    return {
+        RENAMED_COLUMNS.get(name, name): RENAMED_VALUES.get(name, {}).get(value, value)
+        for name, value in row.items()
+    }
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a line-by-line file; a last line that was cut short is left out."""
+    """Return the rows of a file, with today's names; leave out an incomplete last line."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if "\n" in line]
+    lines = path.read_text().splitlines(keepends=True)
+    return [renamed(json.loads(line)) for line in lines if line.endswith("\n")]
 
 
 def load(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
@@ -68,8 +88,8 @@ def load(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
             one; or several.
 
     Returns:
-        The rows, typed as the schema says, with ordered categories; then the columns
-        ``JOINED_FACTS``.
+        The rows with the columns and types of the schema, and with ordered categories; then the
+        columns ``JOINED_FACTS``. Names of earlier versions are replaced by those of today.
 
     Raises:
         FileNotFoundError: there are no rows.
@@ -83,16 +103,16 @@ def load(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
 def _load_one(path: Path) -> pd.DataFrame:
     path = path / ROWS if path.is_dir() else path
     if path.suffix == ".parquet":
-        rows = pd.read_parquet(path)
+        lines = [renamed(row) for row in pd.read_parquet(path).to_dict("records")]
     elif path.suffix == ".csv":
         # An empty field is missing; the word "none" is a value.
-        rows = pd.read_csv(path, keep_default_na=False, na_values=[""])
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+        lines = [renamed(row) for row in table.to_dict("records")]
     elif path.exists():
-        rows = pd.DataFrame(read_lines(path))
+        lines = read_lines(path)
     else:
         raise FileNotFoundError(f"no rows at {path}")
-    for name in rows.select_dtypes("category"):
-        rows[name] = rows[name].astype("string")
+    rows = pd.DataFrame(lines)
     runs = read_environments(path.parent)
     facts = pd.DataFrame([{"run_id": run_id} | runs[run_id] for run_id in runs])
     if facts.empty:
@@ -103,13 +123,13 @@ def _load_one(path: Path) -> pd.DataFrame:
 
 
 def read_environments(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the facts of every run of a folder, by ``run_id``, in order of time."""
+    """Return the facts of every run of a folder by ``run_id``, in the order of time."""
     path = folder / ENVIRONMENT
     return dict(sorted(json.loads(path.read_text()).items())) if path.exists() else {}
 
 
 def read_calibration(folder: Path) -> dict[str, Any]:
-    """Return what ``calibrate`` wrote to a folder; nothing if it did not."""
+    """Return the content of a folder's ``calibration.json``; empty if there is none."""
     path = folder / CALIBRATION
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -118,9 +138,9 @@ def append_rows(folder: Path, name: str, rows: pd.DataFrame) -> None:
     """Add rows to ``name.parquet`` and ``name.csv``, which hold the same.
 
     Args:
-        folder: Made if it is not there.
-        name: The table, without a suffix.
-        rows: Tidy rows; the column ``run_id`` tells one run from another.
+        folder: Is created if it does not exist.
+        name: The name of the table, without a suffix.
+        rows: Tidy rows; the column ``run_id`` names the run of each.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parquet = folder / f"{name}.parquet"
@@ -130,8 +150,8 @@ def append_rows(folder: Path, name: str, rows: pd.DataFrame) -> None:
 
 
 def write(folder: Path, name: str, rows: pd.DataFrame) -> None:
-    """Write ``name.parquet`` and ``name.csv``, in place of those that are there."""
-    # Replaced whole, so that a run that dies here leaves the old rows.
+    """Write ``name.parquet`` and ``name.csv``; replace existing ones."""
+    # Written to another file first, so that a crash leaves the old rows.
     for path, write in (
         (folder / f"{name}.parquet", rows.to_parquet),
         (folder / f"{name}.csv", rows.to_csv),

@@ -1,4 +1,4 @@
-"""Peers timed side by side: short samples of each, in rounds, in random order."""
+"""Time peers side by side: short samples of each, in rounds, in random order."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import benchmark
 
 WARM_UP_CALLS = 3
-# A case that takes longer than it may still has quantiles of something.
+# Even a case that takes too long gets so many rounds, for its quantiles.
 LEAST_ROUNDS = 3
-# Several times any L2 cache so far.
+# Several times the size of any L2 cache.
 CACHE_BYTES = 2**28
 
 Key = TypeVar("Key", bound=Hashable)
@@ -32,14 +31,24 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def synchronized_time() -> float:
+    """Wait for all queued work, and return the time in seconds.
+
+    ``torch.utils.benchmark.timer`` does the same, but takes 0.4 s to import in every worker.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @dataclass(frozen=True)
 class Job:
-    """What is timed of one peer.
+    """Hold the work of one peer that is timed.
 
     Attributes:
         call: The work.
-        leaves: Tensors whose gradients a call leaves behind.
-        context: Switches that calls are made under, entered once a sample.
+        leaves: Tensors that have gradients after a call.
+        context: Switches that are set during the calls; entered once a sample.
     """
 
     call: Callable[[], object]
@@ -47,7 +56,7 @@ class Job:
     context: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def reset(self) -> None:
-        """Drop the gradients, so that the next call adds to none."""
+        """Drop the gradients, so that the next call does not add to them."""
         for leaf in self.leaves:
             leaf.grad = None
 
@@ -60,9 +69,9 @@ class Clock(Protocol):
 
 
 class WallClock:
-    """What a user waits, on any device: calls one after the other, and one wait at the end.
+    """Time calls one after the other on the host's clock, on any device; synchronise at the end.
 
-    Dropping the gradients is timed, as it is part of a step of training.
+    Dropping the gradients is timed too, because it is part of a training step.
 
     Args:
         job: What to time.
@@ -70,10 +79,9 @@ class WallClock:
     """
 
     def __init__(self, job: Job, seconds: float) -> None:
-        # torch's timer waits for the accelerator, if there is one.
         self._timer = timeit.Timer(
             "call(); reset()",
-            timer=benchmark.timer,
+            timer=synchronized_time,
             globals={"call": job.call, "reset": job.reset},
         )
         self._context = job.context
@@ -89,10 +97,10 @@ class WallClock:
 
 
 class EventClock:
-    """Time on the GPU between events around each call, its L2 cache flushed before; the median.
+    """Time each call on the GPU between two events, after flushing the L2 cache; take the median.
 
-    ``triton.testing.do_bench`` measures the same, but makes seven calls to find out how many it
-    is to make, in every sample again.
+    ``triton.testing.do_bench`` measures the same, but spends seven calls of every sample on finding
+    out how many calls to make.
 
     Args:
         job: What to time.
@@ -131,18 +139,19 @@ class EventClock:
 
 @functools.cache
 def cache_filler(device: int) -> Tensor:
-    """Return more bytes than the L2 cache of a GPU holds, to be written before each call."""
+    """Return a tensor larger than the L2 cache of a GPU, to be written before each call."""
     return torch.empty(CACHE_BYTES, dtype=torch.uint8, device=f"cuda:{device}")
 
 
 class GraphClock(EventClock):
-    """As :class:`EventClock`, of a CUDA graph that replays a call: a peer without its launches.
+    """Time a CUDA graph of a call as :class:`EventClock` does: a peer without its launches.
 
-    It is recorded on the current stream, which may not be the default one: autograd adds up
-    gradients on the stream that first saw a parameter, and can do so in a recording only there.
+    The graph is captured on the current stream, which must not be the default one: autograd
+    accumulates gradients on the stream that first used a parameter, and a capture allows that only
+    if it is the captured stream.
 
     Args:
-        job: What to record.
+        job: What to capture.
         seconds: About how long a sample lasts.
     """
 
@@ -156,8 +165,8 @@ class GraphClock(EventClock):
                 job.call()
             job.reset()
         super().__init__(Job(graph.replay), seconds)
-        # What the graph reads and writes must outlive it.
-        self._recorded = job
+        # The tensors that the graph reads and writes must outlive it.
+        self._captured = job
 
 
 def time_in_rounds(
@@ -169,21 +178,21 @@ def time_in_rounds(
     before: Callable[[Key], None] = lambda key: None,
     failed: Callable[[Key, Exception], None],
 ) -> list[dict[Key, float]]:
-    """Take samples of jobs against each other.
+    """Take samples of several clocks in rounds.
 
-    What slows the machine down for a while slows every peer of a round, so that the ratio of two
-    times is to be taken within a round.
+    If the machine slows down for a while, it slows every peer of a round; so ratios of times are
+    taken within a round.
 
     Args:
         clocks: What to sample.
         rounds: Samples of each clock.
-        max_seconds: No round is begun later, once there are a few.
-        random: Chooses the order of the clocks, anew in each round.
-        before: Told what is to be sampled next.
-        failed: Told what raised in its turn; it has no further one.
+        max_seconds: After this time no round begins, except the first few.
+        random: Draws the order of the clocks in each round.
+        before: Called with the key of a clock before each sample.
+        failed: Called with the key and the error of a clock that raised; it is not sampled again.
 
     Returns:
-        For each round, each clock's microseconds for a call.
+        For each round, the microseconds of a call by each clock.
     """
     running = dict(clocks)
     samples: list[dict[Key, float]] = []
@@ -202,7 +211,7 @@ def time_in_rounds(
 
 
 def floor_us(seconds: float) -> float:
-    """Return what :class:`EventClock` says of a kernel that does nothing."""
+    """Return the time that :class:`EventClock` measures for a kernel that does nothing."""
     from perf.probes import empty_kernel
 
     return EventClock(Job(lambda: empty_kernel[(1,)]()), seconds).sample_us()

@@ -1,7 +1,7 @@
-"""``python -m perf tune``: every feasible plan timed, and what ``choose_plan`` loses by its choice.
+"""Run ``python -m perf tune``: time every feasible plan, and compute the regret of the choice.
 
-A sweep like any other, whose peers are the plans: tritonrnn with each of them forced, and torch's
-own path. The regret of a cell is the time of the chosen plan by that of the best one, less 1.
+The peers of this sweep are the plans: tritonrnn with each plan forced, and the torch path. The
+regret of a cell is the time of the chosen plan divided by that of the best one, less 1.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from perf import axes, peers, precompile, tables
+from perf import peers, precompile, presets, tables
 from perf.measure import Settings
 from perf.run import run as run_units
 from perf.run import waiting
@@ -24,7 +24,7 @@ from perf.sweep import Unit
 REGRET, PAGE = "regret", "tune.md"
 OURS = "tritonrnn"
 MODES = ("infer", "fwdbwd")
-# Of the geometric mean over all shapes.
+# The largest geometric mean of the regret over all shapes.
 TARGET = 0.05
 WORST = 10
 SETTINGS = Settings(rounds=9, sample_s=0.02, max_s=15.0)
@@ -32,12 +32,12 @@ TIMEOUT_S = 120.0
 # The share of the budget that may go into compiling in parallel.
 COMPILING = 0.3
 
-# Which peer runs what tritonrnn chose, by back end and plan as it tells them; for a Triton plan it
-# is "tritonrnn-" and its name. torch's own kernels are cuDNN's on a GPU, where our torch path has
-# nothing else.
+# The peer that runs a plan of the torch path, by the device and by the name of the plan in
+# ``tritonrnn.explain``; a Triton plan has the peer "tritonrnn-" and its name. On a GPU, the plan
+# "aten" is cuDNN, and the torch path has no other plan.
 _ON_TORCH = {
-    "cpu": {"walk": "tritonrnn-torch", "native": "nn_aten"},
-    "cuda": {"native": "tritonrnn-torch"},
+    "cpu": {"in-place": "tritonrnn-torch", "aten": "nn_aten"},
+    "cuda": {"aten": "tritonrnn-torch"},
 }
 
 _KEYS = ["case_id", "device", "mode"]
@@ -48,8 +48,8 @@ _COLUMNS = [*_KEYS, *_SIZES, "chosen", "chosen_us", "best", "best_us", "regret"]
 def plans(device: str) -> tuple[str, ...]:
     """Return the peers that are plans on a device.
 
-    On a CPU, where no plan of the kernels is timed, they are the torch path's: its own walk, and
-    torch's kernels.
+    On a CPU, where no Triton plan is timed, they are those of the torch path: in place, and ATen's
+    kernels.
     """
     if device == "cpu":
         return tuple(_ON_TORCH["cpu"].values())
@@ -60,14 +60,14 @@ def units(preset: str, device: str) -> list[Unit]:
     """Return the cases of a preset, forward and forward+backward, with every plan as a peer."""
     names = (OURS, *plans(device))
     modes = ",".join(MODES)
-    found = axes.units(preset, {"modes": modes, "layouts": "padded"}, names, device)
-    # So that what is done so far is a sample of all.
+    found = presets.units(preset, {"modes": modes, "layouts": "padded"}, names, device)
+    # Shuffled, so that the cells measured so far are a sample of all.
     Random(0).shuffle(found)
     return found
 
 
 def chosen_peer(plan: str, device: str) -> str | None:
-    """Return which peer runs the plan that tritonrnn tells of in its row, if one does."""
+    """Return the peer that runs a plan of tritonrnn's rows, if there is one."""
     backend, _, name = plan.partition(", ")
     if backend == "torch":
         return _ON_TORCH[device.split(":")[0]].get(name)
@@ -79,13 +79,12 @@ def regrets(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one row for each case and mode whose choice was timed.
 
     Args:
-        rows: Of the schema, of tritonrnn and of the plans.
+        rows: Rows of the schema, of tritonrnn and of the plans.
 
     Returns:
         Keys and sizes, then ``chosen`` and ``best`` with their times, ``regret``, and a column
-        with the time of each plan; the largest regret first. The chosen plan's time is that
-        of its own peer, forced, so that what is compared was measured the same way; tritonrnn's
-        own where the plan has no peer.
+        with the time of each plan; the largest regret first. The chosen plan's time is that of its
+        own peer, which is forced as the others are; if the plan has no peer, it is tritonrnn's.
     """
     timed = rows[rows["status"] == "ok"].astype({"peer": "string"})
     timed = timed.assign(us=timed["event_us_p50"].fillna(timed["wall_us_p50"]))
@@ -123,7 +122,7 @@ def mean_regret(table: pd.DataFrame) -> float:
 
 
 def verdict(table: pd.DataFrame) -> Iterator[str]:
-    """Yield, in plain sentences, what the choices lose."""
+    """Yield sentences about what the choices lose."""
     for mode, cells in table.groupby("mode", observed=True):
         mean = mean_regret(cells)
         best = int((cells["chosen"] == cells["best"]).sum())
@@ -136,7 +135,7 @@ def verdict(table: pd.DataFrame) -> Iterator[str]:
 
 
 def summary(table: pd.DataFrame, rows: int = WORST) -> str:
-    """Return the verdict and the cells of the largest regret, as markdown."""
+    """Return the verdict and the cells of the largest regret in markdown."""
     if table.empty:
         return "No choice was timed."
     shown = table.head(rows)[["case_id", "mode", "chosen", "chosen_us", "best", "best_us"]].assign(
@@ -159,10 +158,10 @@ def run(
     budget_s: float,
     console: Console | None = None,
 ) -> pd.DataFrame:
-    """Time what has not been, and write ``regret.csv``, ``regret.parquet`` and ``tune.md``.
+    """Time the cells that have no row, and write ``regret.csv``, ``regret.parquet``, ``tune.md``.
 
     Returns:
-        The table of :func:`regrets`, of all that ``out`` has.
+        The table of :func:`regrets` for all rows of ``out``.
     """
     console = console or Console()
     started = time.monotonic()
@@ -188,5 +187,5 @@ def run(
     title = "# What the choice of a plan loses"
     (out / PAGE).write_text(f"{title}\n\n{summary(table, len(table))}\n")
     if left := waiting(wanted, lines):
-        console.print(f"{left} of {len(wanted)} cases to go; the same command goes on.")
+        console.print(f"{left} of {len(wanted)} cases to go; run the same command again.")
     return table

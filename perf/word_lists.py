@@ -1,4 +1,4 @@
-"""The words of ``python -m perf words``: spellings, their language, and packed batches of them."""
+"""Load the words of ``python -m perf words``: spellings, languages, and packed batches of them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 LANGUAGES = ("cs", "de", "en", "es", "fi", "fr", "hu", "it", "nl", "pl", "pt", "sv", "tr", "ro")
 SHORTEST, LONGEST = 3, 22
 
-# The start of every list that leaves about 87,000 words over all languages.
+# So many words from the top of every list leave about 87,000 words over all languages.
 TOP = 9_200
 
-# Letters outside the alphabet, which only a user's own words can hold, share this number.
+# The index of every letter outside the alphabet; only a user's own words have such letters.
 UNKNOWN_LETTER = 0
 
 
 @dataclass(frozen=True)
 class LabelledWords:
-    """Words, each with the number of its language in :data:`LANGUAGES`."""
+    """Hold words, each with the index of its language in :data:`LANGUAGES`."""
 
     words: tuple[str, ...]
     labels: tuple[int, ...]
@@ -32,11 +32,11 @@ class LabelledWords:
         return len(self.words)
 
     def split(self, held_out: float, seed: int) -> tuple[LabelledWords, LabelledWords]:
-        """Shuffle, and set a share of the words aside.
+        """Shuffle the words, and hold a share of them out.
 
         Args:
-            held_out: The share of the words set aside, between 0 and 1.
-            seed: The same seed gives the same split.
+            held_out: The share of the words to hold out, between 0 and 1.
+            seed: Seed of the split.
 
         Returns:
             The words to train on and the words held out.
@@ -46,15 +46,15 @@ class LabelledWords:
         cut = round(len(self) * held_out)
         return self._take(order[cut:]), self._take(order[:cut])
 
-    def _take(self, numbers: Sequence[int]) -> LabelledWords:
+    def _take(self, indices: Sequence[int]) -> LabelledWords:
         return LabelledWords(
-            tuple(self.words[n] for n in numbers), tuple(self.labels[n] for n in numbers)
+            tuple(self.words[i] for i in indices), tuple(self.labels[i] for i in indices)
         )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed letters, longest word first, and the language of each word."""
+    """Hold packed letters, longest word first, and the language of each word."""
 
     letters: PackedSequence
     labels: Tensor
@@ -66,40 +66,40 @@ class Batch:
 
 
 class Alphabet:
-    """Numbers for letters.
+    """Map letters to indices.
 
     Args:
-        words: The words whose letters get a number of their own, from 1 on.
+        words: The words whose letters get an index of their own, from 1 on.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
         letters = sorted(set().union(*words))
-        self._numbers = {letter: number for number, letter in enumerate(letters, start=1)}
+        self._indices = {letter: index for index, letter in enumerate(letters, start=1)}
 
     def __len__(self) -> int:
-        return len(self._numbers) + 1
+        return len(self._indices) + 1
 
-    def numbers(self, word: str) -> list[int]:
-        """Return the number of each letter of ``word``."""
-        return [self._numbers.get(letter, UNKNOWN_LETTER) for letter in word]
+    def indices(self, word: str) -> list[int]:
+        """Return the index of each letter of ``word``."""
+        return [self._indices.get(letter, UNKNOWN_LETTER) for letter in word]
 
 
 class EncodedWords:
-    """Words as one matrix of letter numbers, so that a batch of them is cheap to build.
+    """Hold words as one matrix of letter indices, so that a batch of them is cheap to build.
 
     Args:
         words: At least one word.
         labels: The language of each word.
-        alphabet: Turns letters into numbers.
+        alphabet: Maps letters to indices.
     """
 
     def __init__(self, words: Sequence[str], labels: Sequence[int], alphabet: Alphabet) -> None:
         self.labels = torch.tensor(labels)
         self._lengths = torch.tensor([len(word) for word in words])
         longest = int(self._lengths.max())
-        # What fills a row after its word is never read: packing drops it.
+        # The padding after a word is never read: packing drops it.
         self._letters = torch.tensor(
-            [alphabet.numbers(word.ljust(longest)) for word in words], dtype=torch.int64
+            [alphabet.indices(word.ljust(longest)) for word in words], dtype=torch.int64
         )
 
     def __len__(self) -> int:
@@ -108,12 +108,12 @@ class EncodedWords:
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Batch]:
         """Pack the words, ``size`` at a time.
 
-        The numbers of letters are packed, not their embeddings: they are small, and the embedding
-        then looks up true letters only. A batch is sorted here, so that no result needs unsorting.
+        The indices of letters are packed, not their embeddings: they are small, and the embedding
+        then has no padding to look up. A batch is sorted here, so that no result needs unsorting.
 
         Args:
             size: Words in a batch; the last one may be smaller.
-            order: The words' numbers in the order of use. As given if left out.
+            order: The words' indices in the order of use; if None, the order of the words.
         """
         if order is None:
             order = torch.arange(len(self))
@@ -126,19 +126,19 @@ class EncodedWords:
             )
 
     def shuffled(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Like :meth:`batches`, in a random order."""
+        """Pack the words as :meth:`batches` does, in random order."""
         return self.batches(size, torch.randperm(len(self), generator=generator))
 
 
 def distinct_words(
     ranked: Mapping[str, Sequence[str]], known: Mapping[str, set[str]]
 ) -> LabelledWords:
-    """Keep the words that tell a language: in Latin letters, and known to one language only.
+    """Keep the words that belong to one language only and are written in Latin letters.
 
     Args:
         ranked: For each of :data:`LANGUAGES`, the words to choose from.
-        known: For each of :data:`LANGUAGES`, every word it has. A word chosen for one language is
-            dropped when another has it at all, however rare it is there.
+        known: For each of :data:`LANGUAGES`, every word it has. A word is dropped if another
+            language has it too, however rare it is there.
     """
     languages_of = Counter(word for words in known.values() for word in words)
     words, labels = [], []
@@ -151,7 +151,7 @@ def distinct_words(
 
 
 def load_words(top: int = TOP) -> LabelledWords:
-    """Read the word lists that the package ``wordfreq`` ships; nothing is downloaded.
+    """Read the word lists of the package ``wordfreq``; nothing is downloaded.
 
     Args:
         top: How far down each language's list, from the most frequent word on, to go.
@@ -174,7 +174,7 @@ def load_words(top: int = TOP) -> LabelledWords:
 
 
 def normalize(word: str) -> str:
-    """Spell a user's own word as the lists do: composed letters, lower case, ``ss`` for ``ß``."""
+    """Return a word as the lists spell it: composed letters, lower case, ``ss`` for ``ß``."""
     return unicodedata.normalize("NFC", word.casefold())
 
 

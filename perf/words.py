@@ -1,4 +1,4 @@
-"""``python -m perf words``: learn the language of words, with torch.nn.RNN and with tritonrnn."""
+"""Run ``python -m perf words``: learn the language of words, with torch.nn.RNN and tritonrnn."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 import tritonrnn
 from perf import environment, loss_curves, tables
-from perf.contenders import (
-    TURN_STEPS,
-    Contender,
+from perf.paired_training import (
+    CHUNK_STEPS,
     MakeRNN,
     Recipe,
+    Trainee,
     curves_table,
-    make_contenders,
+    make_trainees,
     speedup,
     train,
 )
@@ -42,12 +42,12 @@ HELD_OUT = 0.1
 
 
 class WordClassifier(nn.Module):
-    """Letters to languages: an embedding, a bidirectional RNN, a linear head on its final states.
+    """Map letters to languages: an embedding, a bidirectional RNN, a linear head on its ``h_n``.
 
     Args:
-        rnn_class: ``torch.nn.RNN`` or what stands in for it.
+        rnn_class: ``torch.nn.RNN``, or a class with its interface.
         letters: Size of the alphabet.
-        hidden_size: Of the RNN, in each direction.
+        hidden_size: Hidden units of the RNN in each direction.
     """
 
     def __init__(self, rnn_class: MakeRNN, letters: int, hidden_size: int) -> None:
@@ -76,7 +76,7 @@ RECIPE = Recipe(loss_of, functools.partial(torch.optim.Adam, lr=LEARNING_RATE))
 
 @torch.no_grad()
 def accuracy(model: nn.Module, words: EncodedWords, device: torch.device) -> float:
-    """Return the share of words whose language the model tells."""
+    """Return the share of words whose language the model gets right."""
     right = 0
     for batch in words.batches(BATCH_SIZE):
         batch = batch.to(device)
@@ -90,10 +90,10 @@ def majority_accuracy(training: LabelledWords, held_out: LabelledWords) -> float
     return held_out.labels.count(label) / len(held_out)
 
 
-def backend_of(contender: Contender[WordClassifier], letters: PackedSequence) -> str:
-    """Return what computes a contender's recurrence on this batch."""
-    embedded = contender.model.embed(letters)
-    rnn = contender.model.rnn
+def backend_of(trainee: Trainee[WordClassifier], letters: PackedSequence) -> str:
+    """Return the back end of a model's recurrence on this batch."""
+    embedded = trainee.model.embed(letters)
+    rnn = trainee.model.rnn
     if isinstance(rnn, tritonrnn.RNN):
         return tritonrnn.explain(rnn, embedded).backend
     return "cuDNN" if torch.backends.cudnn.is_acceptable(embedded.data) else "ATen"
@@ -109,7 +109,7 @@ def classify(
 ) -> pd.DataFrame:
     """Return the two likeliest languages of each word, and whether it was trained on."""
     spellings = [normalize(word) for word in words]
-    # One by one: a batch comes back sorted by length.
+    # One by one, because a batch is sorted by length.
     rows = []
     for word, spelling in zip(words, spellings):
         [batch] = EncodedWords([spelling], [0], alphabet).batches(1)
@@ -129,7 +129,7 @@ def classify(
 
 
 def results_table(
-    contenders: Sequence[Contender[WordClassifier]],
+    trainees: Sequence[Trainee[WordClassifier]],
     training: LabelledWords,
     held_out: LabelledWords,
     alphabet: Alphabet,
@@ -137,28 +137,28 @@ def results_table(
     epochs: int,
     device: torch.device,
 ) -> pd.DataFrame:
-    """Return one row for each contender, the reference first.
+    """Return one row for each trainee, the reference first.
 
-    ``loss`` is its mean over the last epoch. ``speedup_vs_nn`` stands when something else takes the
-    machine for a while; ``seconds`` does not.
+    ``loss`` is its mean over the last epoch. Other work on the machine for a while changes
+    ``seconds``, but not ``speedup_vs_nn``.
     """
     encoded = EncodedWords(held_out.words, held_out.labels, alphabet)
     letters = next(encoded.batches(BATCH_SIZE)).to(device).letters
     majority = majority_accuracy(training, held_out)
     rows = []
-    for contender in contenders:
-        seconds = sum(contender.turn_seconds)
-        last_epoch = contender.losses[-(len(contender.losses) // epochs) :]
+    for trainee in trainees:
+        seconds = sum(trainee.chunk_seconds)
+        last_epoch = trainee.losses[-(len(trainee.losses) // epochs) :]
         rows.append(
             {
-                "model": contender.name,
+                "model": trainee.name,
                 "loss": sum(last_epoch) / len(last_epoch),
-                "held_out_accuracy": accuracy(contender.model, encoded, device),
+                "held_out_accuracy": accuracy(trainee.model, encoded, device),
                 "majority_accuracy": majority,
                 "words_per_s": epochs * len(training) / seconds,
                 "seconds": seconds,
-                "backend": backend_of(contender, letters),
-                "speedup_vs_nn": speedup(contenders[0], contender),
+                "backend": backend_of(trainee, letters),
+                "speedup_vs_nn": speedup(trainees[0], trainee),
             }
         )
     return pd.DataFrame(rows)
@@ -174,15 +174,15 @@ def run(
     seed: int,
     top: int,
 ) -> bool:
-    """Train, print what came of it, write it to ``out``.
+    """Train, print the results, and write them to ``out``.
 
     Args:
         epochs: Passes over the training words.
         hidden_size: Hidden units of each direction.
         device: Where to train.
         out: Folder for the tables and the loss curves, if they are wanted.
-        own_words: To be classified at the end.
-        seed: Of the split, the first weights and the order of the batches.
+        own_words: Words to classify at the end.
+        seed: Seed of the split, the initial weights and the order of the batches.
         top: How far down each language's list to go.
 
     Returns:
@@ -195,7 +195,7 @@ def run(
         f"{len(training) + len(held_out):,} words of {len(LANGUAGES)} languages, "
         f"{len(held_out):,} of them held out; {device}, {torch.get_num_threads()} threads"
     )
-    contenders = make_contenders(
+    trainees = make_trainees(
         lambda rnn_class: WordClassifier(rnn_class, len(alphabet), hidden_size),
         RECIPE,
         seed,
@@ -204,7 +204,7 @@ def run(
     encoded = EncodedWords(training.words, training.labels, alphabet)
     generator = torch.Generator().manual_seed(seed)
     train(
-        contenders,
+        trainees,
         (
             [batch.to(device) for batch in encoded.shuffled(BATCH_SIZE, generator)]
             for _ in range(epochs)
@@ -214,15 +214,15 @@ def run(
         device=device,
         console=console,
     )
-    results = results_table(contenders, training, held_out, alphabet, epochs=epochs, device=device)
-    reference, ours, twin = contenders
+    results = results_table(trainees, training, held_out, alphabet, epochs=epochs, device=device)
+    reference, ours, twin = trainees
     comparison = loss_curves.compare(reference.losses, twin.losses, ours.losses)
 
     formats = ("", ".5f", ".3f", ".3f", ",.0f", ".1f", "", ".2f")
     print(results.to_markdown(index=False, floatfmt=formats))
     print(
-        f"loss: mean over the last epoch. speedup_vs_nn: median over {len(ours.turn_seconds)} "
-        f"turns of up to {TURN_STEPS} steps, the models taking turns in random order."
+        f"loss: mean over the last epoch. speedup_vs_nn: median over {len(ours.chunk_seconds)} "
+        f"chunks of up to {CHUNK_STEPS} steps; the models train in random order in each chunk."
     )
     print(comparison)
     if own_words:
@@ -235,6 +235,6 @@ def run(
         run_id = environment.new_run_id()
         keys = {"epochs": epochs, "hidden_size": hidden_size, "seed": seed, "top": top}
         tables.append_rows(out, "words", results.assign(run_id=run_id, **keys))
-        tables.append_rows(out, "words_curves", curves_table(contenders).assign(run_id=run_id))
+        tables.append_rows(out, "words_curves", curves_table(trainees).assign(run_id=run_id))
         tables.add_environment(out, run_id, environment.describe(device))
     return comparison.agrees

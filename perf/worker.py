@@ -1,4 +1,4 @@
-"""A process of its own for one case, so that what goes wrong in it is a row and no more."""
+"""Measure one case in a process of its own, so that a crash costs no more than a row."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from pathlib import Path
 import torch
 
 from perf.cases import Case
-from perf.limits import Device
 from perf.measure import Measurement, Row, Settings, failure
+from perf.roofline import GPU
 
-# Triton's interpreter is never timed, and no peer's back end is chosen from outside.
+# Unset, so that Triton's interpreter is never timed and each peer chooses its own back end.
 UNSET = ("TRITON_INTERPRET", "TRITONRNN_BACKEND")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a worker is to do.
+    """Describe the work of a worker.
 
     Attributes:
-        modes: For each, the peers.
-        log: Takes whatever a peer prints.
+        modes: The peers of each mode.
+        output: File for whatever a peer prints.
     """
 
     case: Case
     modes: Mapping[str, Sequence[str]]
     settings: Settings
-    device: Device | None
-    log: Path
+    gpu: GPU | None
+    output: Path
 
 
 @dataclass(frozen=True)
 class Begun:
-    """A phase begins. If nothing follows, this is where it went wrong."""
+    """Report that a phase begins. If no message follows, it failed in this phase."""
 
     peer: str
     mode: str
@@ -46,33 +46,33 @@ class Begun:
 
 @dataclass(frozen=True)
 class Measured:
-    """A row is known."""
+    """Report a row."""
 
     row: Row
 
 
 @dataclass(frozen=True)
 class Crashed:
-    """The process can't go on."""
+    """Report that the process can't continue."""
 
     columns: Row
 
 
 @dataclass(frozen=True)
 class Finished:
-    """There is nothing more to do."""
+    """Report that there is nothing more to do."""
 
 
 Message = Begun | Measured | Crashed | Finished
 
 
 def serve(pipe: Connection, request: Request) -> None:
-    """Measure a case, and tell of it through the pipe. Runs in a new process."""
-    # Of a group of its own, so that it can be ended with all that it starts.
+    """Measure a case in a new process, and send messages through the pipe."""
+    # A process group of its own, so that it can be killed with all that it starts.
     os.setsid()
-    log = os.open(request.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    output = os.open(request.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (sys.stdout, sys.stderr):
-        os.dup2(log, stream.fileno())
+        os.dup2(output, stream.fileno())
     for name in UNSET:
         os.environ.pop(name, None)
     if request.settings.threads:
@@ -80,12 +80,12 @@ def serve(pipe: Connection, request: Request) -> None:
     try:
         if request.case.on_gpu:
             torch.cuda.set_device(torch.device(request.case.device))
-            # CUDA graphs can't be recorded on the default stream, nor where work waits for it.
+            # CUDA graphs can't be captured on the default stream, nor while work waits for it.
             torch.cuda.set_stream(torch.cuda.Stream())
         Measurement(
             request.case,
             request.settings,
-            request.device,
+            request.gpu,
             begin=lambda *where: pipe.send(Begun(*where)),
             emit=lambda row: pipe.send(Measured(row)),
         ).run(request.modes)
@@ -93,7 +93,7 @@ def serve(pipe: Connection, request: Request) -> None:
         pipe.send(Crashed(failure(exception)))
     else:
         pipe.send(Finished())
-    # After a fault of the GPU, Python's own way out can hang.
+    # After a fault of the GPU, Python's normal exit can hang.
     pipe.close()
     sys.stdout.flush()
     os._exit(0)

@@ -5,27 +5,42 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Triton reads this when a kernel is defined, so it must be set before any is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# What is computed here is small, and threads that wait for one another on a busy machine take ten
-# times as long over it.
+# The tensors here are small: on a busy machine, several threads take ten times as long.
 torch.set_num_threads(1)
+
+# The same examples in every run; `--hypothesis-profile=fresh` draws new ones, and many more.
+settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("fresh", max_examples=2000, deadline=None, print_blob=True)
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Load the profile asked for, as torch's test utilities load one of theirs when imported."""
+    settings.load_profile(collector.config.getoption("--hypothesis-profile") or "suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what only a GPU can show."""
+    """Skip tests that need a GPU where there is none."""
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Draw the same random numbers in a test, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def torch_back_end() -> Iterator[None]:
-    """The torch path, also where the interpreter would let a kernel take tensors on the CPU."""
+    """Serve every call by the torch path, even where the interpreter could run the kernels."""
     from tritonrnn import backend
 
     with backend("torch"):

@@ -1,10 +1,12 @@
-"""Replace torch's modules inside a model by tritonrnn's."""
+"""Make tritonrnn's modules of torch's inside a model."""
 
 from __future__ import annotations
 
 import functools
+from types import FunctionType
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from tritonrnn.modules import RNN, RNNCell
@@ -13,70 +15,91 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {nn.RNN: RNN, nn.RNNCell: RNNCell}
 
+# Methods of torch's classes that ours keep and call as torch does: a subclass may override them.
+_KEPT = {
+    "__annotate_func__",
+    "__getstate__",
+    "__init__",
+    "_apply",
+    "all_weights",
+    "extra_repr",
+    "reset_parameters",
+}
+
 
 def convert(model: Model) -> Model:
-    """Replace every ``nn.RNN`` and ``nn.RNNCell`` inside a model.
+    """Make every ``nn.RNN`` and ``nn.RNNCell`` inside a model one of this package's.
 
-    Parameters, buffers and hooks stay the same objects, so that an optimizer built before still
-    works. Training mode, devices and dtypes stay as they are. A module used in several places is
-    replaced by one module. A subclass with a ``forward`` of its own is left alone; any other keeps
-    its class as a base.
+    The modules stay the same objects, and only their class changes. So parameters, buffers, hooks,
+    training mode and whatever else refers to a module stay as they are, and an optimizer built
+    before still works. A subclass that overrides ``forward``, or another method that calls of
+    ``torch.nn`` use and calls of this package do not, is left alone, and so is a module with such a
+    method of its own. Any other subclass keeps its class as a base.
 
     Args:
-        model: any module. It is changed in place, unless it is itself replaced.
+        model: any module, also a bare ``nn.RNN`` or ``nn.RNNCell``. It is changed in place.
 
     Returns:
-        The model, or for a bare ``nn.RNN`` or ``nn.RNNCell`` its replacement.
+        The model.
     """
-    replaced: dict[nn.Module, nn.Module] = {}
-
-    def replacement(module: nn.Module) -> nn.Module:
-        if module not in replaced:
-            target = _target(module)
-            replaced[module] = module if target is None else _move(module, target)
-        return replaced[module]
-
-    # Children first: a replacement takes over the children that a module has at that time.
-    for module in reversed(list(model.modules())):
-        for name, child in module._modules.items():
-            if child is not None:
-                module._modules[name] = replacement(child)
-    return replacement(model)  # type: ignore[return-value]
+    for module in model.modules():
+        target = _target(module)
+        if target is not None:
+            assigned = _assigned_weights(module) if isinstance(module, nn.RNN) else None
+            object.__setattr__(module, "__class__", target)
+            if isinstance(module, nn.RNNBase):
+                module.__dict__.pop("_flat_weights", None)
+                module._init_flat_weights()
+            if assigned is not None:
+                module._flat_weights = assigned  # type: ignore[assignment]
+    return model
 
 
 def _target(module: nn.Module) -> type[nn.Module] | None:
-    """Return the class that replaces a module's, or None to leave the module alone."""
+    """Return the class that a module's becomes, or None to leave the module alone."""
     cls = type(module)
-    if cls in _REPLACEMENTS:
-        return _REPLACEMENTS[cls]
+    is_parametrized = nn.utils.parametrize.is_parametrized(module)
+    # torch has derived the class of a module with parametrisations for that module alone.
+    own = cls.__bases__[0] if is_parametrized else cls
     for original, ours in _REPLACEMENTS.items():
-        if isinstance(module, original) and cls.forward is original.forward:
-            if isinstance(module, ours):
+        if issubclass(own, original) and not issubclass(own, ours):
+            if not _runs_as(original, own, module):
                 return None
-            if nn.utils.parametrize.is_parametrized(module) and cls.__bases__ == (original,):
-                return _reparametrized(cls, ours)
-            return _adopted(cls, ours)  # type: ignore[arg-type]
+            target = ours if own is original else _adopted(own, ours)  # type: ignore[arg-type]
+            return _reparametrized(cls, target) if is_parametrized else target
     return None
 
 
-def _move(module: nn.Module, target: type[nn.Module]) -> nn.Module:
-    """Return a module of another class that holds everything that this one holds."""
-    moved = target.__new__(target)
-    moved.__dict__.update(module.__dict__)
-    # The containers of what can be assigned are copied: an assignment to one module must not reach
-    # the other. Those of the hooks are shared: a handle removes its hook through them.
-    for name in ("_parameters", "_buffers", "_modules"):
-        moved.__dict__[name] = dict(module.__dict__[name])
-    if isinstance(module, nn.RNN):
-        moved.__dict__.pop("_flat_weights", None)
-        moved.__dict__["_flat_weight_refs"] = []
-    return moved
+def _runs_as(original: type[nn.Module], cls: type[nn.Module], module: nn.Module) -> bool:
+    """Return whether a module of a subclass runs as torch's own does."""
+    if isinstance(module, nn.RNN) and module.mode not in ("RNN_TANH", "RNN_RELU"):
+        return False
+    bases = [base for base in original.__mro__ if base.__module__ == original.__module__]
+    names = {"__reduce__", "__reduce_ex__"}
+    for base in bases:
+        names |= {name for name, member in vars(base).items() if isinstance(member, _METHODS)}
+    names -= _KEPT
+    return module.__dict__.keys().isdisjoint(names) and all(
+        getattr(cls, name) is getattr(original, name) for name in names
+    )
 
 
-def _reparametrized(cls: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module]:
-    """Return a class like one that ``torch.nn.utils.parametrize`` made, but derived from ours."""
+_METHODS = (FunctionType, property)
+
+
+def _assigned_weights(module: nn.RNN) -> list[Any] | None:
+    """Return torch's list of the weights if somebody has assigned another, which a call uses."""
+    if nn.utils.parametrize.is_parametrized(module) or module._weights_have_changed():
+        return None
+    known = [getattr(module, name, None) for name in module._flat_weights_names]
+    flat = module._flat_weights
+    return None if all(a is b for a, b in zip(flat, known)) else flat
+
+
+def _reparametrized(cls: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    """Return a class like one of ``torch.nn.utils.parametrize``, but derived from ``base``."""
     members = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
-    return type(cls.__name__, (ours,), members)
+    return type(cls.__name__, (base,), members)
 
 
 @functools.cache
@@ -95,4 +118,15 @@ def _adopted(cls: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module]:
 
 # Pickles of converted models name this function, so its name and arguments stay.
 def _new_adopted(cls: type[nn.Module], ours: type[nn.Module]) -> nn.Module:
-    return nn.Module.__new__(_adopted(cls, ours))  # type: ignore[arg-type]
+    # Files that nobody vouches for may call it, see below.
+    if not any(ours is new and issubclass(cls, old) for old, new in _REPLACEMENTS.items()):
+        raise TypeError(f"Expected a subclass of torch.nn.RNN or torch.nn.RNNCell, got {cls}")
+    adopted = _adopted(cls, ours)  # type: ignore[arg-type]
+    # Whoever allows the class allows this one. No file contains the name.
+    name = f"{cls.__module__}.{cls.__qualname__} by {__name__}"
+    torch.serialization.add_safe_globals([(adopted, name)])
+    return adopted.__new__(adopted)
+
+
+# So that torch.load(weights_only=True) takes a whole model where it takes one with torch's RNN.
+torch.serialization.add_safe_globals([RNN, RNNCell, _new_adopted])

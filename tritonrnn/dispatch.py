@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
-from tritonrnn.paths import onnx
+from tritonrnn.layer import Recurrence
+from tritonrnn.paths import inplace, onnx
 from tritonrnn.paths.composite import why_composite
 from tritonrnn.precision import rounds_to_tf32
 
@@ -155,7 +156,7 @@ def choose_now(
         gpu = devices.device_of(device)
         chosen = cost.choose_plan(problem, gpu)
         if isinstance(chosen, plan.LaunchPlan):
-            if asked == "triton" or chosen.name not in _NOT_BY_DEFAULT:
+            if asked == "triton" or plan.UNTRIED.get(chosen.name) != "torch":
                 return Choice("triton", chosen, "the kernels have a plan for it.")
             obstacle = f"the {chosen.name} plan has yet to be run on a GPU."
         elif asked == "triton" or ragged:
@@ -171,13 +172,18 @@ def choose_now(
     return Choice("torch", "aten" if is_aten else "in-place", reason or "")
 
 
+def recurrence_of(backend: str, device: torch.device, dtype: torch.dtype) -> Recurrence:
+    """Return the recurrence of a back end, "torch" or "triton"."""
+    if backend == "torch":
+        return inplace.recurrence
+    # Imported only here: Triton may not be installed.
+    from tritonrnn.kernels import launch
+
+    return functools.partial(launch.recurrence, tf32=rounds_to_tf32(device, dtype))
+
+
 # https://github.com/pytorch/pytorch/issues/133751
 _MAX_STEPS_OF_CUDNN = 65535
-
-# Plans whose programs wait for each other. A fault in one can make the GPU unusable for the
-# process, so "auto" leaves their problems to torch until tests/kernels/test_cooperative_gpu.py has
-# passed on a GPU. (plan.UNTRIED lists plans for which another plan is taken.)
-_NOT_BY_DEFAULT = ("cooperative",)
 
 
 @functools.cache

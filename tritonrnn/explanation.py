@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from tritonrnn.modules import RNN
+from tritonrnn.modules import RNN, nonlinearity_of, weights_of
 from tritonrnn.validation import check
 
 
@@ -74,8 +74,8 @@ def explain(
     call = check(
         input,
         hx,
-        module._weights(),
-        module.nonlinearity,
+        weights_of(module),
+        nonlinearity_of(module),
         module.num_layers,
         module.bidirectional,
         module.batch_first,

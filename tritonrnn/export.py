@@ -165,7 +165,9 @@ class _Grid:
         masks = [mask for mask in (self.live, self.resets_in(backwards)) if mask is not None]
         sources = [*sources, *masks]
 
-        def advance(state: Tensor, w_hh: Tensor, sources: list[Tensor]) -> tuple[Tensor, Tensor]:
+        def masked_step(
+            state: Tensor, w_hh: Tensor, sources: list[Tensor]
+        ) -> tuple[Tensor, Tensor]:
             before = state
             if self.resets is not None:
                 *sources, resets = sources
@@ -178,10 +180,10 @@ class _Grid:
 
         T = sources[0].shape[0]
         if not isinstance(T, int):
-            return _scan(advance, state, w_hh, sources, backwards)
+            return _scan(masked_step, state, w_hh, sources, backwards)
         results = []
         for t in reversed(range(T)) if backwards else range(T):
-            state, result = advance(state, w_hh, [source[t] for source in sources])
+            state, result = masked_step(state, w_hh, [source[t] for source in sources])
             results.append(result)
         return state, torch.stack(results[::-1] if backwards else results)
 
@@ -213,7 +215,7 @@ class _Grid:
 
 
 def _scan(
-    advance: Callable[..., tuple[Tensor, Tensor]],
+    masked_step: Callable[..., tuple[Tensor, Tensor]],
     state: Tensor,
     w_hh: Tensor,
     sources: list[Tensor],
@@ -226,7 +228,7 @@ def _scan(
 
     def combine(state: Tensor, *rest: Tensor) -> list[Tensor]:
         *sources, w_hh = rest
-        state, result = advance(state, w_hh, sources)
+        state, result = masked_step(state, w_hh, sources)
         # A scan can't return one tensor twice.
         return [state, result.clone()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -15,6 +16,40 @@ from tritonrnn.nested import like_jagged
 from tritonrnn.paths import aten, onnx
 from tritonrnn.paths.composite import elman_composite
 from tritonrnn.validation import Call, check, compute_dtype
+
+
+@overload
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = True,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def rnn(
+    input: PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = True,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[PackedSequence, Tensor]: ...
 
 
 def rnn(
@@ -65,7 +100,11 @@ def rnn(
             ``batch_first``, or ``(T,)`` if unbatched. A marked step starts from a state of 0
             instead of the step before; step 0 starts from 0 instead of ``hx``. The second
             direction comes from the other side, so that the step before a marked one starts from
-            0. It is read on the host: a call waits for a ``reset`` that is on a GPU.
+            0. It is read on the host: a call waits for a ``reset`` that is on a GPU, as it does for
+            the offsets of a nested input.
+
+    What describes the sequences, ``lengths``, ``reset``, ``batch_sizes`` and offsets, is taken at
+    the call: its memory may be written to before the backward pass.
 
     Returns:
         ``output``, the last layer's state at every step, shaped as the input with D * H features

@@ -1,21 +1,21 @@
 """One layer, forward and backward: the matrix products around the recurrence.
 
 What needs each token once is a product over all tokens. Only the recurrence goes step by step:
-either back end brings its own, and this code runs around it.
+each back end has its own, and this code runs around it.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from tritonrnn.layout import SequenceLayout
-from tritonrnn.paths import inplace
-from tritonrnn.precision import rounds_to_tf32
+
+# Of a back end; :func:`tritonrnn.paths.inplace.recurrence` says what it does.
+Recurrence: TypeAlias = Callable[..., None]
 
 
 class GroupWeights(NamedTuple):
@@ -40,7 +40,7 @@ def forward(
     layout: SequenceLayout,
     nonlinearity: str,
     bidirectional: bool,
-    backend: str,
+    recurrence: Recurrence,
 ) -> tuple[Tensor, Tensor]:
     """Run one layer, all its directions.
 
@@ -54,7 +54,7 @@ def forward(
         layout: where the N rows lie. Padding rows are not read, and their output is 0.
         nonlinearity: φ, "tanh" or "relu".
         bidirectional: whether there is a second direction, G = 2.
-        backend: whose recurrence to run, "torch" or "triton".
+        recurrence: the back end's.
 
     Returns:
         ``output [N, G * H]``, and ``h_n [G, B, H]``, the last state of each sequence, which is hx
@@ -69,8 +69,7 @@ def forward(
     v_0 = None
     if hx is not None:
         v_0 = layout.initial_states(_accurate(hx) @ _accurate(M).mT, directions)
-    walk = _recurrence(backend, M.device, M.dtype)
-    walk(output, v_0, M, None, layout, epilogue=nonlinearity, reverse=directions)
+    recurrence(output, v_0, M, None, layout, epilogue=nonlinearity, reverse=directions)
     # torch.stack copies: h_n may not be a view of the output.
     h_n = torch.stack(
         [
@@ -91,7 +90,7 @@ def backward(
     layout: SequenceLayout,
     nonlinearity: str,
     bidirectional: bool,
-    backend: str,
+    recurrence: Recurrence,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Differentiate :func:`forward`.
@@ -107,7 +106,7 @@ def backward(
         grad_h_n: ``[G, B, H]``, or None for zero.
         input, hx, weights, layout, nonlinearity, bidirectional: as given to :func:`forward`.
         output: what :func:`forward` returned.
-        backend: whose recurrence to run, "torch" or "triton".
+        recurrence: the back end's.
         needs: for ``input``, ``hx`` (False if it is None) and each of ``weights`` whether its
             gradient is wanted.
 
@@ -123,8 +122,7 @@ def backward(
     v_0 = None
     if grad_h_n is not None:
         v_0 = layout.initial_states(_accurate(grad_h_n), back).contiguous()
-    walk = _recurrence(backend, M.device, M.dtype)
-    walk(dz, v_0, M.mT, output, layout, epilogue=f"{nonlinearity}_grad", reverse=back)
+    recurrence(dz, v_0, M.mT, output, layout, epilogue=f"{nonlinearity}_grad", reverse=back)
     dz_groups, output_groups = dz.chunk(len(groups), 1), output.chunk(len(groups), 1)
     grads = [
         dz @ _cat([group.w_ih for group in groups]) if needs[0] else None,
@@ -188,17 +186,6 @@ def _unless_empty(states: Tensor, layout: SequenceLayout, otherwise: Tensor | No
     if otherwise is None:
         return states.masked_fill(empty[:, None], 0)
     return torch.where(empty[:, None], otherwise, states)
-
-
-def _recurrence(backend: str, device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
-    """Return the recurrence of a back end, see :func:`tritonrnn.paths.inplace.recurrence`."""
-    if backend == "torch":
-        return inplace.recurrence
-    # Imported only here: Triton may not be installed.
-    from tritonrnn.kernels import launch
-
-    tf32 = rounds_to_tf32(device, dtype)
-    return functools.partial(launch.recurrence, tf32=tf32)
 
 
 def _directions(groups: Sequence[GroupWeights]) -> tuple[bool, ...]:

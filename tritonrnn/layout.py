@@ -32,7 +32,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from tritonrnn.memo import Memo
+from tritonrnn.memo import derive_once
 
 # An index of rows of a matrix: a slice where possible, because a slice makes a view.
 Rows: TypeAlias = slice | Tensor
@@ -43,7 +43,8 @@ class SequenceLayout:
     """The rows of a batch of T steps and B sequences in N rows.
 
     Build it with :meth:`time_major`, :meth:`batch_major` or :meth:`packed`. Each tensor is derived
-    when first asked for: torch never derives what only a kernel reads, nor the other way round.
+    when first asked for: torch never derives what only a kernel reads, nor the other way round. It
+    is derived on the CPU, whatever torch's default device is.
     """
 
     T: int
@@ -88,12 +89,12 @@ class SequenceLayout:
 
     @classmethod
     def of_packed(cls, batch_sizes: Tensor, num_rows: int) -> SequenceLayout:
-        """Return :meth:`packed` of a tensor, the same one while the tensor lives unchanged.
+        """Return :meth:`packed` of a tensor, the same one for one copy of :func:`memo.take`.
 
         So all layers and both passes of a call share what is derived from it.
         """
-        return _packed.get(
-            [batch_sizes], num_rows, lambda: cls.packed(batch_sizes.tolist(), num_rows)
+        return derive_once(
+            [batch_sizes], num_rows, lambda sizes: cls.packed(sizes.tolist(), num_rows)
         )
 
     @cached_property
@@ -102,22 +103,23 @@ class SequenceLayout:
         if self.batch_sizes is not None:
             # batch_sizes never grows, so sequence b has as many tokens as there are steps of more
             # than b rows. The search needs ascending order.
-            ascending = torch.tensor(self.batch_sizes[::-1], dtype=torch.int64)
-            return self.T - torch.searchsorted(ascending, torch.arange(self.B), right=True)
-        return torch.full((self.B,), self.T, dtype=torch.int64)
+            ascending = torch.tensor(self.batch_sizes[::-1], dtype=torch.int64, device="cpu")
+            b = torch.arange(self.B, device="cpu")
+            return self.T - torch.searchsorted(ascending, b, right=True)
+        return torch.full((self.B,), self.T, device="cpu")
 
     @cached_property
     def time_base(self) -> Tensor:
         """Return the row map's term of each step, ``[T]`` int64, on the device of lengths."""
         if self.batch_sizes is not None:
             before = list(accumulate(self.batch_sizes, initial=0))[:-1]
-            return torch.tensor(before, dtype=torch.int64)
-        return torch.arange(self.T) * (1 if self.batch_first else self.B)
+            return torch.tensor(before, dtype=torch.int64, device="cpu")
+        return torch.arange(self.T, device="cpu") * (1 if self.batch_first else self.B)
 
     @cached_property
     def batch_base(self) -> Tensor:
         """Return the row map's term of each sequence, ``[B]`` int64, on the device of lengths."""
-        return torch.arange(self.B) * (self.T if self.batch_first else 1)
+        return torch.arange(self.B, device="cpu") * (self.T if self.batch_first else 1)
 
     def row_map(self, device: torch.device) -> Tensor:
         """Return ``time_base[T], batch_base[B], lengths[B]`` as one int64 tensor on a device."""
@@ -222,10 +224,10 @@ class SequenceLayout:
 
     @cached_property
     def _earlier_rows(self) -> Tensor:
-        sizes = torch.tensor(self.batch_sizes)
+        sizes = torch.tensor(self.batch_sizes, device="cpu")
         # Between row (t, b) and row (t - 1, b) lie the batch_sizes[t - 1] rows of step t - 1.
         distance = sizes[:-1].repeat_interleave(sizes[1:])
-        return torch.arange(self.B, self.N) - distance
+        return torch.arange(self.B, self.N, device="cpu") - distance
 
     @property
     def packed_form(self) -> PackedForm | None:
@@ -259,9 +261,6 @@ class PackedForm(NamedTuple):
     rows: Tensor
     order: Tensor
     layout: SequenceLayout
-
-
-_packed: Memo[SequenceLayout] = Memo()
 
 
 def abridged(values: Sequence[int]) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from collections.abc import Iterable
+from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 from torch.nn.utils.rnn import PackedSequence
 
 from tritonrnn import functional
 
 
-class RNN(torch.nn.RNNBase):
+class RNN(nn.RNNBase):
     r"""A multi-layer Elman RNN: a drop-in for :class:`torch.nn.RNN`.
 
     .. math::
@@ -80,6 +82,26 @@ class RNN(torch.nn.RNNBase):
             **unsupported,
         )
 
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[PackedSequence, Tensor]: ...
+
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -106,8 +128,8 @@ class RNN(torch.nn.RNNBase):
         return functional.rnn(
             input,
             hx,
-            self._weights(),
-            nonlinearity=self.nonlinearity,
+            weights_of(self),
+            nonlinearity=nonlinearity_of(self),
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
@@ -120,36 +142,91 @@ class RNN(torch.nn.RNNBase):
     # RNNBase keeps a second list of the parameters, weak references to them and, on CUDA, one
     # buffer that holds them all. All of that goes stale when weights are swapped, tied or
     # parametrised, and no kernel here needs it: the weights are looked up at every call instead.
-
-    def _weights(self) -> list[Tensor]:
-        # Not a property: an AttributeError inside would name the property, not the weight.
-        return [getattr(self, name) for name in self._flat_weights_names]
+    #
+    # As in RNNBase, a list that somebody assigns is used in their place, until the weights change.
+    # Then, and only then, _flat_weight_refs is not empty.
+    #
+    # super(RNNBase, self), because conversion.py gives these methods to other subclasses of RNNBase
+    # too. It passes over RNNBase, but over no class that is mixed in behind it.
 
     @property  # type: ignore[override]
     def _flat_weights(self) -> list[Tensor]:  # type: ignore[override]
-        return self._weights()
+        return self.__dict__[_ASSIGNED] if self._flat_weight_refs else _FlatWeights(self)
+
+    @_flat_weights.setter  # type: ignore[override]
+    def _flat_weights(self, weights: Iterable[Tensor]) -> None:
+        self.__dict__[_ASSIGNED] = list(weights)
+        known = [getattr(self, name, None) for name in self._flat_weights_names]
+        self._flat_weight_refs = [None if w is None else weakref.ref(w) for w in known]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        torch.nn.Module.__setattr__(self, name, value)
+        assigned = self.__dict__.get(_ASSIGNED)
+        if assigned is not None and name in self._flat_weights_names:
+            assigned[self._flat_weights_names.index(name)] = value
+        super(nn.RNNBase, self).__setattr__(name, value)
 
     def _init_flat_weights(self) -> None:
-        pass
+        self._flat_weight_refs = []
+        self.__dict__.pop(_ASSIGNED, None)
 
     def _update_flat_weights(self) -> None:
-        pass
+        if self._flat_weight_refs:
+            nn.RNNBase._update_flat_weights(self)
 
     def flatten_parameters(self) -> None:
         """Do nothing: no kernel here needs the parameters in one buffer."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        torch.nn.Module.__setstate__(self, state)
-        self._flat_weight_refs = []
+        super(nn.RNNBase, self).__setstate__(state)
+        # The weights of a copy are others than those for which a list was assigned.
+        self._init_flat_weights()
 
     def _replicate_for_data_parallel(self) -> RNN:
-        return torch.nn.Module._replicate_for_data_parallel(self)
+        replica = super(nn.RNNBase, self)._replicate_for_data_parallel()
+        if self._flat_weight_refs:
+            replica.__dict__[_ASSIGNED] = list(self.__dict__[_ASSIGNED])
+        return replica
 
 
-class RNNCell(torch.nn.RNNCell):
+# No name that a subclass could have for something else.
+_ASSIGNED = "_flat_weights, assigned"
+
+
+class _FlatWeights(list[Tensor]):
+    """The weights of a module. To assign an item is to assign the list, with it, to the module."""
+
+    def __init__(self, module: RNN) -> None:
+        super().__init__(getattr(module, name) for name in module._flat_weights_names)
+        self._module = module
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(index, value)
+        self._module._flat_weights = self
+
+
+# Not methods: a subclass may have a name of its own for anything but torch's.
+
+
+def weights_of(module: RNN) -> list[Tensor]:
+    """Return the weights that a call uses, in torch's order."""
+    if module._flat_weight_refs:
+        module._update_flat_weights()
+    if module._flat_weight_refs:
+        return module.__dict__[_ASSIGNED]
+    return [getattr(module, name) for name in module._flat_weights_names]
+
+
+def nonlinearity_of(module: RNN) -> str:
+    """Return "tanh" or "relu" by ``mode``, which is what decides in torch."""
+    if module.mode not in _NONLINEARITIES:
+        raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {module.mode}")
+    return _NONLINEARITIES[module.mode]
+
+
+_NONLINEARITIES = {"RNN_TANH": "tanh", "RNN_RELU": "relu"}
+
+
+class RNNCell(nn.RNNCell):
     r"""One step of an Elman RNN: a drop-in for :class:`torch.nn.RNNCell`.
 
     .. math::

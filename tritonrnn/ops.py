@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tritonrnn import flops, layer
-from tritonrnn.dispatch import Backend, choose_now, current_backend
+from tritonrnn.dispatch import Backend, choose_now, current_backend, recurrence_of
 from tritonrnn.layout import SequenceLayout
+from tritonrnn.memo import is_traced, take, take_anew
 from tritonrnn.paths import aten
 from tritonrnn.paths.composite import elman_composite, gradients, is_batched, why_composite
 from tritonrnn.precision import products_as_in_rnn
@@ -33,6 +34,8 @@ _library.define(
     "Tensor[] weights, Tensor output, Tensor? extents, Tensor? reset, str layout, "
     "str nonlinearity, bool bidirectional, str backend, bool[] needs) -> Tensor[]"
 )
+# For programs that are compiled. torch would compute a plain copy again in the backward pass.
+_library.define("take(Tensor input) -> Tensor")
 
 
 def elman(
@@ -141,7 +144,10 @@ def _elman_kernel(
                     input, hx, [weights], seq_metadata, layout, nonlinearity, bidirectional
                 )
             return output.contiguous(), h_n.contiguous()
-        output, h_n = layer.forward(rows, hx, weights, where, nonlinearity, bidirectional, backend)
+        recurrence = recurrence_of(backend, input.device, input.dtype)
+        output, h_n = layer.forward(
+            rows, hx, weights, where, nonlinearity, bidirectional, recurrence
+        )
         return output.view(*input.shape[:-1], output.shape[-1]), h_n
 
 
@@ -181,7 +187,7 @@ def _elman_backward_kernel(
             where,
             nonlinearity,
             bidirectional,
-            backend,
+            recurrence_of(backend, input.device, input.dtype),
             needs,
         )
         if grad_input is not None:
@@ -205,8 +211,10 @@ def _elman_fake(
     if hx is not None:
         B = hx.shape[1]
     elif layout == "packed":
-        # It is batch_sizes[0], a value that a tracer does not see.
-        B = torch.library.get_ctx().new_dynamic_size()
+        assert seq_metadata is not None
+        # A tracer does not see values.
+        is_known = not (seq_metadata.is_meta or is_traced(seq_metadata))
+        B = int(seq_metadata[0]) if is_known else torch.library.get_ctx().new_dynamic_size()
     elif layout == "jagged":
         assert seq_metadata is not None
         B = seq_metadata.shape[0] - 1
@@ -235,8 +243,7 @@ class _Elman(torch.autograd.Function):
             output, h_n = elman(input, hx, weights, seq_metadata, reset, *settings)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        indices = _saveable(seq_metadata), _saveable(reset)
-        ctx.save_for_backward(output, input, hx, *indices, *weights)
+        ctx.save_for_backward(output, input, hx, seq_metadata, reset, *weights)
         return output, h_n
 
     @staticmethod
@@ -257,21 +264,18 @@ class _Elman(torch.autograd.Function):
         return (*[None] * 4, grads[0], grads[1], None, None, *grads[2:])
 
 
-def _saveable(tensor: Tensor | None) -> Tensor | None:
-    """Return the tensor, or a copy of an inference tensor, which autograd refuses to save."""
-    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
-
-
 def _elman_autograd(
     input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], *args: Any
 ) -> tuple[Tensor, Tensor]:
-    seq_metadata, reset, *settings, backend = args
+    seq_metadata, reset, *settings = args
+    seq_metadata = None if seq_metadata is None else take(seq_metadata)
+    reset = None if reset is None else take(reset)
     if why_composite(input.dtype):
-        return elman_composite(input, hx, weights, seq_metadata, reset, *settings)
+        return elman_composite(input, hx, weights, seq_metadata, reset, *settings[:-1])
     if torch.is_grad_enabled():
-        return _Elman.apply(*settings, backend, input, hx, seq_metadata, reset, *weights)
+        return _Elman.apply(*settings, input, hx, seq_metadata, reset, *weights)
     with torch._C._AutoDispatchBelowAutograd():
-        return elman(input, hx, weights, *args)
+        return elman(input, hx, weights, seq_metadata, reset, *settings)
 
 
 def _elman_backward_autograd(*args: Any) -> list[Tensor]:
@@ -322,5 +326,8 @@ for _name, _kernel, _autograd, _fake in (
     _library.impl(_name, _uncompiled(_kernel), "CompositeExplicitAutograd")
     _library.impl(_name, _uncompiled(_autograd), "Autograd")
     torch.library.register_fake(f"tritonrnn::{_name}", _fake, lib=_library)
+
+_library.impl("take", _uncompiled(take_anew), "CompositeExplicitAutograd")
+torch.library.register_fake("tritonrnn::take", torch.empty_like, lib=_library)
 
 flops.register()

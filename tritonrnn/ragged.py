@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tritonrnn.layout import PackedForm, Rows, SequenceLayout, abridged
-from tritonrnn.memo import Memo
+from tritonrnn.memo import derive_once
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -75,7 +75,7 @@ class RaggedLayout(SequenceLayout):
             ValueError: ``lengths`` on the CPU has a value outside 0 to T.
         """
         if lengths is None:
-            lengths = torch.full((B,), T)
+            lengths = torch.full((B,), T, device="cpu")
         lengths = lengths.detach().to(torch.int64, copy=True)
         longest = T
         if lengths.device.type == "cpu":
@@ -233,24 +233,23 @@ class RaggedLayout(SequenceLayout):
         order = order.flip(0)
         T = int(ascending[-1]) if self.B else 0
         # The sequences that are longer than t have a token at t.
-        batch_sizes = self.B - torch.searchsorted(ascending, torch.arange(T), right=True)
+        t = torch.arange(T, device="cpu")
+        batch_sizes = self.B - torch.searchsorted(ascending, t, right=True)
         order = order[: int(batch_sizes[0]) if T else 0].to(device)
         layout = SequenceLayout(
             T, len(order), int(batch_sizes.sum()), batch_sizes=tuple(batch_sizes.tolist())
         )
-        rank = torch.arange(layout.N) - layout.time_base.repeat_interleave(batch_sizes)
-        t = torch.arange(T).repeat_interleave(batch_sizes)
+        row = torch.arange(layout.N, device="cpu")
+        rank = row - layout.time_base.repeat_interleave(batch_sizes)
+        t = t.repeat_interleave(batch_sizes)
         rows = self.batch_base[order[rank.to(device)]] + t.to(device) * self.stride
         return PackedForm(rows, order, layout)
-
-
-_ragged: Memo[RaggedLayout] = Memo()
 
 
 def layout_of(
     kind: str, shape: Sequence[int], seq_metadata: Tensor | None, reset: Tensor | None
 ) -> SequenceLayout:
-    """Return the layout of an input, the same one while the tensors that define it live unchanged.
+    """Return the layout of an input, the same one for the same copies of :func:`memo.take`.
 
     Args:
         kind: "time_major", "batch_major", "packed" or "jagged".
@@ -267,20 +266,23 @@ def layout_of(
         return SequenceLayout.of_packed(seq_metadata, shape[0])
     if kind == "jagged":
         assert seq_metadata is not None
-        offsets, num_rows = seq_metadata, shape[0]
-        return _ragged.get([offsets], num_rows, lambda: RaggedLayout.jagged(offsets, num_rows))
+        num_rows = shape[0]
+        return derive_once(
+            [seq_metadata], num_rows, lambda offsets: RaggedLayout.jagged(offsets, num_rows)
+        )
     batch_first = kind == "batch_major"
     B, T = shape if batch_first else reversed(shape)
     if seq_metadata is None and reset is None:
         return (SequenceLayout.batch_major if batch_first else SequenceLayout.time_major)(*shape)
 
-    def derive() -> RaggedLayout:
-        layout = RaggedLayout.padded(T, B, batch_first, seq_metadata)
-        return layout if reset is None else layout.split_at_resets(reset.flatten())
+    def derive(*copies: Tensor) -> RaggedLayout:
+        lengths = None if seq_metadata is None else copies[-1]
+        layout = RaggedLayout.padded(T, B, batch_first, lengths)
+        return layout if reset is None else layout.split_at_resets(copies[0].flatten())
 
     # The parameters tell a call with lengths alone from one with a reset alone.
     given = [tensor for tensor in (reset, seq_metadata) if tensor is not None]
-    return _ragged.get(given, (T, B, batch_first, seq_metadata is None, reset is None), derive)
+    return derive_once(given, (T, B, batch_first, seq_metadata is None, reset is None), derive)
 
 
 def rows_of(

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function
 
 from tritonrnn.dispatch import Choice, choose, current_backend
+from tritonrnn.memo import take
 from tritonrnn.nested import jagged_parts
 from tritonrnn.ragged import layout_of
 
@@ -25,7 +27,8 @@ class Call:
         order: the index of each of ``data``'s sequences in the caller's order, or None if the order
             is the same.
         weights: each layer's, in the order of ``torch.nn.RNN``.
-        seq_metadata, reset: as :func:`tritonrnn.ragged.layout_of` takes them.
+        seq_metadata, reset: as :func:`tritonrnn.ragged.layout_of` takes them: copies, which nobody
+            changes between the forward and the backward pass.
         layout: "time_major", "batch_major", "packed" or "jagged".
         nonlinearity: "tanh" or "relu".
         bidirectional: whether G is 2.
@@ -96,6 +99,7 @@ def check(
         layout = "batch_major" if batch_first and input.dim() == 3 else "time_major"
         data, hx, reset = _padded(input, hx, layers, layout, lengths, reset)
         seq_metadata = lengths
+    seq_metadata, reset = _taken(seq_metadata), _taken(reset)
     T, B, parent_B, is_ragged = _sizes(layout, data, seq_metadata, reset, hx)
     G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
     if hx is not None:
@@ -137,6 +141,17 @@ def _know_torchs_rnn(weights: Sequence[Tensor]) -> bool:
         Tensor.__dict__["__torch_function__"],
     )
     return any(getattr(r, "__func__", r) not in (disabled, inherited.__func__) for r in rules)
+
+
+def _taken(tensor: Tensor | None) -> Tensor | None:
+    """Return a copy, see :func:`tritonrnn.memo.take`."""
+    if tensor is None or not torch.compiler.is_compiling():
+        return None if tensor is None else take(tensor)
+    # Not in an exported program: what it has of this package are the layers. Not is_exporting(),
+    # which torch 2.11 takes for true whatever it compiles.
+    if torch.compiler._is_exporting_flag:
+        return tensor
+    return torch.ops.tritonrnn.take(tensor)
 
 
 def _check_padded_only(name: str, given: Tensor | None, kind: str) -> None:
@@ -287,8 +302,9 @@ def _sizes(
     operator checks the real ones, and hx against them, when it runs.
     """
     is_padded = layout in ("time_major", "batch_major")
-    is_compiling = torch.compiler.is_compiling()
-    if is_padded and (is_compiling or (seq_metadata is None and reset is None)):
+    given = [tensor for tensor in (seq_metadata, reset) if tensor is not None]
+    is_compiling = torch.compiler.is_compiling() or any(isinstance(x, FakeTensor) for x in given)
+    if is_padded and (is_compiling or not given):
         T, B = data.shape[:2] if layout == "time_major" else (data.shape[1], data.shape[0])
         return T, B, B, False
     if is_compiling:

@@ -1,5 +1,5 @@
-"""What works, tried on torch.nn.RNN and on tritonrnn: the README's table.
+"""Try features on torch.nn.RNN and on tritonrnn: the README's table.
 
-To add a row, write a probe under ``@feature`` in the module that it belongs to. A probe returns
-None where it worked, and raises where it did not.
+To add a row, write a probe under ``@feature`` in the module of its subject. A probe returns None
+if the feature works, and raises if it does not.
 """

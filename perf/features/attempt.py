@@ -1,4 +1,4 @@
-"""A feature, a column and what comes of trying the one on the other."""
+"""Try a feature on one side of the table, and return the outcome."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import tritonrnn
+from perf.oracle import InaccurateError
 
 TORCH_NN, TORCH_PATH, TRITON_PATH = (
     "`torch.nn.RNN`",
@@ -25,12 +26,12 @@ TORCH_NN, TORCH_PATH, TRITON_PATH = (
 
 @dataclass(frozen=True)
 class Side:
-    """Whose features are tried, and where.
+    """Describe a column of the table: which module is tried, and where.
 
     Attributes:
-        column: of the table.
-        rnn_class: a module of torch.nn's interface.
-        backend: of ``tritonrnn.backend``.
+        column: The header of the column.
+        rnn_class: A class with the interface of torch.nn.RNN.
+        backend: An argument of ``tritonrnn.backend``.
         device: "cpu" or "cuda".
     """
 
@@ -41,35 +42,36 @@ class Side:
 
     @property
     def is_ours(self) -> bool:
-        """Whether this is tritonrnn's."""
+        """Return whether the module is tritonrnn's."""
         return self.column != TORCH_NN
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a try: a word for the table, and of a failure the reason."""
+    """Hold the outcome of a try: a word for the table, and the reason of a failure."""
 
     word: str
     reason: str = ""
 
 
 class WrongError(Exception):
-    """Numbers are wrong, and nothing was raised."""
+    """A result is wrong, and nothing was raised."""
 
 
 class NotTriedError(Exception):
-    """What the try needs is not here."""
+    """Something that the try needs is not installed."""
 
 
 @dataclass(frozen=True)
 class Feature:
-    """A row of the table.
+    """Describe a row of the table.
 
     Attributes:
-        wording: as the README has it.
-        probe: tries it. It returns None for "yes", or another word; it raises
-            :class:`WrongError`, :class:`NotTriedError`, or whatever the module raises.
-        needs_gpu: whether the probe runs on a GPU, whatever the side's device.
+        wording: The name of the feature in the README.
+        probe: Tries the feature. It returns None for "yes", or another word; it raises
+            :class:`WrongError`, ``InaccurateError``, :class:`NotTriedError`, or whatever the module
+            raises.
+        needs_gpu: Whether the probe runs on a GPU, whatever the side's device.
     """
 
     wording: str
@@ -77,7 +79,7 @@ class Feature:
     needs_gpu: bool = False
 
     def attempt(self, side: Side) -> Outcome:
-        """Try it on one side."""
+        """Try the feature on one side."""
         if self.needs_gpu and not torch.cuda.is_available():
             return Outcome("not tried: needs a GPU")
         if self.needs_gpu:
@@ -89,7 +91,7 @@ class Feature:
                 _kernel_launches(side) as launches,
             ):
                 word = self.probe(side)
-        except WrongError as error:
+        except (WrongError, InaccurateError) as error:
             return Outcome("silently wrong", str(error))
         except NotTriedError as error:
             return Outcome(f"not tried: {error}")
@@ -107,7 +109,7 @@ def _shortened(text: str, most: int = 160) -> str:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """What a compiler or an exporter says of a failure is in its exception as well."""
+    """Silence compilers and exporters; the message of a failure is in its exception too."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     sink = io.StringIO()
@@ -125,7 +127,7 @@ def _quietly() -> Iterator[None]:
 
 @contextmanager
 def _kernel_launches(side: Side) -> Iterator[mock.Mock]:
-    """Record what is launched through the kernels' one entrance."""
+    """Record the launches of kernels."""
     if side.column != TRITON_PATH:
         yield mock.Mock()
         return
@@ -136,13 +138,13 @@ def _kernel_launches(side: Side) -> Iterator[mock.Mock]:
 
 
 def sides() -> dict[str, Side]:
-    """The columns. Of the rows that need no GPU, the first two are tried on the CPU."""
-    native = "cuda" if torch.cuda.is_available() else "cpu"
+    """Return the columns. The first two are tried on the CPU, but for rows that need a GPU."""
+    kernel_device = "cuda" if torch.cuda.is_available() else "cpu"
     every = [
         Side(TORCH_NN, nn.RNN, "auto", "cpu"),
         Side(TORCH_PATH, tritonrnn.RNN, "torch", "cpu"),
-        # What the kernels don't serve goes to torch, as it does for a user.
-        Side(TRITON_PATH, tritonrnn.RNN, "auto", native),
+        # "auto", so that calls which the kernels don't serve go to torch, as they do for a user.
+        Side(TRITON_PATH, tritonrnn.RNN, "auto", kernel_device),
     ]
     return {side.column: side for side in every}
 
@@ -153,7 +155,7 @@ Probe = Callable[[Side], str | None]
 
 
 def feature(wording: str, *, needs_gpu: bool = False) -> Callable[[Probe], Probe]:
-    """Add a row to the table: the probe, in the README's words."""
+    """Add a row to the table: a probe, and its name in the README."""
 
     def add(probe: Probe) -> Probe:
         FEATURES.append(Feature(wording, probe, needs_gpu))

@@ -1,4 +1,4 @@
-"""Everything that differentiates."""
+"""Try everything that differentiates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from perf.features.attempt import Side, WrongError, feature
-from perf.features.oracle import (
+from perf.features.problem import (
     TWO_LAYERS,
     Problem,
     assert_right,
@@ -42,14 +42,13 @@ def _second_derivatives(problem: Problem, module: nn.Module, device: str) -> lis
 
 
 def check_double_backward(side: Side) -> None:
-    """The gradients of a gradient penalty."""
+    """Check the gradients of a gradient penalty."""
     problem = Problem()
     got = _second_derivatives(
         problem, problem.module(side.rnn_class, side.device), device=side.device
     )
     torchs = _second_derivatives(problem, problem.module(nn.RNN), "cpu")
-    wide = exactly(problem)
-    truth = _second_derivatives(wide, wide.module(nn.RNN), "cpu")
+    truth = _second_derivatives(*exactly(problem), "cpu")
     assert_right(got, truth, problem.dtype, torchs)
 
 
@@ -64,12 +63,11 @@ def _double_backward(side: Side) -> None:
 def _of_input(
     side: Side, problem: Problem, transform: Callable[..., Any]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """A transform of input to output, and the truth: the same by plain autograd in float64."""
+    """Return a transform of input to output, and the oracle's jacobian by plain autograd."""
     module = problem.module(side.rnn_class, side.device)
     data, hx = (x.detach() for x in problem.tensors(side.device))
     got = transform(lambda x: module(x, hx)[0], data)
-    wide = exactly(problem)
-    wide_module = wide.module(nn.RNN)
+    wide, wide_module = exactly(problem)
     wide_data, wide_hx = (x.detach() for x in wide.tensors())
     truth = torch.autograd.functional.jacobian(lambda x: wide_module(x, wide_hx)[0], wide_data)
     return [got], [truth]  # type: ignore[list-item]
@@ -114,8 +112,7 @@ def _vmap(side: Side) -> None:
         return output.square().sum() + h_n.sum()
 
     got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 1))(parameters, data)
-    wide = exactly(problem)
-    wide_module = wide.module(nn.RNN)
+    wide, wide_module = exactly(problem)
     each = []
     for sample in wide.tensors()[0].detach().unbind(1):
         output, h_n = wide_module(sample)

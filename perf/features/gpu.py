@@ -1,4 +1,4 @@
-"""What only a GPU shows."""
+"""Try what only a GPU can show."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from perf.features.attempt import NotTriedError, Side, feature
 from perf.features.derivatives import check_double_backward
-from perf.features.oracle import (
+from perf.features.problem import (
     Problem,
     assert_right,
     check,
@@ -41,7 +41,7 @@ def _cuda_graph(side: Side) -> None:
         with torch.no_grad():
             data, hx = problem.tensors(side.device)
             packed = problem.input(data)
-        # Packed anew would be packed on the host: the static input is the packed data.
+        # Packing happens on the host, outside the graph, so the static input is the packed data.
         static = plain(packed).detach().requires_grad_()
         input = static if packed is data else PackedSequence(static, *packed[1:])  # type: ignore[index]
         leaves = [static, hx, *module.parameters()]
@@ -83,7 +83,7 @@ def _streams(side: Side) -> None:
         late = torch.full_like(values, torch.nan)
         torch.cuda.synchronize()
         with _side_stream():
-            # Whoever does not queue behind this reads NaN.
+            # A kernel that is not queued behind this reads NaN.
             torch.cuda._sleep(200_000_000)
             late.copy_(values)
             got = module(late, hx)
@@ -127,10 +127,9 @@ def _reduce_overhead(side: Side) -> None:
         output, h_n = run(data, hx)
         got = [output, h_n, *gradients([data, hx], output, h_n)]
     got = [value.detach().clone() for value in got]
-    wide = exactly(problem)
-    torch_module = wide.module(nn.RNN)
+    wide, wide_module = exactly(problem)
     data, hx = wide.tensors()
-    output, h_n = torch_module(data, hx)
+    output, h_n = wide_module(data, hx)
     truth = [output, h_n, *gradients([data, hx], output, h_n)]
     torchs = results(problem, problem.module(nn.RNN))[:4]
     assert_right(got, truth, problem.dtype, torchs)
@@ -143,7 +142,7 @@ def _many_steps(side: Side) -> None:
     with torch.no_grad():
         data, hx = problem.tensors(side.device)
         output, _ = problem.module(side.rnn_class, side.device)(data, hx)
-        wide = exactly(problem)
-        truth, _ = wide.module(nn.RNN)(*wide.tensors())
+        wide, wide_module = exactly(problem)
+        truth, _ = wide_module(*wide.tensors())
         torchs, _ = problem.module(nn.RNN)(*problem.tensors())
     assert_right([output], [truth], problem.dtype, [torchs])

@@ -1,4 +1,4 @@
-"""Compiled, exported and scripted."""
+"""Try compilation, export and scripting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from perf.features.attempt import NotTriedError, Side, feature
-from perf.features.oracle import Problem, assert_right, check, exactly
+from perf.features.problem import Problem, assert_right, check, exactly
 
 
 @feature("`torch.compile(fullgraph=True)`, lengths and batches that vary")
@@ -21,7 +21,7 @@ def _compiled(side: Side) -> None:
 
     for layout in ("time-major", "packed"):
         torch.compiler.reset()
-        # What it compiles to is another matter: inductor takes a minute, and the tests try it.
+        # Not inductor, which takes a minute; the tests of torch.compile try it.
         counter = CompileCounterWithBackend("aot_eager")
 
         def run(module: Any, input: Any, hx: Any, counter: Any = counter) -> Any:
@@ -35,7 +35,7 @@ def _compiled(side: Side) -> None:
 
 
 class _Packed(nn.Module):
-    """Takes the tensors of a PackedSequence."""
+    """Take the tensors of a PackedSequence."""
 
     def __init__(self, rnn: nn.Module) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def _packed_tensors(device: str, seed: int, *lengths: int) -> tuple[Tensor, Tens
 def _check_program(side: Side, program: Callable[..., Any], arguments: Sequence[Tensor]) -> None:
     problem = Problem()
     got = program(*arguments)
-    wide = exactly(problem).module(nn.RNN)
+    _, wide = exactly(problem)
     data = arguments[0].detach().cpu().double()
     if len(arguments) == 2:
         truth = _Packed(wide)(data, arguments[1])
@@ -115,7 +115,7 @@ def _onnx(side: Side) -> str | None:
         return [torch.from_numpy(y) for y in session.run(None, {name: x.numpy()})]
 
     _check_program(side, run, (other,))
-    # An exported program runs no kernel of ours.
+    # Not "yes, on torch": the exported program runs in ONNX Runtime.
     return "yes"
 
 
@@ -136,7 +136,7 @@ def _opcheck(side: Side) -> str | None:
 
 
 class _Scripted(nn.Module):
-    """Scripted alone, torch.nn.RNN has no ``forward`` to be called by."""
+    """Call an RNN: when scripted alone, torch.nn.RNN has no ``forward``."""
 
     def __init__(self, rnn: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Ragged batches beyond PackedSequence."""
+"""Try ragged batches beyond PackedSequence."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from perf.features.attempt import Side, WrongError, feature
-from perf.features.oracle import Problem, assert_right, exactly, gradients
+from perf.features.problem import Problem, assert_right, exactly, gradients
 
 LENGTHS = (4, 1, 3)
 
@@ -18,8 +18,8 @@ LENGTHS = (4, 1, 3)
 def _each_sequence(
     problem: Problem, data: Tensor, hx: Tensor, lengths: Sequence[int]
 ) -> tuple[list[Tensor], Tensor]:
-    """Every sequence alone: its outputs, and all final states."""
-    module = exactly(problem).module(nn.RNN)
+    """Return the oracle's outputs of every sequence by itself, and all final states."""
+    _, module = exactly(problem)
     outputs, finals = [], []
     for b, length in enumerate(lengths):
         if length:
@@ -32,7 +32,7 @@ def _each_sequence(
 
 
 def _check_ragged(side: Side, lengths: Sequence[int], run: Callable[..., Any]) -> None:
-    """``run(module, data, hx)`` gives each sequence's outputs and ``h_n``; gradients as well."""
+    """Check what ``run(module, data, hx)`` returns: each sequence's outputs, and ``h_n``."""
     problem = Problem()
     module = problem.module(side.rnn_class, side.device)
 
@@ -42,7 +42,7 @@ def _check_ragged(side: Side, lengths: Sequence[int], run: Callable[..., Any]) -
 
     data, hx = problem.tensors(side.device)
     got = everything(data, hx, *run(module, data, hx))
-    data, hx = exactly(problem).tensors()
+    data, hx = exactly(problem)[0].tensors()
     truth = everything(data, hx, *_each_sequence(problem, data, hx, lengths))
     assert_right(got, truth, problem.dtype)
 
@@ -90,9 +90,9 @@ def _with_reset(side: Side) -> None:
     module: Any = problem.module(side.rnn_class, side.device)
     output, h_n = module(data, hx, reset=reset.to(side.device))
     got = [output, h_n, *gradients([data, hx], output, h_n)]
-    wide = exactly(problem)
+    wide, wide_module = exactly(problem)
     data, hx = wide.tensors()
-    output, h_n = truth_of(wide.module(nn.RNN), data, hx)
+    output, h_n = truth_of(wide_module, data, hx)
     assert_right(got, [output, h_n, *gradients([data, hx], output, h_n)], problem.dtype)
 
 

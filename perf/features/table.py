@@ -1,61 +1,34 @@
-"""``python -m perf features``: what works here and now, tried, and judged by its numbers."""
+"""Run ``python -m perf features``: try every feature here and now, and judge its results."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
-import subprocess
-import sys
-import tempfile
-from dataclasses import astuple
-from pathlib import Path
 
 import pandas as pd
 import torch
 
-from perf.environment import CHECKOUT
-from perf.features.attempt import FEATURES, TORCH_NN, TORCH_PATH, TRITON_PATH, Outcome, sides
+from perf.features.attempt import FEATURES, sides
 
-# Where the rows are, in this order.
+# The modules of the rows, in the order of the table.
 PROBES = ("contract", "derivatives", "weights", "ragged", "programs", "processes", "gpu")
 for _name in PROBES:
     importlib.import_module(f"perf.features.{_name}")
 
 
-def outcomes(column: str) -> list[Outcome]:
-    """Try every feature on one side, in this process."""
-    side = sides()[column]
-    return [feature.attempt(side) for feature in FEATURES]
-
-
 def run() -> tuple[pd.DataFrame, list[str]]:
-    """Try everything.
-
-    The Triton path is tried in a process of its own, for without a GPU it runs in Triton's
-    interpreter, which is chosen before Triton is imported.
+    """Try every feature on every side.
 
     Returns:
-        The table, and the reasons of what failed.
+        The table, and the reason of each failure.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "outcomes.json")
-        interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "perf.features.table", str(path)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | interpreted,
-            cwd=CHECKOUT,
-        )
-        try:
-            columns = {column: outcomes(column) for column in (TORCH_NN, TORCH_PATH)}
-        finally:
-            code = process.wait()
-        if code:
-            raise RuntimeError(f"the process of the Triton path ended with {code}")
-        columns[TRITON_PATH] = [Outcome(*fields) for fields in json.loads(path.read_text())]
+    if not torch.cuda.is_available():
+        # The interpreter, for the Triton path; it must be chosen before Triton is imported.
+        os.environ["TRITON_INTERPRET"] = "1"
     table = pd.DataFrame({"": [feature.wording for feature in FEATURES]})
     reasons = []
-    for column, tried in columns.items():
+    for column, side in sides().items():
+        tried = [feature.attempt(side) for feature in FEATURES]
         table[column] = [outcome.word for outcome in tried]
         reasons += [
             f"{column}, {feature.wording}: {outcome.reason}"
@@ -63,9 +36,3 @@ def run() -> tuple[pd.DataFrame, list[str]]:
             if outcome.reason
         ]
     return table, reasons
-
-
-if __name__ == "__main__":
-    # Threads that wait for one another are slow, and there are two processes of this.
-    torch.set_num_threads(1)
-    Path(sys.argv[1]).write_text(json.dumps([astuple(tried) for tried in outcomes(TRITON_PATH)]))

@@ -1,4 +1,4 @@
-"""Weights that are not what they were when the module was made."""
+"""Try weights that were changed after the module was made."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from perf.features.attempt import Side, feature
-from perf.features.oracle import Problem, assert_right, exactly, results
+from perf.features.problem import Problem, assert_right, exactly, results
 
 
 def _weight_norm(module: nn.Module) -> None:
@@ -19,7 +19,7 @@ def _weight_norm(module: nn.Module) -> None:
 def _spectral_norm(module: nn.Module) -> None:
     torch.manual_seed(3)
     parametrizations.spectral_norm(module, "weight_hh_l0")
-    # In training each look at the weight changes it.
+    # In training mode, each access of the weight changes it.
     module.eval()
 
 
@@ -48,7 +48,7 @@ def _freeze(module: nn.Module) -> None:
 def _changed_weights(side: Side) -> None:
     problem = Problem()
     for change in (_weight_norm, _spectral_norm, _own_parametrisation, _prune, _tie, _freeze):
-        # torch.nn.RNN's own numbers are held against the oracle with the weights that are meant.
+        # The weights are changed in torch.nn.RNN too, whose results in float64 are the truth.
         outcomes = []
         for rnn_class, dtype in ((side.rnn_class, problem.dtype), (nn.RNN, torch.float64)):
             module = problem.module(rnn_class)
@@ -58,21 +58,22 @@ def _changed_weights(side: Side) -> None:
             outcomes.append(results(same, module.to(device, dtype), device=device))
         got, truth = outcomes
         assert_right(got, truth, problem.dtype)
-        meant = exactly(problem).module(nn.RNN)
+        # Those are held against the oracle with the weights that the change should result in.
+        wide, meant = exactly(problem)
         with torch.no_grad():
             for name, parameter in meant.named_parameters():
                 parameter.copy_(getattr(module, name))
-        assert_right(got[:2], results(exactly(problem), meant)[:2], problem.dtype)
+        assert_right(got[:2], results(wide, meant)[:2], problem.dtype)
 
 
 @feature("weights swapped: `swap_tensors`, `load_state_dict` with swapping set")
 def _swapped_weights(side: Side) -> None:
     problem = Problem()
-    other = exactly(problem).module(nn.RNN)
+    wide, other = exactly(problem)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(0.5)
-    truth = results(exactly(problem), other)
+    truth = results(wide, other)
 
     def swap(module: nn.Module) -> None:
         for mine, its in zip(list(module.parameters()), other.parameters()):

@@ -1,4 +1,4 @@
-"""Who is measured: every peer by its name, and which ones a run takes if it is not told.
+"""List the peers that are measured, by name, and the default ones of each device.
 
 A peer of your own is named ``module:Class``; see :class:`perf.peers.peer.Peer` for what it needs.
 """
@@ -11,7 +11,7 @@ from perf.peers.flash import FlashRNN, FlashRNNAlternating
 from perf.peers.loops import CompiledLoop, GraphedLoop, Loop
 from perf.peers.ours import Cooperative, OnTorch, Ours, Registers, Resident, Stepwise
 from perf.peers.peer import Peer, Runner
-from perf.peers.torch_rnn import NNAgain, NNAten, NNCudnn, NNNative
+from perf.peers.torch_rnn import NNAgain, NNAten, NNCudnn, NNNoCudnn
 
 __all__ = ["BASELINE", "PEERS", "Peer", "Runner", "baseline", "defaults", "find"]
 
@@ -27,7 +27,7 @@ PEERS: dict[str, Peer] = {
         NNCudnn(),
         NNAten(),
         NNAgain(),
-        NNNative(),
+        NNNoCudnn(),
         Loop(),
         CompiledLoop(),
         GraphedLoop(),
@@ -36,7 +36,7 @@ PEERS: dict[str, Peer] = {
     )
 }
 
-# nn.RNN at its default: what every speedup is against.
+# nn.RNN at its default on each device; every speedup is relative to it.
 BASELINE = {"cpu": "nn_aten", "cuda": "nn_cudnn"}
 _ON_CPU = ("tritonrnn", "nn_aten", "nn_again", "loop")
 _ON_GPU = tuple(name for name in PEERS if name != "nn_aten")
@@ -48,7 +48,7 @@ def baseline(device: str) -> str:
 
 
 def defaults(device: str) -> tuple[str, ...]:
-    """Return the peers that a run on a device takes if it is not told."""
+    """Return the default peers of a run on a device."""
     return _ON_CPU if device == "cpu" else _ON_GPU
 
 
@@ -56,7 +56,7 @@ def find(name: str) -> Peer:
     """Return a peer by its name, or by ``module:Class``.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is no peer of this name.
     """
     if name in PEERS:
         return PEERS[name]

@@ -1,4 +1,4 @@
-"""FlashRNN (Pöppel, Beck, Hochreiter 2024): fused CUDA kernels, built at the first call."""
+"""Run FlashRNN (Pöppel, Beck, Hochreiter 2024): fused CUDA kernels, built at the first call."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from perf.cases import Case, Workload
 from perf.peers.peer import Peer, Runner
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-# Of CUDA, on every GPU so far.
+# CUDA's limit, the same on every GPU so far.
 THREADS_PER_BLOCK = 1024
 
 
 class FlashRNN(Peer):
-    """``flashrnn`` with its fused kernels; its input projection is timed with it."""
+    """Run ``flashrnn`` with its fused kernels; the input projection is timed with it."""
 
     name = "flashrnn"
     compiles = True
@@ -48,9 +48,9 @@ class FlashRNN(Peer):
     def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
         """Take the module's weights; the kernels are built at the first call."""
         flashrnn: Any = importlib.import_module("flashrnn.flashrnn.flashrnn")
-        # Its own reads device properties that CUDA 13 removed.
+        # FlashRNN's own function reads device properties that CUDA 13 removed.
         flashrnn.get_gpu_info = gpu_info
-        # torch builds with ninja, which lies beside a Python whose environment is not activated.
+        # torch builds with ninja, which is beside Python if the environment is not activated.
         path = os.environ.get("PATH", "").split(os.pathsep)
         if (beside := str(Path(sys.executable).parent)) not in path:
             os.environ["PATH"] = os.pathsep.join([*path, beside])
@@ -83,14 +83,14 @@ class FlashRNN(Peer):
 
 
 class FlashRNNAlternating(FlashRNN):
-    """``flashrnn`` with a matrix product and a pointwise kernel for each step."""
+    """Run ``flashrnn`` with a matrix product and a pointwise kernel for each step."""
 
     name = "flashrnn-alternating"
     backend = "cuda"
 
 
 def find_nvcc() -> str | None:
-    """Return the compiler that torch would build an extension with."""
+    """Return the path of the compiler with which torch would build an extension."""
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
         if home:
             return shutil.which("nvcc", path=str(Path(home) / "bin"))
@@ -98,7 +98,7 @@ def find_nvcc() -> str | None:
 
 
 def gpu_info(device_id: int) -> dict[str, int]:
-    """Return what FlashRNN asks of a GPU."""
+    """Return the properties of a GPU that FlashRNN asks for."""
     properties: Any = torch.cuda.get_device_properties(device_id)
     return {
         "maxThreadsPerBlock": THREADS_PER_BLOCK,

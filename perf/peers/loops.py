@@ -1,4 +1,4 @@
-"""The RNN written out: a Python loop, compiled, and recorded as CUDA graphs."""
+"""Run the RNN written out: as a Python loop, compiled, and captured in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.nn import functional
 from perf.cases import Case, Workload
 from perf.peers.peer import Peer, Runner
 
-# torch.compile unrolls the loop, and takes minutes for more steps than these.
+# torch.compile unrolls the loop; with more steps it takes minutes.
 MOST_COMPILED_STEPS = 64
 
 
 class Loop(Peer):
-    """A Python loop of ``addmm`` and the nonlinearity."""
+    """Run a Python loop of ``addmm`` and the nonlinearity."""
 
     name = "loop"
 
@@ -30,7 +30,7 @@ class Loop(Peer):
 
 
 class CompiledLoop(Loop):
-    """``torch.compile`` of the loop."""
+    """Run the loop under ``torch.compile``."""
 
     name = "loop_compiled"
 
@@ -47,7 +47,7 @@ class CompiledLoop(Loop):
 
 
 class GraphedLoop(Loop):
-    """A CUDA graph of the loop's forward pass, and one of its backward pass."""
+    """Replay a CUDA graph of the loop's forward pass, and one of its backward pass."""
 
     name = "loop_graphed"
 
@@ -56,25 +56,25 @@ class GraphedLoop(Loop):
         return super().supports(case) if case.on_gpu else "CUDA graphs need a GPU"
 
     def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
-        """Record both graphs."""
+        """Capture both graphs."""
         loop = WrittenOut(module, case)
         sample = workload.tokens.detach().clone().requires_grad_()
-        # Recording replaces the module's own forward.
+        # Capturing replaces the forward of the module, so it gets a module of its own.
         graphed: Any = torch.cuda.make_graphed_callables(WrittenOut(module, case), (sample,))
-        return Runner(graphed, list(module.parameters()), unrecorded=loop)
+        return Runner(graphed, list(module.parameters()), uncaptured=loop)
 
 
 class WrittenOut(nn.Module):
-    """The layers and directions of an ``nn.RNN``, one step after the other.
+    """Run the layers and directions of an ``nn.RNN``, one step after the other.
 
     Args:
-        module: Whose parameters to use.
-        case: Its sizes.
+        module: The module whose parameters to use.
+        case: The sizes.
     """
 
     def __init__(self, module: nn.RNNBase, case: Case) -> None:
         super().__init__()
-        # Not the module itself: torch.compile takes no nn.RNN, not even to hold weights.
+        # Not the module itself: torch.compile refuses an nn.RNN, even one that only holds weights.
         self.weights = nn.ParameterList(module.parameters())
         self.phi = torch.tanh if case.nonlinearity == "tanh" else torch.relu
         self.layers, self.directions = case.layers, case.directions

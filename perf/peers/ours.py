@@ -1,4 +1,4 @@
-"""tritonrnn: as it chooses for itself, on its torch path, and with each plan forced."""
+"""Run tritonrnn: with its own choice, on its torch path, and with each plan forced."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from perf.peers.peer import Peer, Runner
 
 
 class Ours(Peer):
-    """``tritonrnn.RNN``, left to choose."""
+    """Run ``tritonrnn.RNN`` with its own choice."""
 
     name = "tritonrnn"
     compiles = True
@@ -25,7 +25,7 @@ class Ours(Peer):
         return None
 
     def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
-        """Convert the module, and ask what is to serve it."""
+        """Convert the module, and ask for the plan that will serve it."""
         ours = tritonrnn.convert(module)
         assert isinstance(ours, tritonrnn.RNN)
         with self.context():
@@ -38,12 +38,12 @@ class Ours(Peer):
         )
 
     def context(self) -> AbstractContextManager[object]:
-        """Return the switches that calls are made under."""
+        """Return the switches that are set during the calls."""
         return nullcontext()
 
 
 class OnTorch(Ours):
-    """``tritonrnn.RNN`` on its torch path."""
+    """Run ``tritonrnn.RNN`` on its torch path."""
 
     name = "tritonrnn-torch"
 
@@ -53,13 +53,13 @@ class OnTorch(Ours):
 
 
 class Resident(Ours):
-    """``tritonrnn.RNN`` with W_hh in one multiprocessor, whatever it would choose."""
+    """Run ``tritonrnn.RNN`` with W_hh in one multiprocessor, whatever it would choose."""
 
     name = "tritonrnn-resident"
     plan: ClassVar[str] = "resident"
 
     def supports(self, case: Case) -> str | None:
-        """Return None on a GPU; whether the plan fits is found when it is launched."""
+        """Return None on a GPU; a launch raises if the plan does not fit."""
         return None if case.on_gpu else "the interpreter is not timed"
 
     def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
@@ -72,21 +72,21 @@ class Resident(Ours):
 
 
 class Registers(Resident):
-    """``tritonrnn.RNN`` with W_hh in one multiprocessor's registers, whatever it would choose."""
+    """Run ``tritonrnn.RNN`` with W_hh in one multiprocessor's registers."""
 
     name = "tritonrnn-registers"
     plan = "registers"
 
 
 class Stepwise(Resident):
-    """``tritonrnn.RNN`` with a launch a step, whatever it would choose."""
+    """Run ``tritonrnn.RNN`` with a launch a step."""
 
     name = "tritonrnn-stepwise"
     plan = "stepwise"
 
 
 class Cooperative(Resident):
-    """``tritonrnn.RNN`` with W_hh spread over gangs of programs, whatever it would choose."""
+    """Run ``tritonrnn.RNN`` with W_hh spread over the CTAs of a group."""
 
     name = "tritonrnn-cooperative"
     plan = "cooperative"
@@ -94,7 +94,7 @@ class Cooperative(Resident):
 
 @contextmanager
 def forced_plan(name: str) -> Iterator[None]:
-    """Launch every recurrence by the plan of this name, also those of a backward pass.
+    """Launch every recurrence by the plan of this name, those of a backward pass included.
 
     Raises:
         RuntimeError: from a launch whose problem the plan does not fit.

@@ -1,4 +1,4 @@
-"""What a peer is: a name, what it can't do, and how it runs a case."""
+"""Define a peer: its name, what it can't do, and how it runs a case."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from perf.cases import Case, Workload
@@ -17,29 +18,44 @@ Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Runner:
-    """A peer made ready for one case.
+    """Hold a peer that is ready to run one case.
 
     Attributes:
         forward: Takes the tokens, returns the output, or its rows, and ``h_n``.
         parameters: In the order of ``nn.RNN``; they get gradients.
-        plan: How it runs the case, in its own words.
-        context: Switches that calls are made under, forward and backward. Entered anew for each
-            sample, not for each call: entering takes time.
-        unrecorded: Does the same where ``forward`` replays memory that was taken before.
+        plan: The plan by which it runs the case.
+        context: Switches that are set during the calls, forward and backward. It is entered for
+            each sample, not for each call, because entering takes time.
+        uncaptured: Does the same as ``forward``, if that replays a CUDA graph.
     """
 
     forward: Forward
     parameters: list[Tensor]
     plan: str = ""
     context: Callable[[], AbstractContextManager[object]] = nullcontext
-    unrecorded: Forward | None = None
+    uncaptured: Forward | None = None
+
+    def results(self, workload: Workload, *, trains: bool) -> list[Tensor]:
+        """Run once; return the output, ``h_n``, and in training the gradients."""
+        if not trains:
+            with torch.no_grad():
+                return list(self.forward(workload.tokens))
+        tokens = workload.tokens.detach().clone().requires_grad_()
+        leaves = (tokens, *self.parameters)
+        results = self.forward(tokens)
+        torch.autograd.backward(results, (workload.output_grad, workload.h_n_grad))
+        # Every parameter of an RNN contributes to its output.
+        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        for leaf in leaves:
+            leaf.grad = None
+        return [*(result.detach().clone() for result in results), *gradients]
 
 
 class Peer(ABC):
-    """A way to run an Elman RNN.
+    """Run an Elman RNN in one way.
 
     Attributes:
-        compiles: Whether it has kernels that are compiled when first used, and then kept on disk.
+        compiles: Whether its kernels are compiled at first use, and then kept on disk.
     """
 
     name: ClassVar[str]
@@ -51,13 +67,13 @@ class Peer(ABC):
 
     @abstractmethod
     def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
-        """Make ready for a case.
+        """Return a runner for a case.
 
         Args:
             case: What to run.
-            module: An ``nn.RNN`` with the weights, of the dtype and on the device of the case. It
-                is the peer's to keep.
-            workload: The input, likewise.
+            module: An ``nn.RNN`` with the weights, in the dtype and on the device of the case. The
+                peer may keep it and change it.
+            workload: The input, in the same dtype and on the same device.
         """
 
 

@@ -1,4 +1,4 @@
-"""torch.nn.RNN: as it comes, once more for the noise, and without cuDNN."""
+"""Run torch.nn.RNN: at its default, a second time for the noise, and without cuDNN."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from perf.switches import cudnn_off
 
 
 class NNCudnn(Peer):
-    """``torch.nn.RNN`` at its default on a GPU."""
+    """Run ``torch.nn.RNN`` at its default on a GPU."""
 
     name = "nn_cudnn"
 
@@ -29,22 +29,22 @@ class NNCudnn(Peer):
         )
 
     def context(self) -> AbstractContextManager[object]:
-        """Return the switches that a call is made under."""
+        """Return the switches that are set during the calls."""
         return nullcontext()
 
 
 class NNAten(NNCudnn):
-    """``torch.nn.RNN`` at its default on a CPU."""
+    """Run ``torch.nn.RNN`` at its default on a CPU."""
 
     name = "nn_aten"
 
     def supports(self, case: Case) -> str | None:
         """Return None on a CPU."""
-        return "on a GPU nn.RNN is cuDNN's, or nn_native" if case.on_gpu else jagged(case)
+        return "on a GPU nn.RNN is nn_cudnn or nn_no_cudnn" if case.on_gpu else jagged(case)
 
 
 class NNAgain(NNCudnn):
-    """``torch.nn.RNN`` a second time: what it gains on itself is the noise."""
+    """Run ``torch.nn.RNN`` a second time: its speedup over itself is the noise."""
 
     name = "nn_again"
 
@@ -53,10 +53,10 @@ class NNAgain(NNCudnn):
         return jagged(case)
 
 
-class NNNative(NNCudnn):
-    """``torch.nn.RNN`` on a GPU with cuDNN switched off."""
+class NNNoCudnn(NNCudnn):
+    """Run ``torch.nn.RNN`` on a GPU with cuDNN switched off."""
 
-    name = "nn_native"
+    name = "nn_no_cudnn"
 
     def supports(self, case: Case) -> str | None:
         """Return None on a GPU."""

@@ -1,7 +1,7 @@
-"""torch's own kernels, which differentiate once, serve what asks for more.
+"""torch's own kernels, which differentiate once, serve second derivatives as well.
 
-On a GPU they are cuDNN's. Elsewhere they are imitated: torch's kernels for the CPU, taken for CPU
-tensors of any length, with a backward pass that refuses to be differentiated.
+On a GPU they are cuDNN's. Elsewhere they are imitated by torch's kernels for the CPU, taken for CPU
+tensors of any length, with a backward pass that can't be differentiated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 class Once(torch.autograd.Function):
-    """torch's kernels, differentiable once, as those of cuDNN are."""
+    """torch's kernels, differentiable once as cuDNN's are."""
 
     calls = 0
 
@@ -42,7 +42,7 @@ class Once(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        # Raises where one of them was changed, the output included.
+        # Raises if one of them was changed in place, the output included.
         assert ctx.saved_tensors
         known = [(y, grad) for y, grad in zip(ctx.results, grads) if grad is not None]
         if not known:
@@ -70,7 +70,7 @@ def differentiated_once(function):
 
 @pytest.fixture(params=["cpu", CUDA])
 def device(request, monkeypatch):
-    """Where torch's own kernels serve every call, whatever its length."""
+    """Return a device on which torch's own kernels serve every call, of any length."""
     if request.param == "cpu":
         choose_now = dispatch.choose_now
 
@@ -164,13 +164,13 @@ def test_second_derivative_of_one_result_alone(of, device):
     case = Case(L=2, D=2, dtype=torch.float64, device=device)
     outcomes = []
     for module in pair(replace(case, device="cpu")):
-        # In torch's walk for the CPU, which can be differentiated twice, and here.
+        # On torch's CPU kernels, which can be differentiated twice, and here.
         where = "cpu" if isinstance(module, torch.nn.RNN) else device
         module.to(where)
         data, hx = (x.detach().to(where).requires_grad_() for x in case.tensors())
         output, h_n = module(data, hx)
         result = output if of == "output" else h_n
-        # Some of what is trained, as an actor's parameters alone.
+        # Some of the parameters only, as an optimizer of one part of a model has them.
         leaves = [data, *list(module.parameters())[1::2]]
         first = torch.autograd.grad(result.pow(3).sum(), leaves, create_graph=True)
         penalty = sum(gradient.square().sum() for gradient in first)
@@ -192,7 +192,7 @@ def test_many_gradients_at_once_agree_with_one_by_one(device):
     torch.testing.assert_close(got, expected)
 
 
-def test_forward_ad_entered_after_the_forward_pass_gives_no_silent_zero_tangent(device):
+def test_forward_ad_entered_after_the_forward_pass_has_no_silent_zero_tangent(device):
     case = Case(dtype=torch.float64, device=device)
     module = case.module(tritonrnn.RNN)
     data, _ = case.tensors()

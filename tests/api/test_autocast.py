@@ -1,4 +1,4 @@
-"""Random numbers, autocast and devices are as torch.nn.RNN has them."""
+"""Dropout, autocast and the meta device behave as with torch.nn.RNN."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 import tritonrnn
 from tests.support.cases import (
+    DTYPE_NAMES,
     LAYOUTS,
     Case,
     assert_autocast_as_accurate,
@@ -48,7 +49,7 @@ def test_dropout_does_nothing_in_eval_mode(layout):
     assert torch.equal(plain(first), plain(second))
 
 
-@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=DTYPE_NAMES.get)
 @pytest.mark.parametrize("hx", [True, False], ids=["hx", "nohx"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_autocast_follows_torchs_rules(layout, hx, input_dtype):
@@ -69,16 +70,16 @@ ON_CUDA = [
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:RNN module weights are not part of single")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=DTYPE_NAMES.get)
 @pytest.mark.parametrize("case", ON_CUDA, ids=str)
 def test_autocast_on_cuda_follows_torchs_rules(case, dtype):
-    """Whoever serves the call: with 33 units the kernels, with 512 perhaps torch."""
+    """With 33 hidden units the kernels serve the call, with 512 perhaps torch."""
     with tritonrnn.backend("auto"):
         assert_autocast_as_accurate(case, dtype, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_autocast_leaves_what_torch_leaves(dtype):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=DTYPE_NAMES.get)
+def test_autocast_keeps_the_dtypes_that_torch_keeps(dtype):
     """float64 stays float64; a disabled region inside an enabled one is disabled."""
     case = Case(dtype=dtype)
     data, hx = case.tensors()
@@ -92,7 +93,7 @@ def test_autocast_leaves_what_torch_leaves(dtype):
 
 @pytest.mark.parametrize("layout", ["time-major", "batch-first", "unbatched"])
 @pytest.mark.parametrize("hx", [True, False], ids=["hx", "nohx"])
-def test_meta_device_gives_torchs_shapes(layout, hx):
+def test_meta_device_returns_torchs_shapes(layout, hx):
     case = Case(layout=layout, L=2, D=2, hx=hx)
     data, state = case.tensors()
     results = []

@@ -1,9 +1,11 @@
-"""convert: torch's modules replaced inside a model, and nothing else changed."""
+"""convert: torch's modules made ours inside a model, and nothing else changed."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -55,31 +57,31 @@ def kinds(model: nn.Module) -> dict[str, type]:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_bare_rnn_is_returned_replaced(options):
+def test_bare_rnn_becomes_ours(options):
     module = nn.RNN(3, 5, **options)
-    replacement = tritonrnn.convert(module)
-    assert type(replacement) is tritonrnn.RNN
-    assert repr(replacement) == repr(module)
-    assert list(replacement.parameters()) == [] or all(
-        ours is theirs for ours, theirs in zip(replacement.parameters(), module.parameters())
-    )
-    names = [name for name, _ in module.named_parameters()]
-    assert [name for name, _ in replacement.named_parameters()] == names
+    text, parameters = repr(module), dict(module.named_parameters())
     x = torch.randn(4, 2, 3, dtype=options.get("dtype"))
     torch.manual_seed(1)
     expected = module(x)
+    assert tritonrnn.convert(module) is module
+    assert type(module) is tritonrnn.RNN
+    assert repr(module) == text
+    after = dict(module.named_parameters())
+    assert list(after) == list(parameters)
+    assert all(after[name] is parameters[name] for name in parameters)
     torch.manual_seed(1)
-    torch.testing.assert_close(replacement(x), expected)
+    torch.testing.assert_close(module(x), expected)
 
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
-def test_bare_cell_is_returned_replaced(nonlinearity):
+def test_bare_cell_becomes_ours(nonlinearity):
     cell = nn.RNNCell(3, 5, nonlinearity=nonlinearity)
-    replacement = tritonrnn.convert(cell)
-    assert type(replacement) is tritonrnn.RNNCell
-    assert all(a is b for a, b in zip(replacement.parameters(), cell.parameters()))
-    x = torch.randn(2, 3)
-    torch.testing.assert_close(replacement(x), cell(x))
+    x, parameters = torch.randn(2, 3), list(cell.parameters())
+    expected = cell(x)
+    assert tritonrnn.convert(cell) is cell
+    assert type(cell) is tritonrnn.RNNCell
+    assert all(a is b for a, b in zip(cell.parameters(), parameters))
+    torch.testing.assert_close(cell(x), expected)
 
 
 def test_model_keeps_its_identity_and_everything_else():
@@ -197,31 +199,58 @@ def test_frozen_parameters_stay_frozen():
     assert model[0].weight_ih_l0.grad is not None
 
 
-def test_hooks_survive_and_can_be_removed():
-    rnn = nn.RNN(3, 5)
-    seen = []
+def test_hooks_survive_with_their_module_and_can_be_removed():
+    model = nn.Sequential(nn.RNN(3, 5))
+    seen, modules = [], set()
+
+    def seeing(what):
+        def hook(module, *_):
+            seen.append(what)
+            modules.add(module)
+
+        return hook
+
     handles = [
-        rnn.register_forward_pre_hook(lambda *_: seen.append("before")),
-        rnn.register_forward_hook(lambda *_: seen.append("after")),
-        rnn.register_forward_hook(lambda m, a, k, out: seen.append(sorted(k)), with_kwargs=True),
-        rnn.register_full_backward_hook(lambda *_: seen.append("backward")),
-        rnn.register_state_dict_post_hook(lambda *_: seen.append("saved")),
-        rnn.register_load_state_dict_pre_hook(lambda *_: seen.append("loading")),
-        rnn.register_load_state_dict_post_hook(lambda *_: seen.append("loaded")),
+        model[0].register_forward_pre_hook(seeing("before")),
+        model[0].register_forward_hook(seeing("after")),
+        model[0].register_forward_hook(
+            lambda m, a, k, out: seen.append(sorted(k)), with_kwargs=True
+        ),
+        model[0].register_full_backward_pre_hook(seeing("backward, before")),
+        model[0].register_full_backward_hook(seeing("backward")),
+        model[0].register_state_dict_pre_hook(seeing("saving")),
+        model[0].register_state_dict_post_hook(seeing("saved")),
+        model[0].register_load_state_dict_pre_hook(seeing("loading")),
+        model[0].register_load_state_dict_post_hook(seeing("loaded")),
     ]
-    model = tritonrnn.convert(nn.Sequential(rnn))
-    assert type(model[0]) is tritonrnn.RNN
+    tritonrnn.convert(model)
+    # What only the original would keep alive is gone.
+    gc.collect()
     x = torch.randn(4, 2, 3, requires_grad=True)
-    output, _ = model[0](x, hx=None)
-    output.sum().backward()
-    model[0].load_state_dict(model[0].state_dict())
-    assert seen == ["before", "after", ["hx"], "backward", "saved", "loading", "loaded"]
+
+    def use():
+        seen.clear()
+        model[0](x, hx=None)[0].sum().backward()
+        model.load_state_dict(model.state_dict())
+        return seen
+
+    expected = ["before", "after", ["hx"], "backward, before", "backward"]
+    assert use() == [*expected, "saving", "saved", "loading", "loaded"]
+    assert modules == {model[0]}
+    assert type(model[0]) is tritonrnn.RNN
     for handle in handles:
         handle.remove()
-    seen.clear()
-    model[0](x)[0].sum().backward()
-    model[0].load_state_dict(model[0].state_dict())
-    assert seen == []
+    assert use() == []
+
+
+def test_whatever_refers_to_a_module_refers_to_what_it_became():
+    """Among it methods that somebody bound, weak references, and the module's own attributes."""
+    model = nn.Sequential(nn.RNN(3, 5))
+    bound, weak, others = model[0].forward, weakref.ref(model[0]), [model[0]]
+    model[0].me = others
+    tritonrnn.convert(model)
+    gc.collect()
+    assert bound.__self__ is weak() is others[0] is model[0].me[0] is model[0]
 
 
 def test_hook_that_changes_the_output_still_does():
@@ -258,8 +287,35 @@ class OwnForwardInherited(OwnForward):
     pass
 
 
-@pytest.mark.parametrize("kind", [OwnForward, OwnForwardInherited, OwnCell])
-def test_subclasses_with_a_forward_of_their_own_are_left_alone(kind):
+def overriding(name: str) -> type[nn.RNN]:
+    """A subclass with a method of its own, which does what the overridden one does."""
+
+    def method(self, *arguments):
+        return getattr(super(cls, self), name)(*arguments)
+
+    cls = type(f"own {name}", (nn.RNN,), {name: method})
+    return cls
+
+
+OVERRIDDEN = [
+    "__reduce_ex__",
+    "__setattr__",
+    "__setstate__",
+    "_init_flat_weights",
+    "_replicate_for_data_parallel",
+    "_update_flat_weights",
+    "check_forward_args",
+    "check_hidden_size",
+    "check_input",
+    "flatten_parameters",
+    "get_expected_hidden_size",
+    "permute_hidden",
+]
+SUBCLASSES = [OwnForward, OwnForwardInherited, OwnCell, *map(overriding, OVERRIDDEN)]
+
+
+@pytest.mark.parametrize("kind", SUBCLASSES, ids=lambda kind: kind.__name__)
+def test_subclasses_with_methods_of_their_own_that_torch_calls_are_left_alone(kind):
     module = kind(3, 5)
     model = nn.Sequential(module, nn.RNN(3, 5))
     tritonrnn.convert(model)
@@ -269,14 +325,55 @@ def test_subclasses_with_a_forward_of_their_own_are_left_alone(kind):
     assert tritonrnn.convert(module) is module
 
 
+def test_module_with_a_forward_of_its_own_is_left_alone():
+    """As accelerate and others set one on an instance."""
+    module = nn.RNN(3, 5)
+    theirs = module.forward
+    module.forward = lambda *arguments: (2 * theirs(*arguments)[0], None)
+    assert type(tritonrnn.convert(module)) is nn.RNN
+
+
+class BySteps(nn.RNN):
+    """Built past the constructor that sets ``nonlinearity``."""
+
+    def __init__(self):
+        nn.RNNBase.__init__(self, "RNN_RELU", 3, 5)
+
+
+def another_mode() -> nn.RNN:
+    module = nn.RNN(3, 5)
+    module.mode = "RNN_RELU"
+    return module
+
+
+@pytest.mark.parametrize("build", [BySteps, another_mode])
+def test_mode_decides_as_in_torch(build):
+    module, x = build(), torch.randn(4, 2, 3)
+    expected, _ = module(x)
+    tritonrnn.convert(module)
+    assert type(module) is not nn.RNN
+    torch.testing.assert_close(module(x)[0], expected)
+    module.mode = "RNN_TANH"
+    assert module(x)[0].min() < 0
+    module.mode = "LSTM"
+    with pytest.raises(AssertionError, match="mode must be RNN_TANH or RNN_RELU, got LSTM"):
+        module(x)
+
+
+def test_module_that_torch_would_not_run_is_left_alone():
+    module = nn.RNN(3, 5)
+    module.mode = "LSTM"
+    assert type(tritonrnn.convert(module)) is nn.RNN
+
+
 def test_subclass_with_torchs_forward_keeps_what_is_its_own():
     module = OwnMethod(3, 5, 2)
     x = torch.randn(4, 2, 3)
     expected = module(x)
     converted = tritonrnn.convert(nn.Sequential(module))[0]
     assert isinstance(converted, OwnMethod)
+    assert tritonrnn.explain(converted, x).backend == "torch"
     assert converted.describe() == "5 at 3.0"
-    assert all(a is b for a, b in zip(converted.parameters(), module.parameters()))
     torch.testing.assert_close(converted(x), expected)
     for duplicate in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
         duplicated = duplicate(converted)
@@ -297,15 +394,17 @@ def old_weight_norm(module):
         nn.utils.weight_norm(module, "weight_hh_l0")
 
 
+@pytest.mark.parametrize("kind", [nn.RNN, OwnMethod])
 @pytest.mark.parametrize("change", [weight_norm, prune_half, old_weight_norm])
-def test_weights_that_are_computed_still_are(change):
-    module = nn.RNN(3, 5, 2)
+def test_weights_that_are_computed_still_are(change, kind):
+    module = kind(3, 5, 2)
     change(module)
     x = torch.randn(4, 2, 3)
     expected, _ = module(x)
     names = [name for name, _ in module.named_parameters()]
     converted = tritonrnn.convert(nn.Sequential(module))[0]
-    assert not isinstance(converted, nn.RNN)
+    assert tritonrnn.explain(converted, x).backend == "torch"
+    assert isinstance(converted, OwnMethod) == (kind is OwnMethod)
     assert [name for name, _ in converted.named_parameters()] == names
     torch.testing.assert_close(converted(x)[0], expected)
     with torch.no_grad():
@@ -314,6 +413,10 @@ def test_weights_that_are_computed_still_are(change):
     assert not torch.allclose(converted(x)[0], expected)
     converted(x)[0].sum().backward()
     assert all(parameter.grad is not None for parameter in converted.parameters())
+    if change is weight_norm:
+        nn.utils.parametrize.remove_parametrizations(converted, "weight_hh_l0")
+        assert "weight_hh_l0" in dict(converted.named_parameters())
+        assert tritonrnn.explain(converted, x).backend == "torch"
 
 
 def test_attributes_and_buffers_of_the_user_survive():
@@ -369,11 +472,3 @@ def test_child_of_a_subclass_is_replaced_with_it():
     converted = tritonrnn.convert(nest)
     assert isinstance(converted, Nest)
     assert isinstance(converted.inner, tritonrnn.RNN)
-
-
-def test_converted_subclass_can_be_explained():
-    class Named(nn.RNN):
-        pass
-
-    converted = tritonrnn.convert(Named(3, 5))
-    assert tritonrnn.explain(converted, torch.ones(4, 2, 3)).backend == "torch"

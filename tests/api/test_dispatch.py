@@ -1,12 +1,9 @@
-"""Which back end serves a call: asked for in a context, in the environment, or not at all."""
+"""Which back end serves a call: chosen by a context, by the environment or by default."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
 import sys
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -18,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tritonrnn
+from tests.support.cases import DTYPE_NAMES
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +24,7 @@ def _no_default(monkeypatch):
 
 
 def a_call(dtype=torch.float64) -> tuple[tritonrnn.RNN, torch.Tensor]:
-    """float64, which no Triton kernel serves, so that a forced back end shows."""
+    """Return a call in float64, which no Triton kernel serves: forced, that back end raises."""
     return tritonrnn.RNN(3, 5, dtype=dtype), torch.ones(4, 2, 3, dtype=dtype)
 
 
@@ -171,76 +169,35 @@ def test_choice_of_forward_is_kept_for_backward():
     torch.testing.assert_close(x.grad, expected.grad)
 
 
-def in_a_new_process(program: str, **environment: str) -> str:
-    """What a program prints with nothing but ``environment`` set of what tritonrnn reads."""
-    unset = ("TRITON_INTERPRET", "TRITONRNN_BACKEND")
-    kept = {name: value for name, value in os.environ.items() if name not in unset}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env={**kept, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def test_environment_sets_the_default_and_the_context_wins(monkeypatch):
+    monkeypatch.setenv("TRITONRNN_BACKEND", "triton")
+    assert triton_is_forced()
+    for name in ("torch", "auto", "triton"):
+        with tritonrnn.backend(name):
+            assert triton_is_forced() == (name == "triton")
+    assert triton_is_forced()
 
 
-def test_environment_sets_the_default_and_the_context_wins():
-    program = """
-        import torch, tritonrnn
-        module, x = tritonrnn.RNN(3, 5).double(), torch.ones(4, 2, 3).double()
-        def outcome():
-            try:
-                module(x)
-                return "served"
-            except RuntimeError:
-                return "refused"
-        seen = [outcome()]
-        for name in ("torch", "auto", "triton"):
-            with tritonrnn.backend(name):
-                seen.append(outcome())
-        print(*seen, outcome())
-    """
-    printed = in_a_new_process(program, TRITONRNN_BACKEND="triton")
-    assert printed.split() == ["refused", "served", "served", "refused", "refused"]
-
-
-def test_environment_that_names_no_back_end_raises():
-    program = """
-        try:
-            import torch, tritonrnn
-            tritonrnn.RNN(3, 5)(torch.ones(4, 2, 3))
-        except ValueError as error:
-            print(error)
-    """
-    printed = in_a_new_process(program, TRITONRNN_BACKEND="cudnn")
-    assert "TRITONRNN_BACKEND" in printed
-    assert "cudnn" in printed
-
-
-def test_forced_triton_refuses_cpu_tensors_outside_the_interpreter():
-    program = """
-        import torch, tritonrnn
-        module, x = tritonrnn.RNN(3, 5), torch.ones(4, 2, 3)
+def test_environment_that_names_no_back_end_raises(monkeypatch):
+    monkeypatch.setenv("TRITONRNN_BACKEND", "cudnn")
+    module, x = a_call()
+    with pytest.raises(ValueError, match=r"TRITONRNN_BACKEND: .* got 'cudnn'"):
         module(x)
-        with tritonrnn.backend("triton"):
-            try:
-                module(x)
-            except RuntimeError as error:
-                print(error)
-    """
-    printed = in_a_new_process(program)
-    assert printed.count("\n") == 1
-    assert tritonrnn.explain(*a_call()).reason
-    assert "triton" in printed.lower()
+
+
+def test_forced_triton_refuses_cpu_tensors_outside_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    module, x = a_call(torch.float32)
+    assert tritonrnn.explain(module, x).backend == "torch"
+    with tritonrnn.backend("triton"), pytest.raises(RuntimeError, match="tensors are on the CPU"):
+        module(x)
 
 
 # explain
 
 
 class Forbidden(TorchDispatchMode):
-    """No operator may be called that computes with more than row numbers, which looking needs."""
+    """Fail if an operator computes with floats: a plan needs the rows of tokens only."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         results = func(*args, **(kwargs or {}))
@@ -294,9 +251,11 @@ def test_explain_follows_the_context():
     assert "torch" in choice.reason
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64], ids=DTYPE_NAMES.get
+)
 def test_explain_needs_no_memory_for_its_answer(dtype):
-    """On tensors without storage, too: a plan can be asked for before the data is there."""
+    """A plan can be asked for before there is data, with tensors on the meta device."""
     module = tritonrnn.RNN(3, 5, dtype=dtype, device="meta")
     choice = tritonrnn.explain(module, torch.ones(4, 2, 3, dtype=dtype, device="meta"))
     assert choice.backend in ("torch", "triton")

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from perf.distributed import Tagger, Training, train, train_in_two
-from tests.support.reference import assert_as_accurate
+from perf.oracle import assert_as_accurate
+
+pytestmark = pytest.mark.slow
 
 WAYS = ("DistributedDataParallel", "fully_shard")
 ON_TORCH = [Training(way) for way in WAYS]
-# In the interpreter, which a GPU's kernels are not for.
+# In the interpreter, which does not run where there is a GPU.
 ON_TRITON = [Training(way, dtype="float32", backend="triton") for way in WAYS]
 UNKNOWN = Training("DistributedDataParallel", rnn="none")
 
@@ -23,7 +25,7 @@ interpreted = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def together():
-    """What each came to in two processes, which are started once."""
+    """Return the weights that each training ends with; the two processes are started once."""
     kernels = [] if torch.cuda.is_available() else ON_TRITON
     return train_in_two([*ON_TORCH, *kernels, UNKNOWN])
 
@@ -57,10 +59,10 @@ def test_two_processes_train_through_the_kernels(training, together):
     assert_as_accurate(got, expected, truth)
 
 
-def test_what_a_training_raises_is_told(together):
+def test_error_of_a_training_is_returned(together):
     assert together[UNKNOWN] == "KeyError: 'none'"
 
 
 def test_processes_that_take_too_long_are_ended():
-    with pytest.raises(RuntimeError, match="did not come to their end in 0 s"):
+    with pytest.raises(RuntimeError, match="did not finish in 0 s"):
         train_in_two(ON_TORCH, limit_s=0)

@@ -1,4 +1,4 @@
-"""Errors are torch's in type and wording, and come before any work."""
+"""Errors have torch's type and wording, and are raised before any work."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ BAD_CALLS = {
     "None": lambda: (None,),
     "a list": lambda: ([1.0, 2.0],),
 }
-# Where torch raises from the middle of its work, in words of the operator that tripped.
+# torch raises these in the middle of its work, with the message of an inner operator.
 TYPE_ONLY = {
     "hx dtype": lambda: (torch.ones(4, 2, 3), torch.ones(4, 2, 5).double()),
     "hx dtype int64": lambda: (torch.ones(4, 2, 3), torch.ones(4, 2, 5).long()),
@@ -123,7 +123,7 @@ def test_impossible_packed_sequences_raise(rows, batch_sizes):
 
 @pytest.mark.parametrize("call", [*BAD_CALLS, *TYPE_ONLY, *SILENT_FAULTS])
 def test_errors_come_before_any_work(call):
-    """Whatever is called before the error only looks: it makes no tensor, single numbers aside."""
+    """Before the error, no tensor larger than one element is allocated."""
     module = tritonrnn.RNN(3, 5, num_layers=2, bidirectional=True)
     faults = {name: arguments for name, (arguments, _) in SILENT_FAULTS.items()}
     arguments = {**BAD_CALLS, **TYPE_ONLY, **faults}[call]()

@@ -1,4 +1,4 @@
-"""An exported program serves every length and batch, trains, and can do without tritonrnn."""
+"""An exported program serves every length and batch, trains, and runs without tritonrnn."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def operators_of(program: torch.export.ExportedProgram) -> list[str]:
 
 
 def results_of(case: Case, module: torch.nn.Module) -> list[torch.Tensor]:
-    """Results, and the gradient of every argument and parameter."""
+    """Return the results, and the gradient of every argument and parameter."""
     arguments = [x.requires_grad_(x.is_floating_point()) for x in arguments_of(case)]
     results = module(*arguments)
     leaves = [x for x in (*arguments, *module.parameters()) if x.requires_grad]
@@ -84,6 +84,7 @@ def test_decompositions_of_torch_keep_the_operator():
     assert_agrees(case, program, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
 def test_lowered_program_agrees_and_trains_whatever_the_length_and_batch(case):
     model = Model(case).double()
@@ -95,6 +96,7 @@ def test_lowered_program_agrees_and_trains_whatever_the_length_and_batch(case):
     assert_agrees(replace(case, T=11, B=4, seed=1), lowered, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
 def test_lowered_program_of_static_length_is_unrolled(case):
     model = Model(case).double()
@@ -151,9 +153,10 @@ def test_decompositions_agree_with_the_operators(call, with_grads, table):
             torch.testing.assert_close(list(table[operator](*arguments)), [*operator(*arguments)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", lowered_calls()[4::5], ids=str)
 def test_backward_of_dynamic_length_is_lowered(call):
-    """Where a whole training step is lowered, both operators are in it."""
+    """A lowered training step has both operators in it."""
     operator, arguments = torch.ops.tritonrnn.elman_backward, call.backward()
     table = tritonrnn.export.decompositions()
     with torch.no_grad():
@@ -168,7 +171,7 @@ def test_nan_of_one_sequence_stays_out_of_the_others():
     operator = torch.ops.tritonrnn.elman_backward.default
     arguments = OperatorCall("packed", Case(D=2, dtype=torch.float64)).backward()
     grad_output, _, data, _, _, output, *_ = arguments
-    # The first row is the one that stands for whatever is not there.
+    # The first row is read in place of rows that do not exist.
     for tensor in (grad_output, data, output):
         tensor[0] = torch.nan
     with torch.no_grad():
@@ -180,13 +183,14 @@ def test_nan_of_one_sequence_stays_out_of_the_others():
     assert grad_hx[:, 1:].isfinite().all()
 
 
-def test_a_layout_that_can_not_be_lowered_is_a_clear_error():
+def test_layout_that_can_not_be_lowered_is_a_clear_error():
     arguments = OperatorCall("jagged", Case()).forward()
     table = tritonrnn.export.decompositions()
     with pytest.raises(NotImplementedError, match="the layout 'jagged'"):
         make_fx(torch.ops.tritonrnn.elman, decomposition_table=table)(*arguments)
 
 
+@pytest.mark.slow
 def test_lowered_program_runs_where_there_is_no_tritonrnn(tmp_path):
     case = Case(layout="packed", hx=False, dtype=torch.float64)
     model = Model(case).double()

@@ -23,7 +23,7 @@ CASES = [
 
 
 def counts(module: nn.Module, case: Case, train: str) -> list[int]:
-    """Of the forward pass, and of forward and backward."""
+    """Return the operations of the forward pass, and of forward and backward."""
     data, hx = case.tensors()
     if train == "weights":
         data, hx = (None if x is None else x.detach() for x in (data, hx))

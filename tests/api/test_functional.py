@@ -92,7 +92,7 @@ def test_wrong_weights_and_options_raise(what):
         rnn(*case.tensors(), weights, **options(case, **changes))
 
 
-def test_module_and_functional_form_are_the_same_numbers():
+def test_module_and_functional_form_return_the_same_values():
     case = Case(L=2, D=2, layout="unsorted")
     module = case.module(tritonrnn.RNN)
     data, hx = case.tensors()

@@ -1,4 +1,4 @@
-"""Gradients: who gets one, where it lives, and what the backward pass keeps for it."""
+"""Gradients: what has one, where it is stored, and what is saved to compute it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("torch_back_end")
     ids=lambda names: "+".join(names) or "nothing",
 )
 @pytest.mark.parametrize("layout", ["time-major", "unsorted"])
-def test_only_what_is_trained_gets_a_gradient(trained, layout):
+def test_only_trained_leaves_have_a_gradient(trained, layout):
     case = Case(layout=layout, L=2, D=2, dtype=torch.float64)
     outcomes = []
     for module in pair(case):
@@ -57,14 +57,18 @@ def test_only_what_is_trained_gets_a_gradient(trained, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("T", "L", "D"), [(7, 1, 1), (7, 2, 2), (1, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("T", "L", "D"),
+    [(7, 1, 1), (7, 2, 2), (1, 1, 2)],
+    ids=["T7-L1-D1", "T7-L2-D2", "T1-L1-D2"],
+)
 def test_no_two_gradients_share_storage(layout, T, L, D):
     assert_no_shared_storage(Case(T=T, layout=layout, L=L, D=D))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_results_share_no_storage(layout):
-    """Changing h_n in place leaves output alone, and both leave the input alone."""
+    """``output``, ``h_n``, ``input`` and ``hx`` are four storages."""
     case = Case(layout=layout, L=2, D=2)
     _, ours = pair(case)
     data, hx = case.tensors()
@@ -88,8 +92,8 @@ def test_h_n_may_be_changed_in_place(layout):
 
 
 @pytest.mark.parametrize("layout", ["time-major", "batch-first", "packed"])
-def test_output_changed_in_place_never_gives_wrong_gradients(layout):
-    """Refusing in backward is right as well, as cuDNN does: what backward needs is gone."""
+def test_output_changed_in_place_has_no_wrong_gradient(layout):
+    """Backward may raise, as cuDNN's does: what it needs was overwritten."""
     case = Case(layout=layout, dtype=torch.float64)
     data, hx = case.tensors()
     gradients = []
@@ -105,7 +109,7 @@ def test_output_changed_in_place_never_gives_wrong_gradients(layout):
 
 
 def tensors_saved(case: Case) -> int:
-    """Bytes saved for backward outside the parameters, and counted once."""
+    """Return the bytes saved for backward, each storage once and no parameter."""
     _, ours = pair(case)
     data, hx = case.tensors()
     saved = {}
@@ -123,11 +127,11 @@ def tensors_saved(case: Case) -> int:
 
 
 def tensors_alive(case: Case) -> int:
-    """Bytes made by a forward and alive after it, the two results included."""
+    """Return the bytes that a forward pass allocates and keeps, its results included."""
     _, ours = pair(case)
     data, hx = case.tensors()
     input = case.input(data)
-    # What a layout derives once may stay on the input it was derived from.
+    # What is derived once from an input may be cached with it.
     ours(input, hx)
     with RecordedCalls() as calls:
         results = ours(input, hx)
@@ -138,14 +142,16 @@ def tensors_alive(case: Case) -> int:
 @pytest.mark.parametrize("measure", [tensors_saved, tensors_alive], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
-@pytest.mark.parametrize(("L", "D"), [(1, 1), (1, 2), (3, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("L", "D"), [(1, 1), (1, 2), (3, 1), (2, 2)], ids=["L1-D1", "L1-D2", "L3-D1", "L2-D2"]
+)
 def test_backward_keeps_input_and_output_of_each_layer_only(layout, nonlinearity, L, D, measure):
     case = Case(T=24, B=1 if layout == "unbatched" else 6, H=16, layout=layout, L=L, D=D)
     case = replace(case, nonlinearity=nonlinearity)
     longer = replace(case, T=48)
     more_tokens = int(longer.lengths().sum() - case.lengths().sum())
     grown = measure(longer) - measure(case)
-    # Row maps: a few int64 numbers a time step.
+    # Row maps: a few int64 elements a time step.
     row_maps = 4 * 8 * (longer.T - case.T)
     assert grown <= more_tokens * (case.I + L * D * case.H) * 4 + row_maps
 
@@ -153,7 +159,7 @@ def test_backward_keeps_input_and_output_of_each_layer_only(layout, nonlinearity
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("D", [1, 2])
 def test_infinite_output_of_one_sequence_stays_out_of_the_next(batch_first, D):
-    """The first sequence's last output overflows: it is nobody's previous state."""
+    """The last output of the first sequence overflows; it is no step's previous state."""
     data = torch.ones(2, 3, 1)
     data[0, -1], data[1, 0] = torch.inf, torch.inf
     data = data if batch_first else data.transpose(0, 1)
@@ -176,7 +182,7 @@ def test_batch_sizes_made_in_inference_mode_train():
     assert module.weight_hh_l0.grad is not None
 
 
-def test_batch_sizes_changed_unseen_are_read_again():
+def test_batch_sizes_changed_through_numpy_are_read_again():
     batch_sizes = torch.tensor([2, 2])
     module = tritonrnn.RNN(3, 5)
     packed = PackedSequence(torch.ones(4, 3), batch_sizes)

@@ -12,6 +12,7 @@ import tritonrnn
 from tests.support.processes import run_alone
 
 PACKAGE = Path(tritonrnn.__file__).parent
+TESTS = Path(__file__).parents[1]
 # From the top down. A module imports from those below it.
 LEVELS = [
     {"tritonrnn"},
@@ -38,7 +39,7 @@ SOURCES = {
 
 
 def imports_of(path: Path) -> list[tuple[str, bool]]:
-    """(dotted name, whether it is imported when the module is) of each import."""
+    """Return the dotted name of each import, and whether it runs when the module is imported."""
     tree = ast.parse(path.read_text())
     at_once = set()
     pending = [tree]
@@ -62,7 +63,7 @@ def imports_of(path: Path) -> list[tuple[str, bool]]:
 
 
 def own_module(name: str) -> str | None:
-    """The module of the package that a dotted import reaches, as SOURCES has it."""
+    """Return the module of the package that a dotted import reaches, as SOURCES has it."""
     if name.split(".")[0] != "tritonrnn":
         return None
     parts = name.split(".")[1:]
@@ -114,6 +115,14 @@ def test_nothing_imports_perf_or_triton_at_once(source):
         assert root not in ("perf", "tests"), f"{source} imports {name}"
         if not source.startswith("kernels"):
             assert root != "triton" or not at_once, f"{source} imports {name}"
+
+
+def test_tests_share_code_through_support_only():
+    for path in sorted(TESTS.rglob("*.py")):
+        for name, _ in imports_of(path):
+            assert not name.startswith("tests.") or name.startswith("tests.support"), (
+                f"{path} imports {name}"
+            )
 
 
 def test_public_names_are_there():

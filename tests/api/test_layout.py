@@ -1,4 +1,4 @@
-"""SequenceLayout: every token's row, against what the containers of torch really hold."""
+"""SequenceLayout: the row of every token, held against torch's own containers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LENGTHS = [(1,), (5, 3, 4, 2), (4, 4, 4), (1, 1, 1), (9, 1), (1, 9, 1, 2), tuple
 
 
 def rows_of(layout: SequenceLayout) -> list[list[int]]:
-    """Rows of each sequence, by the map."""
+    """Return the rows of each sequence, computed by the row map."""
     assert layout.time_base.dtype == torch.int64
     assert layout.batch_base.dtype == torch.int64
     assert layout.lengths.dtype == torch.int64
@@ -30,7 +30,7 @@ def rows_of(layout: SequenceLayout) -> list[list[int]]:
 
 
 def tokens(lengths) -> list[torch.Tensor]:
-    """Sequence b is (b, 0), (b, 1), ...: each token says whose it is and when."""
+    """Return sequences of tokens (b, t), which name their sequence and their step."""
     return [torch.tensor([(b, t) for t in range(length)]) for b, length in enumerate(lengths)]
 
 
@@ -43,7 +43,7 @@ def assert_rows_hold_their_tokens(layout: SequenceLayout, data: torch.Tensor, or
     assert sorted(seen) == list(range(layout.N))
 
 
-@pytest.mark.parametrize(("T", "B"), PADDED, ids=lambda n: str(n))
+@pytest.mark.parametrize(("T", "B"), PADDED, ids=[f"T{T}-B{B}" for T, B in PADDED])
 @pytest.mark.parametrize("batch_first", [False, True], ids=["time-major", "batch-first"])
 def test_padded_rows_are_those_of_the_flattened_tensor(T, B, batch_first):
     token = torch.stack(torch.meshgrid(torch.arange(B), torch.arange(T), indexing="ij"), dim=-1)
@@ -97,7 +97,7 @@ def test_jagged_takes_empty_sequences(lengths):
 
 
 @pytest.mark.parametrize(
-    ("batch_sizes", "num_rows", "says"),
+    ("batch_sizes", "num_rows", "message"),
     [
         ([], 0, "non-empty"),
         ([2, 3], 5, "(2, 3)"),
@@ -111,13 +111,13 @@ def test_jagged_takes_empty_sequences(lengths):
     ],
     ids=str,
 )
-def test_impossible_batch_sizes_raise(batch_sizes, num_rows, says):
-    with pytest.raises((RuntimeError, IndexError), match=re.escape(says)):
+def test_impossible_batch_sizes_raise(batch_sizes, num_rows, message):
+    with pytest.raises((RuntimeError, IndexError), match=re.escape(message)):
         SequenceLayout.packed(batch_sizes, num_rows)
 
 
 @pytest.mark.parametrize(
-    ("offsets", "num_rows", "says"),
+    ("offsets", "num_rows", "message"),
     [
         ([], 0, "()"),
         ([1, 3], 3, "(1, 3)"),
@@ -126,8 +126,8 @@ def test_impossible_batch_sizes_raise(batch_sizes, num_rows, says):
     ],
     ids=str,
 )
-def test_impossible_offsets_raise(offsets, num_rows, says):
-    with pytest.raises(ValueError, match=re.escape(says)):
+def test_impossible_offsets_raise(offsets, num_rows, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         RaggedLayout.jagged(torch.tensor(offsets, dtype=torch.int64), num_rows)
 
 

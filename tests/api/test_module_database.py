@@ -1,14 +1,10 @@
-"""torch's own database of modules, its entries for RNN and RNNCell run on ours.
+"""Entries of torch's module database for RNN and RNNCell, run on tritonrnn's modules.
 
-What torch's ``test/test_modules.py`` does with every entry of ``module_db``, for ours: forward
-against the entry's reference, factory arguments, repr, pickle, memory, gradients, errors.
+Follows torch's ``test/test_modules.py``: forward against the entry's reference, gradients, memory
+formats, factory arguments, errors.
 """
 
 from __future__ import annotations
-
-import copy
-import pickle
-from functools import partial
 
 import pytest
 import torch
@@ -18,6 +14,7 @@ from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 from torch.testing._internal.common_utils import freeze_rng_state
 
 import tritonrnn
+from tests.support.cases import DTYPE_NAMES
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
@@ -29,7 +26,7 @@ ENTRIES = {info.module_cls.__name__: info for info in module_db if info.module_c
 
 
 def samples(name: str, dtype=torch.float64, training: bool = True, requires_grad: bool = False):
-    """The entry's samples; for RNN its packed ones as well."""
+    """Return the samples of an entry; for RNN the packed ones as well."""
     info = ENTRIES[name]
     options = {"with_packed_sequence": True} if name == "RNN" else {}
     return info.module_inputs_func(
@@ -43,7 +40,7 @@ def samples(name: str, dtype=torch.float64, training: bool = True, requires_grad
 
 
 def build(name: str, sample, dtype=torch.float64, training: bool = True):
-    """torch's module and ours with the same weights."""
+    """Return torch's module and ours with the same weights."""
     torch.manual_seed(0)
     arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
     theirs = ENTRIES[name].module_cls(*arguments, **options, dtype=dtype).train(training)
@@ -53,7 +50,7 @@ def build(name: str, sample, dtype=torch.float64, training: bool = True):
 
 
 def plain(results) -> list[torch.Tensor]:
-    """Tensors of what a module returned."""
+    """Return the tensors in what a module returned."""
     results = results if isinstance(results, tuple) else (results,)
     return [y.data if isinstance(y, PackedSequence) else y for y in results]
 
@@ -78,7 +75,7 @@ def test_entries_are_there():
     assert len(packed) >= 16
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=DTYPE_NAMES.get)
 def test_forward_agrees_with_torch_and_the_reference(name, dtype, training):
     for sample in samples(name, dtype, training):
         theirs, ours = build(name, sample, dtype, training)
@@ -96,35 +93,9 @@ def test_gradients_agree_with_torch(name, training):
         gradients = []
         for module in build(name, sample, training=training):
             loss = sum(y.pow(3).sum() for y in plain(module(*sample.forward_input.args)))
-            # relu may leave nothing alive, and then there is nothing to compare.
             wanted = [*leaves(sample), *module.parameters()]
             gradients.append(torch.autograd.grad(loss, wanted))
         torch.testing.assert_close(*gradients)
-
-
-def check_gradients(check, name, training, stride):
-    """Of every ``stride``-th sample: neighbours differ in one option."""
-    for sample in samples(name, training=training, requires_grad=True)[::stride]:
-        _, ours = build(name, sample, training=training)
-        inputs = sample.forward_input.args
-
-        def function(*tensors, ours=ours, inputs=inputs):
-            given, weights = tensors[: len(inputs)], tensors[len(inputs) :]
-            if isinstance(inputs[0], PackedSequence):
-                given = (inputs[0]._replace(data=given[0]), *given[1:])
-            parameters = dict(zip(dict(ours.named_parameters()), weights))
-            return tuple(plain(torch.func.functional_call(ours, parameters, given)))
-
-        assert check(function, (*leaves(sample), *ours.parameters()), fast_mode=True)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-def test_gradcheck_passes(name, training):
-    check_gradients(partial(torch.autograd.gradcheck, check_forward_ad=True), name, training, 5)
-
-
-def test_gradgradcheck_passes(name):
-    check_gradients(torch.autograd.gradgradcheck, name, True, 5)
 
 
 def test_non_contiguous_input_and_gradient_agree(name):
@@ -154,16 +125,7 @@ def test_factory_arguments_are_followed(name):
         assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
 
 
-def test_copies_agree(name, training):
-    for sample in samples(name, training=training):
-        theirs, ours = build(name, sample, training=training)
-        assert repr(ours) == repr(theirs)
-        expected = plain(ours(*sample.forward_input.args))
-        for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-            torch.testing.assert_close(plain(copied(*sample.forward_input.args)), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=DTYPE_NAMES.get)
 def test_errors_are_those_of_the_entry(name, dtype):
     info = ENTRIES[name]
     errors = info.module_error_inputs_func(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import tritonrnn
+from tests.support.cases import DTYPE_NAMES
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
@@ -38,7 +39,7 @@ constructions = pytest.mark.parametrize(
 
 
 def built(kind, arguments, options, seed=3) -> tuple[nn.Module, nn.Module]:
-    """torch's and ours, each from the same seed."""
+    """Return torch's module and ours, built from the same seed."""
     modules = []
     for module_class in PAIRS[kind]:
         torch.manual_seed(seed)
@@ -52,7 +53,7 @@ def an_input(kind, module):
 
 
 def assert_close(got, expected) -> None:
-    """To what low precision leaves of numbers around 1; torch's own tolerances otherwise."""
+    """Compare with torch's tolerances, in low precision with those of values around 1."""
     low = {"rtol": 0.016, "atol": 0.016} if got.dtype in (torch.bfloat16, torch.float16) else {}
     torch.testing.assert_close(got, expected, **low)
 
@@ -153,7 +154,7 @@ def test_copies_are_equal_and_independent(kind, arguments, options, duplicate):
     _, module = built(kind, arguments, options)
     x = an_input(kind, module)
     expected = result(module, x)
-    # Copied after a call, so that whatever a call leaves on the module is copied as well.
+    # Copied after a call: what a call leaves on the module is copied as well.
     duplicated = duplicate(module)
     assert type(duplicated) is type(module)
     assert repr(duplicated) == repr(module)
@@ -205,7 +206,7 @@ def test_reset_parameters_draws_torchs_values():
 
 
 def test_kinds_are_what_the_readme_says():
-    """RNNBase, and not nn.RNN, which torch.compile(fullgraph=True) refuses."""
+    """No nn.RNN, which torch.compile(fullgraph=True) refuses, but an RNNBase."""
     module = tritonrnn.RNN(3, 5)
     assert isinstance(module, nn.RNNBase)
     assert not isinstance(module, nn.RNN)
@@ -226,6 +227,60 @@ def test_subclass_may_add_to_forward():
     plain = tritonrnn.RNN(3, 5)
     plain.load_state_dict(module.state_dict())
     assert torch.equal(module(x)[0], 2 * plain(x)[0])
+
+
+class Noting(nn.Module):
+    """A mixin behind the RNN in the order of methods, as Pyro's is."""
+
+    def __setattr__(self, name, value):
+        noted.append(("set", name))
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state):
+        noted.append(("restored", None))
+        super().__setstate__(state)
+
+    def _replicate_for_data_parallel(self):
+        noted.append(("replicated", None))
+        return super()._replicate_for_data_parallel()
+
+
+noted = []
+
+
+class TheirsNoting(nn.RNN, Noting):
+    pass
+
+
+class OursNoting(tritonrnn.RNN, Noting):
+    pass
+
+
+@pytest.mark.parametrize("convert", [False, True], ids=["ours", "converted"])
+def test_methods_of_a_mixin_are_called_as_in_torch(convert):
+    results = []
+    for theirs in (True, False):
+        module = TheirsNoting(3, 5) if theirs or convert else OursNoting(3, 5)
+        if not theirs:
+            tritonrnn.convert(module)
+            assert tritonrnn.explain(module, torch.ones(4, 2, 3)).backend == "torch"
+        noted.clear()
+        module.watched = 1
+        module.weight_hh_l0 = nn.Parameter(torch.zeros(5, 5))
+        copy.deepcopy(module)
+        replica = module._replicate_for_data_parallel()
+        assert not replica._parameters
+        # How often each keeps its own books is its own matter.
+        results.append([note for note in noted if not str(note[1]).startswith("_")])
+    assert results[0] == results[1]
+    assert ("set", "watched") in results[1]
+
+
+def test_subclass_may_use_any_name_but_torchs():
+    """Ours has no attribute that torch's has not."""
+    theirs, ours = nn.RNN(3, 5), tritonrnn.RNN(3, 5)
+    assert set(dir(ours)) <= set(dir(theirs))
+    assert set(dir(tritonrnn.RNNCell(3, 5))) <= set(dir(nn.RNNCell(3, 5)))
 
 
 BAD_CONSTRUCTIONS = [
@@ -270,14 +325,14 @@ def test_bad_constructions_raise_torchs_errors(kind, arguments, options):
         theirs(*arguments, **options)
     except Exception as error:
         expected = error
-    # Python's own words for a call that fits no signature name the signature's owner.
+    # Python's message for a call that fits no signature names the class.
     wording = "__init__" if "__init__()" in str(expected) else f"^{re.escape(str(expected))}$"
     with pytest.raises(type(expected), match=wording):
         ours(*arguments, **options)
 
 
 def test_dropout_on_one_layer_warns_where_torch_warns():
-    """The warning points at the caller's line in both."""
+    """The warning points at the caller's line."""
     for module_class in PAIRS["RNN"]:
         with pytest.warns(UserWarning, match="dropout option adds dropout") as caught:
             module_class(3, 5, dropout=0.5)
@@ -313,15 +368,17 @@ def test_cell_agrees_with_torch(shape, hx, bias, nonlinearity, dtype):
     assert len(storages) == sum(g.numel() > 0 for g in results[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=DTYPE_NAMES.get
+)
 def test_cell_low_precision_agrees_with_torch(dtype):
     theirs, ours = built("RNNCell", (6, 9), {"dtype": dtype})
     x, state = torch.randn(5, 6).to(dtype), torch.randn(5, 9).to(dtype)
     assert_close(ours(x, state), theirs(x, state))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_cell_autocast_gives_torchs_dtypes(dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=DTYPE_NAMES.get)
+def test_cell_autocast_returns_torchs_dtypes(dtype):
     theirs, ours = built("RNNCell", (6, 9), {})
     x, state = torch.randn(5, 6), torch.randn(5, 9)
     with torch.autocast("cpu", dtype):
@@ -337,7 +394,7 @@ def test_cell_passes_gradcheck_and_gradgradcheck():
     assert torch.autograd.gradgradcheck(cell, (x, state))
 
 
-def test_cell_stepped_is_the_whole_recurrence():
+def test_cell_called_step_by_step_agrees_with_rnn():
     rnn = tritonrnn.RNN(6, 9, dtype=torch.float64)
     cell = tritonrnn.RNNCell(6, 9, dtype=torch.float64)
     cell.load_state_dict({name.removesuffix("_l0"): w for name, w in rnn.state_dict().items()})
@@ -389,7 +446,7 @@ def test_cell_errors_are_torchs_own(call, serves):
 
 
 def test_cell_with_an_unknown_nonlinearity_raises_torchs_type():
-    """torch.nn.RNNCell finds out in forward; raising when it is built is as good."""
+    """torch.nn.RNNCell raises in forward, ours when it is built."""
     with pytest.raises(RuntimeError):
         nn.RNNCell(3, 5, nonlinearity="sigmoid")(torch.ones(2, 3))
     with pytest.raises((RuntimeError, ValueError), match="sigmoid"):

@@ -1,35 +1,46 @@
-"""torch's own checks of a custom operator: schema, autograd, shapes for tracing, compilation."""
+"""The operators pass torch's own checks: schema, autograd, shapes for tracing, compilation."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import pytest
 import torch
 from torch.library import opcheck
 
 from tests.support.cases import Case
-from tests.support.operators import LAYOUTS, OperatorCall
+from tests.support.operators import OperatorCall
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 CALLS = [
-    OperatorCall(layout, Case(T=4, B=3, I=3, H=4, D=D, nonlinearity=nonlinearity, hx=hx), backend)
-    for layout in LAYOUTS
-    for D, nonlinearity, hx, backend in [
-        (1, "tanh", False, "torch"),
-        (2, "relu", True, "torch"),
-        (2, "tanh", True, "triton"),
+    OperatorCall(
+        layout,
+        Case(T=3, B=3, I=3, H=4, D=D, nonlinearity=nonlinearity, hx=hx),
+        backend,
+        lengths="lengths" in ragged,
+        reset="reset" in ragged,
+    )
+    for layout, D, nonlinearity, hx, backend, *ragged in [
+        ("time_major", 1, "tanh", False, "torch"),
+        ("time_major", 2, "relu", True, "torch", "lengths"),
+        ("time_major", 2, "relu", True, "triton"),
+        ("batch_major", 2, "tanh", True, "torch"),
+        ("batch_major", 1, "relu", False, "triton"),
+        ("batch_major", 2, "tanh", True, "torch", "reset"),
+        ("batch_major", 2, "relu", True, "triton", "lengths", "reset"),
+        ("packed", 2, "relu", True, "torch"),
+        ("packed", 1, "tanh", False, "triton"),
+        ("jagged", 1, "tanh", False, "torch"),
+        ("jagged", 2, "relu", True, "triton"),
     ]
 ]
-CALLS += [
-    replace(CALLS[1], lengths=True),
-    replace(CALLS[5], lengths=True, reset=True),
-    replace(CALLS[4], reset=True),
-]
+calls = pytest.mark.parametrize(
+    "call",
+    [pytest.param(call, marks=[pytest.mark.slow] * (call.backend == "triton")) for call in CALLS],
+    ids=str,
+)
 
 
-@pytest.mark.parametrize("call", CALLS, ids=str)
+@calls
 def test_elman_passes_opcheck(call):
     opcheck(torch.ops.tritonrnn.elman.default, call.forward(requires_grad=True))
 
@@ -38,11 +49,11 @@ def test_elman_passes_opcheck_where_nothing_is_trained():
     opcheck(torch.ops.tritonrnn.elman.default, CALLS[0].forward())
 
 
-@pytest.mark.parametrize("call", CALLS, ids=str)
+@calls
 def test_elman_backward_passes_opcheck(call):
     opcheck(torch.ops.tritonrnn.elman_backward.default, call.backward())
 
 
 @pytest.mark.parametrize("with_grads", [(True, False), (False, True)], ids=str)
 def test_elman_backward_passes_opcheck_with_one_cotangent(with_grads):
-    opcheck(torch.ops.tritonrnn.elman_backward.default, CALLS[1].backward(with_grads))
+    opcheck(torch.ops.tritonrnn.elman_backward.default, CALLS[3].backward(with_grads))

@@ -1,4 +1,4 @@
-"""What holds for every shape: random sizes, lengths and options."""
+"""What holds for every shape, on random sizes, lengths and options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.support.cases import LAYOUTS, Case, exact, plain, run
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
-reproducible = settings(deadline=None, derandomize=True, database=None, max_examples=60)
+# What the tests below are decorated with.
+SETTINGS = settings()
 
 cases = st.builds(
     Case,
@@ -53,19 +54,23 @@ def built(options: dict) -> tritonrnn.RNN:
     return tritonrnn.RNN(3, 4, **options, dtype=torch.float64)
 
 
+def test_examples_are_drawn_by_the_profile_asked_for(pytestconfig):
+    asked = pytestconfig.getoption("--hypothesis-profile") or "suite"
+    assert SETTINGS.max_examples == settings.get_profile(asked).max_examples
+    assert SETTINGS.derandomize == (asked == "suite")
+
+
 def assert_close(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
-@reproducible
 @given(case=cases)
-def test_results_are_those_of_the_recurrence_written_out(case):
+def test_results_are_the_written_out_recurrences(case):
     ours = case.module(tritonrnn.RNN)
     data, hx = case.tensors()
     assert_close(run(case, ours, data, hx), exact(case, ours, data, hx))
 
 
-@reproducible
 @given(case=cases)
 def test_results_are_torchs(case):
     theirs, ours = case.module(nn.RNN), case.module(tritonrnn.RNN)
@@ -73,10 +78,9 @@ def test_results_are_torchs(case):
     assert_close(run(case, ours, data, hx), run(case, theirs, data, hx))
 
 
-@reproducible
 @given(lengths=lengths, options=options)
 def test_packed_sequences_are_each_as_if_alone(lengths, options):
-    """Values and gradients: packing is only a way of laying sequences out."""
+    """Values and gradients: packing is a layout only."""
     module = built(options)
     together = [sequence.requires_grad_() for sequence in sequences_of(lengths)]
     packed = pack_sequence(together, enforce_sorted=False)
@@ -95,7 +99,6 @@ def test_packed_sequences_are_each_as_if_alone(lengths, options):
     assert_close(gradients, torch.autograd.grad(loss_alone, leaves))
 
 
-@reproducible
 @given(lengths=lengths, options=options, seed=st.integers(0, 9))
 def test_order_of_packed_sequences_does_not_matter(lengths, options, seed):
     module = built(options)
@@ -106,22 +109,20 @@ def test_order_of_packed_sequences_does_not_matter(lengths, options, seed):
     assert_close(permuted, h_n[:, order])
 
 
-@reproducible
 @given(case=cases.filter(lambda case: case.layout == "time-major" and case.D == 1), t=st.data())
-def test_a_sequence_may_be_cut_anywhere_with_the_state_carried(case, t):
+def test_sequence_may_be_split_anywhere_with_the_state_carried(case, t):
     module = case.module(tritonrnn.RNN)
     data, hx = case.tensors()
     cut = t.draw(st.integers(1, case.T))
-    whole, h_n = module(data, hx)
+    expected, h_n = module(data, hx)
     first, state = module(data[:cut], hx)
     if cut < case.T:
         second, state = module(data[cut:], state)
         first = torch.cat([first, second])
-    assert_close(first, whole)
+    assert_close(first, expected)
     assert_close(state, h_n)
 
 
-@reproducible
 @given(case=cases.filter(lambda case: case.layout == "time-major"))
 def test_batch_first_is_a_transpose(case):
     module = case.module(tritonrnn.RNN)
@@ -133,10 +134,9 @@ def test_batch_first_is_a_transpose(case):
     assert_close(h_n, expected_h_n)
 
 
-@reproducible
 @given(case=cases.filter(lambda case: case.L == 1 and case.D == 2))
-def test_reverse_direction_is_the_forward_one_on_the_sequence_turned_round(case):
-    """Checked through torch-free facts: the halves of output and where h_n is found in them."""
+def test_h_n_is_the_output_at_the_last_step_of_each_direction(case):
+    """Each direction's final state is its output at its own last step."""
     module = case.module(tritonrnn.RNN)
     data, hx = case.tensors()
     output, h_n = module(case.input(data), hx)

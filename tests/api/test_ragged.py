@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import tritonrnn
-from tests.support.cases import assert_same_results
-from tests.support.reference import assert_as_accurate, elman
+from perf.oracle import assert_as_accurate, elman
+from tests.support.cases import DTYPE_NAMES, assert_same_results
 
 pytestmark = [
     pytest.mark.usefixtures("torch_back_end"),
@@ -23,6 +24,8 @@ pytestmark = [
     # modules of its own that warn.
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    # Its compiler looks at that of nested tensors.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,7 +41,7 @@ LENGTHS = {
 
 @dataclass(frozen=True)
 class Ragged:
-    """A padded batch ``(T, 5, I)`` whose sequences end early, start anew in between, or both."""
+    """A padded batch ``(T, 5, I)`` whose sequences end early, are reset in between, or both."""
 
     lengths: str = "unsorted"
     reset: bool = False
@@ -54,9 +57,10 @@ class Ragged:
     B: int = 5
 
     def __str__(self) -> str:
-        parts = [self.lengths, f"L{self.L}", f"D{self.D}", f"H{self.H}", self.nonlinearity]
+        parts = [f"T{T}", f"B{self.B}", f"I{I}", f"H{self.H}", f"L{self.L}", f"D{self.D}"]
+        parts += [self.lengths, self.nonlinearity, DTYPE_NAMES[self.dtype]]
         parts += ["reset"] * self.reset + ["batch-first"] * self.batch_first
-        parts += ["nohx"] * (not self.hx) + [str(self.dtype).removeprefix("torch.")]
+        parts += ["nobias"] * (not self.bias) + ["nohx"] * (not self.hx)
         return "-".join(parts)
 
     @property
@@ -82,7 +86,7 @@ class Ragged:
         return [T] * self.B if lengths is None else list(lengths)
 
     def marks(self) -> Tensor:
-        """Where to reset, ``[T, B]``: often, at step 0 too, and behind the ends."""
+        """Return where to reset, ``[T, B]``: often, at step 0 and behind the ends as well."""
         return torch.rand(T, self.B, generator=self.generator) < 0.3
 
     def arguments(self) -> dict[str, Tensor]:
@@ -94,11 +98,11 @@ class Ragged:
         return given
 
     def place(self, tensor: Tensor) -> Tensor:
-        """From time-major to the layout of the input."""
+        """Return a time-major tensor in the layout of the input."""
         return tensor.transpose(0, 1).contiguous() if self.batch_first else tensor
 
     def tensors(self) -> tuple[Tensor, Tensor | None]:
-        """The input, NaN behind the ends, and hx: leaves."""
+        """Return the input, NaN behind the ends, and hx, as leaves."""
         generator = self.generator
         x = 3 * torch.randn(T, self.B, I, generator=generator)
         for b, end in enumerate(self.ends):
@@ -108,7 +112,7 @@ class Ragged:
         return x, hx if self.hx else None
 
     def stretches(self, b: int) -> list[range]:
-        """The steps of sequence b, cut where it starts anew."""
+        """Return the steps of sequence b, split where it is reset."""
         marks = self.marks()[:, b].tolist() if self.reset else [False] * T
         starts = [t for t in range(self.ends[b]) if t == 0 or marks[t]]
         return [range(*bounds) for bounds in zip(starts, [*starts[1:], self.ends[b]])]
@@ -116,7 +120,7 @@ class Ragged:
     def written_out(
         self, weights: list[Tensor], x: Tensor, hx: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Every stretch by itself, one token at a time."""
+        """Run every stretch by itself, one token at a time."""
         options = {"nonlinearity": self.nonlinearity, "num_layers": self.L}
         options["bidirectional"] = self.D == 2
         x = x.transpose(0, 1) if self.batch_first else x
@@ -140,12 +144,12 @@ class Ragged:
                 ends = torch.where(leaves.flatten(0, 1), last, ends)
             h_n.append(ends)
         if not output.requires_grad:
-            # Of no token at all. It is asked for a gradient nonetheless.
+            # There is no token, but a gradient is asked for.
             output.requires_grad_()
         return self.place(output), torch.stack(h_n, 1)
 
     def results(self, run, weights, x, hx) -> dict[str, Tensor]:
-        """Output, h_n and every gradient, of cotangents that are NaN behind the ends as well."""
+        """Return output, h_n and every gradient; cotangents are NaN behind the ends as well."""
         output, h_n = run(x, hx)
         generator = self.generator
         cotangents = [
@@ -167,7 +171,7 @@ class Ragged:
         return self.results(run, list(module.parameters()), *self.tensors())
 
     def theirs(self, module: nn.Module, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """By the recurrence written out, in another dtype, of the same numbers."""
+        """Return the results of the written-out recurrence, in another dtype."""
         x, hx, *weights = (
             None if y is None else y.detach().to("cpu", dtype).requires_grad_()
             for y in (*self.tensors(), *module.parameters())
@@ -255,7 +259,7 @@ def test_lengths_lie_on_any_device(case):
 
 
 def test_lengths_and_reset_may_change_from_call_to_call():
-    """What is remembered of a tensor is forgotten when it changes, by NumPy too."""
+    """What is cached of a tensor is read again when it changes, through NumPy as well."""
     case = Ragged("unsorted", reset=True)
     module, (x, hx) = case.module(), case.tensors()
     x = torch.nan_to_num(x)
@@ -269,14 +273,124 @@ def test_lengths_and_reset_may_change_from_call_to_call():
         assert torch.equal(got[1], expected[1])
 
 
-@pytest.mark.parametrize("name", ["lengths", "reset"])
-def test_change_between_forward_and_backward_is_noticed(name):
-    case = Ragged("unsorted", reset=True)
-    given = case.arguments()
-    output, _ = case.module()(*case.tensors(), **given)
-    given[name].zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        output.sum().backward()
+def described_by(name: str, given: Tensor) -> tuple[object, dict[str, Tensor]]:
+    """An input whose sequences a tensor describes, and the arguments beside it."""
+    data = torch.randn(9, I, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    if name == "batch_sizes":
+        return nn.utils.rnn.PackedSequence(data, given), {}
+    if name == "offsets":
+        return torch.nested.nested_tensor_from_jagged(data, offsets=given), {}
+    return data.view(3, 3, I), {name: given}
+
+
+DESCRIPTIONS = {
+    "lengths": (3, 1, 2),
+    "reset": ((True, False, False), (False, True, False), (False, False, True)),
+    "batch_sizes": (4, 3, 2),
+    "offsets": (0, 4, 7, 9),
+}
+
+
+def differentiated(run, module, input, given):
+    """Run, and return the gradient of the weights as a function to be called later."""
+    output, h_n = run(input, **given)
+    output = output.data if isinstance(output, nn.utils.rnn.PackedSequence) else output
+    loss = (output.values() if output.is_nested else output).sin().abs().sum() + h_n.abs().sum()
+    return lambda **options: torch.autograd.grad(loss, list(module.parameters()), **options)
+
+
+def on_each(*paths: str) -> pytest.MarkDecorator:
+    # torch differentiates no jagged tensor of complex numbers, nor by torch.func.
+    pairs = [(name, path) for name in DESCRIPTIONS for path in paths]
+    pairs = [pair for pair in pairs if pair != ("offsets", "composite")]
+    return pytest.mark.parametrize(("name", "path"), pairs)
+
+
+@on_each("in-place", "composite", "twice", "triton", "compiled")
+def test_what_describes_the_sequences_is_taken_at_the_call(name, path):
+    """Whoever owns its memory may write to it before the backward pass, by torch or by NumPy."""
+    torch._dynamo.reset()
+    dtype = {"composite": torch.complex128, "triton": torch.float32}.get(path, torch.float64)
+    module = tritonrnn.RNN(I, 4, 2, bidirectional=True, dtype=dtype)
+    run = module
+    if path == "compiled":
+        run = torch.compile(module, backend="aot_eager", fullgraph=True)
+
+    def gradients(change):
+        given = torch.tensor(DESCRIPTIONS[name])
+        input, arguments = described_by(name, given)
+        input = input.to(dtype)
+        with tritonrnn.backend("triton" if path == "triton" else "torch"):
+            backward = differentiated(run, module, input, arguments)
+        change(given)
+        return backward(create_graph=path == "twice")
+
+    def by_numpy(given):
+        given.numpy()[:] = 1
+
+    expected = gradients(lambda given: None)
+    for change in (by_numpy, Tensor.zero_):
+        for got, want in zip(gradients(change), expected):
+            assert torch.equal(got, want)
+    torch._dynamo.reset()
+
+
+@on_each("in-place", "composite", "triton")
+def test_default_device_does_not_matter(name, path):
+    """What is made inside lies where the input is, or on the CPU."""
+    module = tritonrnn.RNN(I, 4, 2, bidirectional=True)
+    weights = {name: weight.detach() for name, weight in module.named_parameters()}
+
+    def gradients(input, arguments):
+        def loss(weights):
+            output, h_n = torch.func.functional_call(module, weights, (input,), arguments)
+            output = output.data if name == "batch_sizes" else output
+            return (output.values() if output.is_nested else output).sum() + h_n.sum()
+
+        with tritonrnn.backend("triton" if path == "triton" else "torch"):
+            if path == "composite":
+                return list(torch.func.grad(loss)(weights).values())
+            return list(torch.autograd.grad(loss({}), list(module.parameters())))
+
+    # Apart, so that nothing is left from the call before.
+    (input, arguments), again = (
+        described_by(name, torch.tensor(DESCRIPTIONS[name])) for _ in range(2)
+    )
+    expected = gradients(input.to(torch.float32), arguments)
+    input, arguments = again[0].to(torch.float32), again[1]
+    # As good as "cuda", and at hand.
+    with torch.device("meta"):
+        got = gradients(input, arguments)
+    torch.testing.assert_close(got, expected)
+
+
+# torch makes no nested tensor of tensors on two devices.
+@pytest.mark.parametrize("name", ["lengths", "reset", "batch_sizes"])
+@pytest.mark.parametrize("hx", [False, True], ids=["nohx", "hx"])
+def test_inputs_without_values_have_results_of_the_right_shape(name, hx):
+    """On the meta device, beside sizes that have values."""
+    module = tritonrnn.RNN(I, 4, 2, bidirectional=True, device="meta")
+    input, arguments = described_by(name, torch.tensor(DESCRIPTIONS[name]))
+    B = 4 if name == "batch_sizes" else 3
+    state = torch.zeros(4, B, 4, device="meta") if hx else None
+    if name == "batch_sizes":
+        input = input._replace(data=input.data.to("meta", torch.float32))
+    else:
+        input = input.to("meta", torch.float32)
+    output, h_n = module(input, state, **arguments)
+    output = output.data if name == "batch_sizes" else output
+    assert output.shape == ((9, 8) if name == "batch_sizes" else (3, 3, 8))
+    assert h_n.shape == (4, B, 4)
+    (output.sum() + h_n.sum()).backward()
+    assert all(weight.grad.is_meta for weight in module.parameters())
+
+
+def test_lengths_and_reset_may_be_fake():
+    """A tracer of one's own has no values."""
+    with FakeTensorMode():
+        lengths, reset = torch.tensor([3, 1]), torch.zeros(5, 2, dtype=torch.bool)
+        output, h_n = tritonrnn.RNN(I, 4)(torch.ones(5, 2, I), lengths=lengths, reset=reset)
+    assert (output.shape, h_n.shape) == ((5, 2, 4), (1, 2, 4))
 
 
 def test_ragged_tensors_of_inference_mode_serve_training():
@@ -290,7 +404,7 @@ def test_ragged_tensors_of_inference_mode_serve_training():
     assert_same_results(results, case.theirs(module))
 
 
-def test_unbatched_sequence_can_start_anew():
+def test_unbatched_sequence_can_be_reset():
     module = tritonrnn.RNN(I, 4).double()
     x, hx = torch.randn(T, I).double(), torch.randn(1, 4).double()
     reset = torch.arange(T) == 4
@@ -313,7 +427,7 @@ def as_function(case: Ragged):
         parameters = dict(zip(names, weights))
         return torch.func.functional_call(module, parameters, (x, hx), case.arguments())
 
-    # Numerical differentiation is of numbers.
+    # Numerical differentiation can't start from NaN.
     x = torch.nan_to_num(x.detach()).requires_grad_()
     return function, (x, hx, *(w.detach().clone().requires_grad_() for w in module.parameters()))
 
@@ -326,8 +440,8 @@ def test_ragged_batches_pass_gradcheck_and_gradgradcheck(case):
 
 
 @pytest.mark.parametrize("case", [Ragged("zeros", L=2, D=2, hx=False), *SMALL], ids=str)
-def test_recorded_steps_agree_under_torch_func(case):
-    """torch.func records every step: the padding may hold NaN there as well."""
+def test_composite_path_agrees_under_torch_func(case):
+    """torch.func takes the composite path: the padding may hold NaN there as well."""
     module = case.module()
     weights = dict(module.named_parameters())
     x, hx = case.tensors()
@@ -343,7 +457,7 @@ def test_recorded_steps_agree_under_torch_func(case):
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_ragged_batches_compile_whole_whatever_their_lengths(case):
+def test_ragged_batches_compile_to_one_graph_for_all_lengths(case):
     torch._dynamo.reset()
     module = case.module()
     counter = CompileCounterWithBackend("aot_eager")
@@ -387,7 +501,7 @@ def test_ragged_batches_export_with_any_number_of_steps_and_sequences(case):
 
 
 @pytest.mark.parametrize("name", ["lengths", "reset"])
-def test_vmap_over_what_says_the_layout_is_a_clear_error(name):
+def test_vmap_over_lengths_or_reset_is_a_clear_error(name):
     case = Ragged("unsorted", reset=True)
     module, (x, _), given = case.module(), case.tensors(), case.arguments()
     with pytest.raises(RuntimeError, match=f"{name} can't be what torch.func.vmap maps over"):
@@ -416,6 +530,7 @@ def a_jagged(lengths=(3, 1, 5), features=I, dtype=torch.float64) -> Tensor:
 @pytest.mark.parametrize(
     ("D", "backend", "dtype"),
     [(1, "torch", torch.float64), (2, "torch", torch.float64), (2, "triton", torch.float32)],
+    ids=["D1-torch-fp64", "D2-torch-fp64", "D2-triton-fp32"],
 )
 def test_jagged_batch_is_every_sequence_by_itself(D, backend, dtype):
     module = tritonrnn.RNN(I, 4, 2, bidirectional=D == 2, dtype=dtype)
@@ -471,7 +586,7 @@ def test_jagged_batch_takes_empty_sequences():
     )
 
 
-def test_jagged_batch_compiles_whole():
+def test_jagged_batch_compiles_to_one_graph():
     torch._dynamo.reset()
     module = tritonrnn.RNN(4, 4).double()
 
@@ -537,7 +652,7 @@ WRONG = {
         "shape",
     ),
     "reset of one sequence": (lambda: x(4, I), {"reset": torch.zeros(4, 1, dtype=bool)}, "shape"),
-    "reset of numbers": (lambda: x(4, 2, I), {"reset": torch.zeros(4, 2)}, "float32"),
+    "reset of floats": (lambda: x(4, 2, I), {"reset": torch.zeros(4, 2)}, "float32"),
     "holes": (with_holes, {}, "holes"),
     "ragged features": (ragged_in_the_features, {}, "dimension 1"),
     "strided": (strided, {}, "torch.jagged"),
@@ -552,6 +667,6 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_wrong_ragged_arguments_raise(what):
-    make, arguments, says = WRONG[what]
-    with pytest.raises((ValueError, TypeError, RuntimeError), match=says):
+    make, arguments, message = WRONG[what]
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         tritonrnn.RNN(I, 4)(make(), **arguments)

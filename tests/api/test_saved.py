@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import tritonrnn
-from tests.support.saved import Tagger
+from tests.support.processes import run_alone
+from tests.support.saved import NamedRNN, Tagger
+from tritonrnn.conversion import _new_adopted
 
 FOLDERS = sorted((Path(__file__).parents[1] / "data" / "saved").iterdir())
 
@@ -69,3 +75,46 @@ def test_operators_keep_the_schemas_that_saved_programs_name():
         f"tritonrnn::elman_backward(Tensor? grad_output, Tensor? grad_h_n, {sources}"
         f"Tensor output, {settings}, bool[] needs) -> Tensor[]"
     )
+
+
+@pytest.mark.parametrize("name", ["rnn", "cell", "converted"])
+def test_whole_model_loads_where_one_of_torchs_would(folder, name):
+    """Whoever loads it need not know of the classes that convert put into it."""
+    with torch.serialization.safe_globals([NamedRNN, nn.RNN, nn.RNNCell]):
+        model = torch.load(folder / f"{name}.pt", weights_only=True)
+        assert_computes_the_same(model, folder, name)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        assert_computes_the_same(torch.load(file, weights_only=True), folder, name)
+    if name == "converted":
+        with pytest.raises(pickle.UnpicklingError, match="NamedRNN was not an allowed global"):
+            torch.load(folder / f"{name}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("arguments", [(dict, tritonrnn.RNN), (NamedRNN, dict)], ids=str)
+def test_what_loading_calls_makes_nothing_but_rnns(arguments):
+    with pytest.raises(TypeError, match="subclass"):
+        _new_adopted(*arguments)
+
+
+def test_traced_module_without_the_package_says_what_is_missing(tmp_path):
+    """As README says: torch's message names the operator, and so the package."""
+    with warnings.catch_warnings():
+        # That tracing is deprecated, and what the tracer can't follow.
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(tritonrnn.RNN(3, 4), (torch.randn(5, 2, 3),))
+    traced.save(tmp_path / "traced.pt")
+    program = f"""
+        import torch, warnings
+        warnings.simplefilter("ignore")
+        try:
+            torch.jit.load("{tmp_path / "traced.pt"}")
+        except RuntimeError as error:
+            print(error)
+        import tritonrnn
+        print(torch.jit.load("{tmp_path / "traced.pt"}")(torch.ones(5, 2, 3))[0].shape)
+    """
+    printed = run_alone(program)
+    assert "Unknown builtin op: tritonrnn::elman" in printed
+    assert "[5, 2, 4]" in printed

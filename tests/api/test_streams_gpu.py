@@ -1,4 +1,4 @@
-"""What only a GPU shows of whole calls: CUDA graphs, streams, a device that is not the current."""
+"""Whole calls on a GPU: CUDA graphs, streams, a device that is not the current one."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import tritonrnn
+from perf.oracle import assert_as_accurate
 from tests.support.cases import Case, assert_accurate_over, exact, plain, run
-from tests.support.reference import assert_as_accurate
 
 pytestmark = [
     pytest.mark.gpu,
-    # cuDNN's, of weights that do not lie in one buffer.
+    # cuDNN warns of weights that do not lie in one buffer.
     pytest.mark.filterwarnings("ignore:RNN module weights are not part of single"),
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
 ]
@@ -27,7 +27,7 @@ THROUGH_KERNELS = [
     for layout in LAYOUTS
     for dtype in (torch.float32, torch.bfloat16)
 ]
-# Padded, for a wide layer may go to cuDNN, of whose packed calls nothing is promised here.
+# Padded only: a wide layer may run on cuDNN, whose packed calls are not tested here.
 WIDE = Case(T=9, B=5, I=6, H=512, device="cuda")
 
 
@@ -45,7 +45,7 @@ def test_these_cases_go_through_the_kernels():
 
 
 def capture(compute: Callable[[], dict[str, Tensor]]) -> tuple[torch.cuda.CUDAGraph, dict]:
-    """Capture what is computed after a warm-up, which compiles kernels; both on one stream."""
+    """Capture ``compute`` after a warm-up, which compiles kernels, both on one stream."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -68,8 +68,8 @@ def captured_call(
     input = case.input(data)
     leaves = {"input": data, "hx": hx, **dict(module.named_parameters())}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
-    # Nothing is recorded: what accumulates the gradients of a leaf belongs to the stream on which
-    # it was first recorded, and a capture can't wait for another.
+    # No graph is recorded: a leaf's gradient accumulates on the stream of its first graph, and a
+    # capture can't wait for another stream.
     with torch.no_grad():
         output, h_n = module(input, hx)
     cotangents = case.cotangents(plain(output), h_n)
@@ -89,7 +89,7 @@ def captured_call(
 def assert_agrees(
     case: Case, module: nn.Module, data: Tensor, hx: Tensor | None, got: dict[str, Tensor]
 ) -> None:
-    """As accurate as the same call made plainly."""
+    """Check that the results are as accurate as those of the same call without a graph."""
     expected, truth = run(case, module, data, hx), exact(case, module, data, hx)
     for name in got:
         assert_as_accurate([got[name]], [expected[name]], [truth[name]], name)
@@ -101,7 +101,7 @@ def test_captured_call_replays_on_new_inputs(case, trains):
     module = case.module(tritonrnn.RNN)
     data, hx = case.tensors()
     graph, results = captured_call(case, module, data, hx, trains=trains)
-    # What a freed row map left in pinned memory would be overwritten by these.
+    # These would overwrite a row map that was freed from pinned memory.
     others = [torch.zeros(1 << power, dtype=torch.int64).pin_memory() for power in range(12)]
     assert all(other.is_pinned() for other in others)
     for seed in (3, 4):
@@ -140,7 +140,7 @@ def test_captured_training_step_trains_as_without(case):
     def weights(module: nn.Module) -> Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
-    def trained_plainly(module: nn.Module) -> Tensor:
+    def trained_without_a_graph(module: nn.Module) -> Tensor:
         for data, hx in batches:
             dtype = module.weight_hh_l0.dtype
             stepper(module, data.detach().to(dtype), hx.detach().to(dtype))()
@@ -156,8 +156,8 @@ def test_captured_training_step_trains_as_without(case):
         hx.copy_(new_hx.detach())
         graph.replay()
     torch.cuda.synchronize()
-    expected = trained_plainly(copy.deepcopy(start))
-    truth = trained_plainly(copy.deepcopy(start).double())
+    expected = trained_without_a_graph(copy.deepcopy(start))
+    truth = trained_without_a_graph(copy.deepcopy(start).double())
     assert_as_accurate([weights(captured)], [expected], [truth])
 
 
@@ -187,7 +187,7 @@ def test_work_is_queued_on_the_current_stream_without_waiting(case):
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.stream(stream):
-            # Whoever does not queue behind this reads NaN.
+            # What is not queued behind this reads NaN.
             torch.cuda._sleep(200_000_000)
             with torch.no_grad():
                 leaves["input"].copy_(values)
@@ -210,3 +210,24 @@ def test_tensors_on_a_device_that_is_not_the_current_one(case):
         output, _ = case.module(tritonrnn.RNN)(case.input(case.tensors()[0]))
         assert plain(output).device == torch.device("cuda:1")
         assert torch.cuda.current_device() == 0
+
+
+def test_lengths_are_read_anew_by_each_call_and_each_replay():
+    case = THROUGH_KERNELS[0]
+    module = case.module(tritonrnn.RNN)
+    data, hx = (tensor.detach() for tensor in case.tensors())
+    lengths = torch.full((case.B,), case.T, device="cuda")
+
+    def compute(lengths: Tensor) -> list[Tensor]:
+        output, h_n = module(data, hx, lengths=lengths)
+        return [output, h_n, *torch.autograd.grad(output.sum() + h_n.sum(), module.parameters())]
+
+    compute(lengths)
+    # Torch does not count what is done through .data as a change.
+    lengths.data.fill_(3)
+    torch.testing.assert_close(compute(lengths), compute(lengths.clone()))
+    graph, replayed = capture(lambda: compute(lengths))
+    for length in (1, 7):
+        lengths.data.fill_(length)
+        graph.replay()
+        torch.testing.assert_close(replayed, compute(lengths.clone()))

@@ -1,6 +1,6 @@
-"""Trained a few steps, a model around an RNN stays with the same model around torch.nn.RNN.
+"""Trained a few steps, a model with our RNN has the weights of the same model with torch.nn.RNN.
 
-On the torch path, and through the kernels: natively where there is a GPU, else in Triton's
+On the torch path, and through the kernels: on a GPU where there is one, else in Triton's
 interpreter, hence small. Weights are held against torch.nn.RNN trained in float64.
 """
 
@@ -15,11 +15,11 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import tritonrnn
-from tests.support.cases import Case, assert_same_results, gradients_of, plain, run
-from tests.support.reference import assert_as_accurate
+from perf.oracle import assert_as_accurate
+from tests.support.cases import DTYPE_NAMES, Case, assert_same_results, plain, run, with_gradients
 
 pytestmark = [
-    # cuDNN's, of weights that torch.nn.RNN no longer keeps in one buffer.
+    # cuDNN warns of weights that torch.nn.RNN no longer keeps in one buffer.
     pytest.mark.filterwarnings("ignore:RNN module weights are not part of single"),
     # In the interpreter NumPy warns where IEEE arithmetic is meant to give infinity or NaN.
     pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
@@ -27,7 +27,7 @@ pytestmark = [
 
 STEPS = 2
 SMALLEST = Case(T=2, B=2, I=3, H=5, L=2, device="cuda" if torch.cuda.is_available() else "cpu")
-# Of each path several draws, where they cost little: of one, rounding may favour either side.
+# Several draws for each path, where they are cheap: in one, rounding may favour either side.
 CASES = {
     "torch": [Case(T=6, B=4, I=4, H=7, L=2, D=2, seed=seed) for seed in (0, 10, 20)],
     "triton": [SMALLEST],
@@ -36,7 +36,7 @@ CASES = {
 
 @pytest.fixture(params=CASES)
 def cases(request):
-    """Problems of a path, which serves the calls meanwhile."""
+    """Return the cases of a path, which serves the calls meanwhile."""
     with tritonrnn.backend(request.param):
         yield CASES[request.param]
 
@@ -109,9 +109,9 @@ CHANGES = [
 
 
 def loss_of(case: Case, module: nn.Module, seed: int, dtype: torch.dtype) -> torch.Tensor:
-    """Of a batch of its own for each seed, with random weights on output and final state."""
+    """Return the loss of the seed's batch, with random weights on output and final state."""
     data, hx = (x.detach().to(dtype) for x in replace(case, seed=case.seed + seed).tensors(1.0))
-    # What is parametrised is computed once a step, however often a module looks at it.
+    # A parametrised weight is computed once a step, however often a module accesses it.
     with parametrize.cached():
         output, h_n = module(case.input(data), hx)
     weight, other = case.cotangents(plain(output), h_n)
@@ -119,12 +119,12 @@ def loss_of(case: Case, module: nn.Module, seed: int, dtype: torch.dtype) -> tor
 
 
 def weights_of(module: nn.Module) -> torch.Tensor:
-    """All parameters in a row: errors of the smallest alone are luck."""
+    """Return all parameters as one vector: errors of the smallest alone are random."""
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
 def trained(case: Case, module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    # A spectral norm is another after each look in training; on conversion torch.nn.RNN has one.
+    # In training each access changes a spectral norm, and torch.nn.RNN accesses it when converted.
     module = module.eval().to(dtype).train()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9)
     for step in range(STEPS):
@@ -140,7 +140,7 @@ def changed(case: Case, module_class: type[nn.Module], change) -> nn.Module:
     return module
 
 
-# Through the kernels, what is a tensor of its own at each step, shared, masked or not trained.
+# Through the kernels: weights that are computed at each step, shared, masked or frozen.
 FEWER = [as_they_are, weight_norm, bounded, prune_half, tie, freeze]
 
 
@@ -151,7 +151,7 @@ FEWER = [as_they_are, weight_norm, bounded, prune_half, tie, freeze]
     indirect=["cases"],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_training_stays_with_torch(change, cases):
+def test_trained_weights_agree_with_torchs(change, cases):
     got, expected, truth = (
         [trained(case, changed(case, module_class, change), dtype) for case in cases]
         for module_class, dtype in (
@@ -168,7 +168,7 @@ def test_training_stays_with_torch(change, cases):
         assert torch.equal(start, end) == (not start.requires_grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=DTYPE_NAMES.get)
 def test_scaled_training_skips_an_overflow_as_torch_does(dtype, cases):
     """Under autocast with a GradScaler; the second of four steps overflows."""
 
@@ -190,7 +190,7 @@ def test_scaled_training_skips_an_overflow_as_torch_does(dtype, cases):
         assert scales == [2.0**10, 2.0**9, 2.0**9, 2.0**10]
         return after[-1]
 
-    def plainly(case: Case):
+    def without_scaler(case: Case):
         module = case.module().double()
         optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
         for step in (0, 2, 3):
@@ -203,13 +203,13 @@ def test_scaled_training_skips_an_overflow_as_torch_does(dtype, cases):
         [scaled(case, case.module(module_class)) for case in cases]
         for module_class in (tritonrnn.RNN, nn.RNN)
     )
-    truth = [plainly(case) for case in cases]
+    truth = [without_scaler(case) for case in cases]
     assert_as_accurate(got, expected, truth)
 
 
 @through_kernels
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["recomputed", "reentrant"])
-def test_checkpointed_kernels_give_the_same_gradients(use_reentrant, cases):
+def test_checkpointed_kernels_return_the_same_gradients(use_reentrant, cases):
     [case] = cases
     module = case.module(tritonrnn.RNN)
     data, hx = case.tensors()
@@ -227,7 +227,7 @@ LAYOUTS = ["time-major", "batch-first", "unsorted"]
 
 
 def ragged(case: Case, layout: str) -> Case:
-    """A problem of the same path with more to add up, in an order that could vary."""
+    """Return a case of the same path with longer sums, whose order could vary."""
     if case is SMALLEST:
         return replace(case, D=2, L=1, layout=layout)
     return replace(case, T=40, B=9, I=33, H=64, layout=layout)
@@ -255,7 +255,7 @@ def test_deterministic_algorithms_hold_and_change_nothing(layout, cases, monkeyp
         # Memory that is not written to is NaN meanwhile.
         assert torch.utils.deterministic.fill_uninitialized_memory
         output, h_n = module(case.input(data), hx)
-        got = gradients_of(case, module, data, hx, plain(output), h_n)
+        got = with_gradients(case, module, data, hx, plain(output), h_n)
     finally:
         torch.use_deterministic_algorithms(False)
     assert_same_results(got, expected, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""The programs that RNN tutorials are made of: tritonrnn, torch.nn and the recurrence by hand."""
+"""Programs from RNN tutorials: by tritonrnn, by torch.nn and by hand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _float64():
 
 
 def twins(*arguments, **options) -> tuple[nn.Module, nn.Module]:
-    """torch's module and ours, with the same weights, from the same seed."""
+    """Return torch's module and ours with the same weights."""
     modules = []
     for module_class in (nn.RNN, tritonrnn.RNN):
         torch.manual_seed(1)
@@ -44,7 +44,7 @@ def assert_all_close(*results) -> None:
 
 
 def by_addmm(rnn, x: Tensor, state: Tensor, layer: int = 0, suffix: str = "") -> Tensor:
-    """Hidden states ``(T, B, H)`` of one layer and direction, one addmm a term."""
+    """Return the hidden states ``(T, B, H)`` of a layer and direction, with one addmm a term."""
     w_ih, w_hh, b_ih, b_hh = (
         getattr(rnn, f"{name}_l{layer}{suffix}")
         for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -57,7 +57,7 @@ def by_addmm(rnn, x: Tensor, state: Tensor, layer: int = 0, suffix: str = "") ->
 
 
 def by_bmm(rnn, x: Tensor, state: Tensor) -> Tensor:
-    """The same as batched products of matrices by column vectors, batch first."""
+    """Return the same, batch first, by batched products of matrices and column vectors."""
     w_ih, w_hh, b_ih, b_hh = (p.unsqueeze(0) for p in rnn.parameters())
     batch = x.shape[0]
     state = state.unsqueeze(2)
@@ -88,13 +88,13 @@ def test_one_layer_by_bmm():
 def test_stepping_one_token_at_a_time_with_the_state_carried(num_layers):
     theirs, ours = twins(I, H, num_layers)
     x = torch.randn(T, B, I)
-    whole = ours(x)
+    expected = ours(x)
     for rnn in (theirs, ours):
         state, outputs = None, []
         for x_t in x:
             output, state = rnn(x_t.unsqueeze(0), state)
             outputs.append(output)
-        assert_all_close(whole, (torch.cat(outputs), state))
+        assert_all_close(expected, (torch.cat(outputs), state))
 
 
 def test_chunks_with_the_state_detached_between():
@@ -161,7 +161,7 @@ def with_head(rnn, features: int, classes: int = 6) -> nn.Linear:
 
 
 def trained(rnn, head, loss) -> list[Tensor]:
-    """Parameters after three steps of Adam on ``loss()``, and the losses."""
+    """Return the parameters after three steps of Adam on ``loss()``, and the losses."""
     optimizer = torch.optim.Adam([*rnn.parameters(), *head.parameters()], lr=0.01)
     losses = []
     for _ in range(3):
@@ -208,7 +208,7 @@ def test_many_to_one_from_the_two_final_states():
 
 
 def one_to_many(rnn, head, token: Tensor, state: Tensor, steps: int) -> Tensor:
-    """Each step is fed what the head made of the step before."""
+    """Feed each step with what the head makes of the step before."""
     made = []
     for _ in range(steps):
         output, state = rnn(token, state)
@@ -257,7 +257,7 @@ LENGTHS = (5, 3, 4, 2)
 
 
 def packed_by_hand(rnn, packed: PackedSequence) -> tuple[Tensor, Tensor]:
-    """Step t is the next batch_sizes[t] rows; whoever is over keeps its state."""
+    """Take batch_sizes[t] rows in step t; a sequence that has ended keeps its state."""
     w_ih, w_hh, b_ih, b_hh = rnn.parameters()
     state = torch.zeros(int(packed.batch_sizes[0]), H)
     start, rows = 0, []

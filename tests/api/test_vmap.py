@@ -48,7 +48,7 @@ def of_tensors(case: Case):
 
 
 def several(case: Case, count: int = 4):
-    """Inputs and states, ``count`` of each."""
+    """Return inputs and states, ``count`` of each."""
     data, hx = (x.detach() for x in case.tensors())
     scale = torch.linspace(-1, 1.5, count, dtype=data.dtype)
     return [torch.stack([x * factor for factor in scale]) for x in (data, hx)]

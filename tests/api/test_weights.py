@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import tritonrnn
-from tests.support.cases import Case, assert_same_results, gradients_of, pair, run
+from tests.support.cases import Case, assert_same_results, pair, run, with_gradients
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
@@ -33,7 +34,8 @@ def weight_norm(module):
 def spectral_norm(module):
     torch.manual_seed(5)
     parametrizations.spectral_norm(module, "weight_hh_l1_reverse")
-    # In training each look at the weight changes it, and nobody promises how often forward looks.
+    # In training each access of the weight changes it, and forward may access it any number of
+    # times.
     module.eval()
 
 
@@ -46,7 +48,7 @@ def reset_data(module):
 
 
 def delete_and_set(module):
-    """A weight that is no Parameter, as DropConnect has it."""
+    """Make a weight no Parameter, as DropConnect does."""
     raw = module.weight_hh_l0
     del module._parameters["weight_hh_l0"]
     module.raw_weight = raw
@@ -66,8 +68,73 @@ def test_changed_weights_are_the_ones_used(change):
         change(module)
         output, h_n = module(data, hx)
         assert not torch.equal(before, output)
-        results.append(gradients_of(case, module, data, hx, output, h_n))
+        results.append(with_gradients(case, module, data, hx, output, h_n))
     assert_same_results(results[1], results[0])
+
+
+def assign_list(module):
+    module._flat_weights = [w * 0.5 if w.dim() == 2 else w for w in module._flat_weights]
+
+
+def assign_item(module):
+    module._flat_weights[1] = module._flat_weights[1] * 0.5
+
+
+def assign_item_of_list(module):
+    assign_list(module)
+    weights = module._flat_weights
+    weights[0] = weights[0] * 0.5
+    weights[1] = weights[1] * 0.5
+
+
+def assign_then_copy(module):
+    """As in torch, a copy goes by its attributes."""
+    module._flat_weights = [weight.detach() * 0.5 for weight in module._flat_weights]
+    return copy.deepcopy(module)
+
+
+def assign_list_and_weight(module):
+    assign_list(module)
+    module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.detach() * 0.3)
+
+
+def assign_then_forget(module):
+    """As torch does when the weights go elsewhere."""
+    assign_list(module)
+    module.float().double()
+
+
+ASSIGNMENTS = [
+    assign_list,
+    assign_item,
+    assign_item_of_list,
+    assign_list_and_weight,
+    assign_then_copy,
+    assign_then_forget,
+]
+
+
+@pytest.mark.parametrize("is_converted", [False, True], ids=["ours", "converted"])
+@pytest.mark.parametrize("change", ASSIGNMENTS, ids=lambda f: f.__name__)
+def test_weights_assigned_as_torchs_list_are_the_ones_used(change, is_converted):
+    """DropConnect wrappers assign them, private as the list is."""
+    case = Case(L=2, D=2, dtype=torch.float64)
+    data, hx = case.tensors()
+    theirs, ours = pair(case)
+    theirs = change(theirs) or theirs
+    if is_converted:
+        ours = case.module(nn.RNN)
+    ours = tritonrnn.convert(change(ours) or ours)
+    assert type(ours) is tritonrnn.RNN
+    for others in ({}, {name: weight * 0.7 for name, weight in theirs.named_parameters()}, {}):
+        (expected, _), (got, _) = (
+            torch.func.functional_call(module, others, (data, hx)) for module in (theirs, ours)
+        )
+        torch.testing.assert_close(got, expected)
+        if got.requires_grad:
+            torch.testing.assert_close(
+                *(torch.autograd.grad(y.sum(), data) for y in (got, expected))
+            )
 
 
 def test_functional_call_uses_and_differentiates_the_weights_given():

@@ -69,7 +69,7 @@ class StaleReadError(Exception):
 
 
 def schedule(steps: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Blocks and steps in the order in which a CTA group walks them."""
+    """Return blocks and steps in the order in which a CTA group walks them."""
     pairs = [range(len(steps))[first : first + 2] for first in range(0, len(steps), 2)]
     return [
         (block, step)
@@ -233,7 +233,7 @@ def test_cooperative_protocol_needs_a_counter_for_each_block():
 
 
 def test_cooperative_protocol_needs_targets_that_count_on():
-    """A counter that has been counted on says nothing of a block that has only begun."""
+    """A counter that has been counted on does not show how far a block is that has only begun."""
     with pytest.raises(StaleReadError):
         search(Protocol(((2, 2, 2, 2),), targets_count_on=False))
 

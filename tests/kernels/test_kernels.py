@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 import tritonrnn
 from tests.support.cases import (
+    DTYPE_NAMES,
     Case,
     assert_accurate_over,
     assert_autocast_as_accurate,
@@ -69,7 +70,7 @@ def test_kernels_give_an_empty_batch_zero_gradients():
     assert_zero_gradients(KernelCase(B=0, D=2))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=DTYPE_NAMES.get)
 @pytest.mark.usefixtures("triton_back_end")
 def test_kernels_under_autocast_follow_torchs_rules(dtype):
     assert_autocast_as_accurate(

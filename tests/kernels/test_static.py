@@ -86,6 +86,7 @@ def used_before_the_product_is_made(load: str, loop: list[str]) -> bool:
 def overlaps(row: dict) -> None:
     """Check that loads, stores and changes of layout of ``registers`` run beside the product.
 
+    That nothing disturbs a product in flight is a matter of ptxas, which the emulator does not see.
     From a product's end to the next one's beginning there is the epilogue, the state's way to
     shared memory, a fence (before which ptxas puts one for all memory), a wait for the copies of
     two steps before, and a barrier; then all MMA instructions at once, none of which is waited for
@@ -111,20 +112,28 @@ def overlaps(row: dict) -> None:
         wait = next(i for i, name in enumerate(rest) if name.startswith("WARPGROUP"))
         assert sorted(rest[:wait]) == sorted(aside)
         assert rest[wait + 1 :] == [*kept, "MEMBAR", "FENCE", "DEPBAR.LE SB0, 0x2", "BAR"]
-    # From an MMA instruction to the wait nothing else uses its four sums.
+    # From an MMA instruction to the wait nothing else uses its four sums, or writes to the four
+    # registers of M that it takes.
     sums: set[str] = set()
+    weights: set[str] = set()
     for line in 2 * row["step_sass"]:
-        product = re.search(r"HGMMA\S*\s+R(\d+),", line)
+        product = re.search(r"HGMMA\S*\s+R(\d+), R(\d+),", line)
+        written = re.search(r"\*/\s+(?:@!?U?P\w+\s+)?[A-Z]\S*\s+(R\d+)\b", line)
         if product:
             sums = {f"R{int(product[1]) + i}" for i in range(4)}
+            weights |= {f"R{int(product[2]) + i}" for i in range(4)}
         elif "DEPBAR.LE gsb0, 0x0" in line:
-            sums = set()
+            sums, weights = set(), set()
         else:
             assert not sums & set(re.findall(r"\bR\d+\b", line)), line
+            assert written is None or written[1] not in weights, line
 
 
 def reads_at_once(row: dict) -> None:
-    """Check that all 16 reads of the state are issued before one is waited for; of two blocks."""
+    """Check that all 16 reads of the state are issued before one is waited for; of two blocks.
+
+    And that they go past L1 (``.STRONG``), which an acquire empties in the emulator.
+    """
     found = re.findall(r"LDG\.E\.128\.STRONG|STS\.128|HGMMA", "\n".join(row["sass"]))
     order = [(event, len(list(same))) for event, same in itertools.groupby(found)]
     reads = [i for i, (event, _) in enumerate(order) if event.startswith("LDG")]
@@ -192,6 +201,8 @@ def test_step_costs_what_it_may(kernel, rows):
     assert row[cost.mma] > 0
     assert row["bar"] <= cost.barriers
     assert row["is_cooperative_launch"] == (kernel.plan == "cooperative")
+    reads_past_l1 = any(re.search(r"\bLDG\S*\.STRONG", line) for line in row["step_sass"])
+    assert reads_past_l1 == (kernel.plan == "cooperative")
     if cost.check is not None:
         cost.check(row)
 
@@ -253,9 +264,10 @@ def test_fp32_compiles_for_amd_devices_without_tf32():
     fits = run_uninterpreted(
         [
             "-c",
+            "import dataclasses\n"
             "from perf.static import *\n"
             "for arch, warp_size in [('gfx90a', 64), ('gfx1100', 32)]:\n"
-            "    device = Device(arch, 96, 64 * 1024, warp_size)\n"
+            "    device = dataclasses.replace(DEVICES['gfx942'], arch=arch, warp_size=warp_size)\n"
             "    problem = Problem(T, 16, 2, 64, 'fp32', tf32=True)\n"
             "    for name in ('resident', 'stepwise'):\n"
             "        plan = PLANS[name](problem, device)\n"

@@ -1,11 +1,9 @@
-"""Commands that make the most of a few minutes: acceptance, its steps, tuning. All on the CPU."""
+"""Commands that run within a budget of minutes: acceptance, its steps, tuning. All on the CPU."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import tarfile
 import textwrap
@@ -19,21 +17,30 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from perf import accept, axes, precompile, recorded_tests, samples, sanitize, schema, tables, tune
+from perf import (
+    accept,
+    calibrate,
+    precompile,
+    presets,
+    recorded_tests,
+    samples,
+    sanitize,
+    schema,
+    tables,
+    tune,
+)
 from perf.__main__ import app
 from perf.cases import Case
 from perf.measure import Settings
 from perf.steps import Ledger, Outcome, Record, Step, take
 from tritonrnn.kernels import launch
+from tritonrnn.kernels.devices import DEVICES
 
 CHECKOUT = Path(__file__).parents[2]
 
 
 def invoke(*arguments: object):
     return CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
-
-
-# Steps
 
 
 def steps_of(outcomes: dict[str, Outcome | Exception], taken: list[tuple[str, float]]):
@@ -75,36 +82,34 @@ def test_steps_that_are_done_are_not_done_again(tmp_path):
     Ledger(tmp_path).forget("a")
     taken.clear()
     assert (
-        take(steps_of({"a": DONE, "b": DONE, "c": DONE}, taken), tmp_path, 9.0)["a"].says == "well"
+        take(steps_of({"a": DONE, "b": DONE, "c": DONE}, taken), tmp_path, 9.0)["a"].message
+        == "well"
     )
 
 
 def test_step_that_raises_has_failed_and_spares_the_others(tmp_path):
     steps = steps_of({"a": ArithmeticError("no good"), "b": DONE, "c": DONE}, [])
     records = take(steps, tmp_path, 80.0)
-    assert (records["a"].status, records["a"].says) == ("failed", "ArithmeticError: no good")
+    assert (records["a"].status, records["a"].message) == ("failed", "ArithmeticError: no good")
     assert records["b"].status == records["c"].status == "done"
 
 
 def test_no_step_is_begun_when_the_time_is_up(tmp_path):
     taken: list[tuple[str, float]] = []
     records = take(steps_of({"a": DONE, "b": DONE, "c": DONE}, taken), tmp_path, 0.0)
-    # But for what shows the others.
+    # Except for the step that shows the others.
     assert taken == [("c", 0.0)]
     assert records["b"] == Record("unfinished", 0.0, "not begun")
 
 
 def test_step_that_was_cut_off_is_unfinished(tmp_path):
     def cut_off(seconds):
-        # As the signal would, which a job in the background may ignore.
+        # Raised, because a job in the background may ignore the signal.
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         take([Step("a", 1, cut_off)], tmp_path, 9.0)
     assert Ledger(tmp_path).records["a"] == Record("unfinished", 0.0, "cut off")
-
-
-# Tests that are taken up where they were cut off
 
 
 def test_tests_that_passed_are_not_run_again(tmp_path):
@@ -123,7 +128,7 @@ def test_tests_that_passed_are_not_run_again(tmp_path):
     )
     path = tmp_path / "outcomes.jsonl"
     command = [sys.executable, "-m", "pytest", "-p", "perf.recorded_tests", str(tmp_path)]
-    variables = {recorded_tests.VARIABLE: str(path)}
+    variables = {recorded_tests.VARIABLE: str(path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     log = tmp_path / "log"
     assert accept.run_for([*command, "-c", os.devnull], 120, log, variables) == 1
     ids = ("test_it.py::test_passes", "test_it.py::test_fails_once")
@@ -163,31 +168,25 @@ def test_command_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
         time.sleep(0.01)
 
 
-# Acceptance
-
-
-def test_acceptance_on_a_cpu_survives_kill_9_and_says_what_needs_a_gpu(tmp_path, monkeypatch):
-    assert samples.acceptance("cpu") == axes.units("smoke", {}, (), "cpu")
-    few = axes.units("smoke", {"modes": "infer", "layouts": "padded"}, (), "cpu")
+@pytest.mark.slow
+def test_acceptance_on_a_cpu_resumes_and_names_what_needs_a_gpu(tmp_path, monkeypatch):
+    assert samples.acceptance("cpu") == presets.units("smoke", {}, (), "cpu")
+    few = presets.units("smoke", {"modes": "infer", "layouts": "padded"}, (), "cpu")
     monkeypatch.setattr(samples, "acceptance", lambda device: few)
     monkeypatch.setattr(accept, "SETTINGS", Settings(rounds=2, sample_s=0))
+    # Calibrate in this process and with small sizes.
+    monkeypatch.setattr(accept, "run_for", lambda command, *ignored: invoke(*command[3:]).exit_code)
+    monkeypatch.setattr(calibrate, "CPU_COPY_BYTES", 2**12)
+    monkeypatch.setattr(calibrate, "CPU_MATRIX_SIZE", 16)
+    monkeypatch.setattr(calibrate, "SAMPLE_S", 0.0)
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "perf", "accept", "--device", "cpu", "--out", str(out)]
-    state = out / "steps.json"
-    process = subprocess.Popen(
-        command, cwd=CHECKOUT, stdout=subprocess.DEVNULL, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while not state.exists() or "calibrate" not in state.read_text():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert Ledger(out).records["sanitizer"].status == "unavailable"
-    assert Ledger(out).records["calibrate"] == Record("unfinished", 0.0, "cut off")
-    done = invoke(*command[3:])
+    # As a killed command leaves it, of an earlier version.
+    out.mkdir()
+    state = {"status": "unfinished", "seconds": 1000.0, "says": "cut off"}
+    (out / "steps.json").write_text(json.dumps({"calibrate": state}))
+    done = invoke("accept", "--device", "cpu", "--out", out)
     assert done.exit_code == 0
+    assert Ledger(out).records["calibrate"].seconds > 1000
     [unit] = few
     assert len(tables.read_lines(out / tables.ROWS)) == len(list(unit.cells()))
     records = Ledger(out).records
@@ -239,7 +238,7 @@ def test_sample_is_balanced():
 
 
 def test_precompiling_has_each_kernel_once_and_what_takes_long_first(monkeypatch):
-    # As if FlashRNN were there.
+    # As if FlashRNN were installed.
     monkeypatch.setattr("perf.peers.flash.find_nvcc", lambda: "nvcc")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     todo = precompile.tasks(samples.acceptance("cuda"), every_epilogue=True)
@@ -254,7 +253,8 @@ def test_precompiling_has_each_kernel_once_and_what_takes_long_first(monkeypatch
     assert Counter(last)["tanh"] == Counter(last)["relu"]
 
 
-def test_compiling_runs_peers_tells_what_fails_and_ends_what_hangs(monkeypatch):
+@pytest.mark.slow
+def test_compiling_runs_peers_reports_failures_and_kills_what_hangs(monkeypatch):
     monkeypatch.setattr(precompile, "MOST_PROCESSES", 1)
     case = Case(T=2, B=2, I=2, H=4)
     names = ("nn_aten", "tests.support.faulty_peers:Throws", "tests.support.faulty_peers:Hangs")
@@ -272,17 +272,26 @@ def test_compiling_ends_with_its_budget():
 
 
 @pytest.mark.parametrize("plan", sanitize.PLANS)
-def test_walks_for_the_sanitizer_are_of_every_plan(plan, monkeypatch):
-    monkeypatch.setattr(sanitize, "HIDDEN", dict.fromkeys(sanitize.PLANS, 10))
-    monkeypatch.setattr(sanitize, "EPILOGUES", ("tanh_grad",))
-    monkeypatch.setattr(sanitize, "DTYPES", (torch.bfloat16,))
+def test_launches_for_the_sanitizer_are_of_every_plan(plan, monkeypatch):
     launched = []
-    grid = launch.grid
+    # The plans of a GPU, which need not be there, as nothing is launched.
+    monkeypatch.setattr(launch, "device_of", lambda device: DEVICES["sm_90"])
     monkeypatch.setattr(
-        launch, "grid", lambda problem, plan: launched.append(plan.name) or grid(problem, plan)
+        launch, "recurrence", lambda *arguments, plan, **options: launched.append(plan)
     )
-    assert sanitize.walk(plan, torch.device("cpu")) == len(sanitize.LAYOUTS)
-    assert set(launched) == {plan}
+    count = sanitize.launch_all(plan, torch.device("cpu"))
+    # Some plans do not fit in float32.
+    assert count >= len(sanitize.LAYOUTS) * len(sanitize.EPILOGUES)
+    assert [one.name for one in launched] == [plan] * count
+    assert len({one.epilogue for one in launched}) >= len(sanitize.EPILOGUES)
+
+
+def test_launches_for_the_sanitizer_run(monkeypatch):
+    monkeypatch.setattr(sanitize, "HIDDEN", {"resident": 10})
+    monkeypatch.setattr(sanitize, "LAYOUTS", {"packed": sanitize.LAYOUTS["packed"]})
+    monkeypatch.setattr(sanitize, "EPILOGUES", ("tanh", "tanh_grad"))
+    monkeypatch.setattr(sanitize, "DTYPES", (torch.bfloat16,))
+    assert sanitize.launch_all("resident", torch.device("cpu")) == 2
 
 
 def on_gpu(folder: Path, monkeypatch) -> accept.Acceptance:
@@ -290,7 +299,7 @@ def on_gpu(folder: Path, monkeypatch) -> accept.Acceptance:
     return accept.Acceptance(folder, "cuda", Console(quiet=True))
 
 
-def test_compiling_step_tells_what_failed_and_frees_what_it_cut_off(tmp_path, monkeypatch):
+def test_compiling_step_reports_failures_and_unlocks_what_it_killed(tmp_path, monkeypatch):
     acceptance = on_gpu(tmp_path, monkeypatch)
     lock = tmp_path / accept.EXTENSIONS / "elman" / "lock"
 
@@ -306,12 +315,12 @@ def test_compiling_step_tells_what_failed_and_frees_what_it_cut_off(tmp_path, mo
     monkeypatch.setattr(accept, "run_for", lambda command, *ignored: codes[command[-1]])
     outcome = acceptance.compile(60.0)
     assert outcome.status == "done"
-    assert "58 compiled; 1 tritonrnn: RuntimeError: no" in outcome.says
+    assert "58 compiled; 1 tritonrnn: RuntimeError: no" in outcome.message
     assert not lock.exists()
     codes["cooperative"] = -11
     outcome = acceptance.compile(60.0)
     assert outcome.status == "failed"
-    assert "walks-cooperative.log: -11" in outcome.says
+    assert "launches-cooperative.log: -11" in outcome.message
 
 
 @pytest.mark.parametrize(
@@ -320,12 +329,12 @@ def test_compiling_step_tells_what_failed_and_frees_what_it_cut_off(tmp_path, mo
         (0, ["passed", "skipped"], "done"),
         (5, ["passed"], "done"),
         (1, ["passed", "failed"], "failed"),
-        # It did not even get to its tests.
+        # No test was collected.
         (4, [], "failed"),
         (None, ["passed"], "unfinished"),
     ],
 )
-def test_step_of_tests_tells_how_they_ended(tmp_path, monkeypatch, code, outcomes, status):
+def test_step_of_tests_counts_their_outcomes(tmp_path, monkeypatch, code, outcomes, status):
     def run_for(command, seconds, log, environment):
         lines = [
             json.dumps({"test": f"t{place}", "outcome": one}) for place, one in enumerate(outcomes)
@@ -336,8 +345,8 @@ def test_step_of_tests_tells_how_they_ended(tmp_path, monkeypatch, code, outcome
     monkeypatch.setattr(accept, "run_for", run_for)
     outcome = on_gpu(tmp_path, monkeypatch).gpu_tests(60.0)
     assert outcome.status == status
-    assert all(f"1 {one}" in outcome.says for one in outcomes)
-    assert ("t1" in outcome.says) == ("failed" in outcomes)
+    assert all(f"1 {one}" in outcome.message for one in outcomes)
+    assert ("t1" in outcome.message) == ("failed" in outcomes)
 
 
 def test_sanitizer_is_run_for_each_tool_and_plan_and_its_findings_fail(tmp_path, monkeypatch):
@@ -352,18 +361,15 @@ def test_sanitizer_is_run_for_each_tool_and_plan_and_its_findings_fail(tmp_path,
     acceptance = on_gpu(tmp_path, monkeypatch)
     outcome = acceptance.sanitizer(1.0)
     assert outcome.status == "unfinished"
-    assert "racecheck stepwise" in outcome.says
+    assert "racecheck stepwise" in outcome.message
     fake.write_text("#!/bin/sh\necho '========= RACECHECK SUMMARY: 0 hazards'\n")
     outcome = acceptance.sanitizer(60.0)
     assert outcome.status == "failed"
-    assert "racecheck cooperative: exited with 9, ERROR SUMMARY: 3 errors" in outcome.says
-    # Only what was not in time is run again.
-    assert outcome.says.count("RACECHECK SUMMARY: 0 hazards") == 1
+    assert "racecheck cooperative: exited with 9, ERROR SUMMARY: 3 errors" in outcome.message
+    # Only the run that was not in time is repeated.
+    assert outcome.message.count("RACECHECK SUMMARY: 0 hazards") == 1
     fake.unlink()
-    assert acceptance.sanitizer(60.0).says == "compute-sanitizer is not installed"
-
-
-# Tuning
+    assert acceptance.sanitizer(60.0).message == "compute-sanitizer is not installed"
 
 
 def timed(peer: str, us: float, plan: str = "", **more: object) -> dict:
@@ -379,10 +385,10 @@ def test_regret_is_of_the_chosen_plan_against_the_best():
                 timed("tritonrnn", 21.0, "triton, resident: tiles of 16"),
                 timed("tritonrnn-resident", 20.0),
                 timed("tritonrnn-stepwise", 500.0),
-                timed("tritonrnn-torch", 16.0, "torch, native"),
-                # What nobody chose, and what failed, is no plan.
+                timed("tritonrnn-torch", 16.0, "torch, aten"),
+                # A peer that is no plan, and a plan that failed, do not count.
                 timed("loop", 1.0),
-                timed("tritonrnn", 30.0, "torch, native", mode="fwdbwd"),
+                timed("tritonrnn", 30.0, "torch, aten", mode="fwdbwd"),
                 timed("tritonrnn-torch", 31.0, mode="fwdbwd"),
                 timed("tritonrnn-resident", 1.0, mode="fwdbwd", status="error"),
             ]
@@ -400,7 +406,7 @@ def test_regret_is_of_the_chosen_plan_against_the_best():
     assert "is met" in trained
 
 
-def test_chosen_plan_without_a_peer_counts_by_what_tritonrnn_took():
+def test_chosen_plan_without_a_peer_counts_by_the_time_of_tritonrnn():
     rows = schema.typed(
         pd.DataFrame(
             [timed("tritonrnn", 18.0, "triton, novel: tiles"), timed("tritonrnn-torch", 20.0)]
@@ -419,7 +425,8 @@ def test_every_plan_has_a_name_that_tuning_finds():
         assert unit.case.layout == "padded"
 
 
-def test_tuning_on_a_cpu_takes_up_what_its_budget_left(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_tuning_on_a_cpu_measures_what_its_budget_left(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "SETTINGS", Settings(rounds=2, sample_s=0))
     arguments = ("tune", "--device", "cpu", "--preset", "smoke", "--out", tmp_path)
     stopped = invoke(*arguments, "--budget", "0s")

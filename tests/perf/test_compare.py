@@ -1,7 +1,8 @@
-"""Verdicts on made-up runs, and the pictures and words of a report."""
+"""Verdicts on made-up runs, and the pictures and texts of a report."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import perf
-from perf import compare, report, schema, tables
+from perf import compare, report, schema, tables, tune
 from perf.__main__ import app
 from perf.cases import Case
 
@@ -18,7 +19,7 @@ CASE = Case(T=1024, B=16, I=256, H=256, dtype="bf16", fp32_mode="none", device="
 
 
 def row(peer: str = "tritonrnn", us: float = 100.0, case: Case = CASE, **more: object) -> dict:
-    """A row whose samples spread by one per cent each way."""
+    """Return a row whose samples spread by one per cent each way."""
     spread = more.pop("spread", 0.01)
     assert isinstance(spread, float)
     clock = "event_us" if case.on_gpu else "wall_us"
@@ -60,10 +61,10 @@ FAILED = {**CASE.columns(), "peer": "tritonrnn", "mode": "fwdbwd", "status": "oo
         ("SAME", row(), row(us=101), []),
         ("FASTER", row(), row(us=90), []),
         ("SLOWER", row(), row(us=110), []),
-        # Ranges that touch tell nothing, nor do wide ones about being the same.
+        # Ranges that touch decide nothing, and wide ones are not called the same.
         ("UNCLEAR", row(spread=0.2), row(us=110), []),
         ("UNCLEAR", row(spread=0.2), row(), []),
-        # nn.RNN was a quarter off itself, so a tenth is no difference.
+        # nn.RNN differs from itself by a quarter, so a tenth is noise.
         ("SAME", row(), row(us=110), [AGAIN]),
         ("SLOWER", row(), row(us=150), [AGAIN]),
         ("LOST", row(), FAILED, []),
@@ -115,12 +116,9 @@ def test_compare_refuses_other_machines_and_precisions(tmp_path):
     refused = invoke("compare", before, write_run(tmp_path / "fp32", row(case=fp32)))
     assert refused.exit_code == 2
     assert "precisions" in refused.output
-    # Another driver or torch is what one compares for.
+    # Another driver or torch may be the reason to compare.
     newer = write_run(tmp_path / "newer", row(), facts={**GPU, "torch": "3"})
     assert invoke("compare", before, newer).exit_code == 0
-
-
-# The report
 
 
 def made_up_sweep() -> list[dict]:
@@ -163,15 +161,13 @@ def test_report_of_a_gpu_renders_all_of_its_sections_and_pictures(tmp_path):
         *("slower: 6 of 12 cells", "fastest", "tritonrnn us/step", "nn_cudnn saved MiB"),
     ):
         assert words in text, words
+    assert report.write(tmp_path).read_text() == text
     assert "fallback" not in text
     pictures = sorted(path.name for path in (tmp_path / report.PICTURES).iterdir())
     assert [name.split("-")[0] for name in pictures] == sorted(
         ["limit", "map", "memory", "speedup", "step", "time"]
     )
     assert all(f"({report.PICTURES}/{name})" in text for name in pictures)
-    # Written anew, not added to.
-    assert invoke("report", tmp_path).exit_code == 0
-    assert text == (tmp_path / report.REPORT).read_text()
 
 
 def test_report_of_failures_alone_renders(tmp_path):
@@ -181,12 +177,64 @@ def test_report_of_failures_alone_renders(tmp_path):
     assert "big" in text
 
 
-def test_report_of_a_cpu_says_what_was_measured(tmp_path):
+def test_report_of_a_cpu_names_the_fallback(tmp_path):
     case = Case(T=8, B=1, I=2, H=3)
     facts = {"device": "cpu", "cpu": "abacus", "threads": 1}
     rows = (row(peer, case=case, speedup_vs_nn=1.0) for peer in ("nn_aten", "tritonrnn"))
     write_run(tmp_path, *rows, facts=facts)
-    assert "fallback" in report.write(tmp_path).read_text()
+    text = report.write(tmp_path).read_text()
+    assert "fallback" in text
+    # A second report overwrites the first, its pictures included.
+    old = tmp_path / report.PICTURES / "old.png"
+    old.touch()
+    assert report.write(tmp_path).read_text() == text
+    assert not old.exists()
+
+
+RESULTS = Path(perf.__file__).parent / "results"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
+@pytest.mark.parametrize("run", ["cpu-2026-11-23", "cpu-2026-11-24", "cpu-amd-epyc"])
+def test_committed_rows_load_with_the_names_of_today(run, name):
+    assert "torch, walk" in (RESULTS / run / "rows.jsonl").read_text()
+    ours = perf.load(RESULTS / run / name).set_index("peer").loc["tritonrnn"]
+    assert ours["plan"].eq("torch, in-place").all()
+    assert {tune.chosen_peer(plan, "cpu") for plan in ours["plan"]} == {"tritonrnn-torch"}
+
+
+def test_committed_runs_can_be_compared_and_reported(tmp_path):
+    before, after = RESULTS / "cpu-2026-11-23", RESULTS / "cpu-2026-11-24"
+    compared = invoke("compare", before, after)
+    assert compared.exit_code in (0, 1)
+    assert len(compare.compare(before, after)) == len(perf.load(before))
+    shutil.copytree(RESULTS / "cpu-amd-epyc", tmp_path, dirs_exist_ok=True)
+    text = report.write(tmp_path).read_text()
+    assert "torch, in-place" in text
+    assert "torch, walk" not in text
+
+
+def test_static_rows_have_the_names_of_today():
+    path = RESULTS / "static/sm_90.jsonl"
+    [*rows] = tables.read_lines(path)
+    assert {row["interleave"] for row in rows} == {1, 2}
+    assert not any("turns" in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("plan", "now"),
+    [
+        ("torch, native", "torch, aten"),
+        ("torch, recorded", "torch, composite"),
+        ("triton, resident: tiles of 16", "triton, resident: tiles of 16"),
+        (None, None),
+    ],
+)
+def test_old_names_are_replaced(plan, now):
+    row = {"peer": "nn_native", "plan": plan, "error": "torch, walk"}
+    expected = {"peer": "nn_no_cudnn", "plan": now, "error": "torch, walk"}
+    assert tables.renamed(row) == expected
+    assert tables.renamed(expected) == expected
 
 
 def test_load_joins_the_facts_of_each_run(tmp_path):

@@ -1,18 +1,18 @@
-"""The targets of the CPU path: how they are judged, and a tiny run of the command."""
+"""The targets of the CPU path: their verdicts, and a tiny run of the command."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 import perf
-from perf import axes, cpu
+from perf import cpu, presets
 from perf.__main__ import app
-from perf.sweep import Unit
 
 
 def case_id(T: int, layout: str) -> str:
@@ -20,7 +20,7 @@ def case_id(T: int, layout: str) -> str:
 
 
 def made_up_rows(cases: Iterable[tuple[int, str, float, float]]) -> pd.DataFrame:
-    """Rows from (T, what it counts for, median speedup, p10 of the noise)."""
+    """Return rows from (T, the target it counts for, median speedup, p10 of the noise)."""
     rows = []
     for T, counts_for, speedup, noise_p10 in cases:
         for peer, p10, p50 in (
@@ -90,31 +90,33 @@ def test_units_are_five_cases_in_three_modes():
     )
 
 
-def tiny_units(ours: str) -> list[Unit]:
-    sizes = {"T": "5", "B": "3", "I": "4", "H": "6", "layers": "1", "directions": "1"}
-    return axes.units("cpu", sizes, (cpu.REFERENCE, cpu.AGAIN, ours), "cpu")
-
-
 def cpu_command(*more: str):
     arguments = ("cpu", "--rounds", "2", "--seconds", "0", "--threads", "1", *more)
     return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_cpu_command_checks_times_and_writes(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu, "units", lambda: tiny_units(cpu.OURS))
+    sizes = {"T": "5", "B": "3", "I": "4", "H": "6", "layers": "1", "directions": "1"}
+    sizes |= {"layouts": "packed", "modes": "fwdbwd"}
+    units = presets.units("cpu", sizes, (cpu.REFERENCE, cpu.AGAIN, cpu.OURS), "cpu")
+    monkeypatch.setattr(cpu, "units", lambda: units)
     result = cpu_command("--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert "train_packed:" in result.output
     rows = perf.load(tmp_path)
-    assert len(rows) == len(cpu.TARGETS) * 3
+    assert set(rows["peer"]) == {cpu.REFERENCE, cpu.AGAIN, cpu.OURS}
     assert (rows["status"] == "ok").all()
     assert (rows["threads"] == 1).all()
 
 
-def test_cpu_command_times_no_wrong_result(monkeypatch):
-    wrong = "tests.support.faulty_peers:Wrong"
-    monkeypatch.setattr(cpu, "units", lambda: tiny_units(wrong)[:1])
-    monkeypatch.setattr(cpu, "OURS", wrong)
+def test_cpu_command_fails_for_a_wrong_result(monkeypatch):
+    rows = made_up_rows([(5, "infer", math.nan, 0.9)])
+    monkeypatch.setattr(cpu, "run_units", lambda *arguments, **options: None)
+    monkeypatch.setattr(cpu.tables, "load", lambda folder: rows)
+    monkeypatch.setattr(
+        cpu, "units", lambda: [SimpleNamespace(case=SimpleNamespace(case_id=case_id(5, "padded")))]
+    )
     result = cpu_command()
     assert result.exit_code == 1
     assert "WRONG: infer T5" in result.output

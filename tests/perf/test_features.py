@@ -1,5 +1,6 @@
-"""python -m perf features: its verdicts on modules that are known, and the README's table."""
+"""``python -m perf features``: its verdicts on known modules, and the README's table."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,23 @@ from typer.testing import CliRunner
 import tritonrnn
 from perf.__main__ import app
 from perf.features import table
-from perf.features.attempt import FEATURES, TORCH_NN, TORCH_PATH, NotTriedError, Side
+from perf.features.attempt import (
+    FEATURES,
+    TORCH_NN,
+    TORCH_PATH,
+    TRITON_PATH,
+    NotTriedError,
+    Outcome,
+    Side,
+)
 
 README = Path(__file__).parents[2] / "README.md"
+# tests/api/test_distributed.py tries these, on both paths of tritonrnn.
+PROCESSES = ("`DistributedDataParallel`", "FSDP2, `fully_shard`")
 
 
 class WrongState(tritonrnn.RNN):
-    """Off by a thousandth in ``h_n``."""
+    """Return an ``h_n`` that is off by a thousandth."""
 
     def forward(self, *args, **kwargs):
         output, h_n = super().forward(*args, **kwargs)
@@ -24,7 +35,7 @@ class WrongState(tritonrnn.RNN):
 
 
 class NoGradient(tritonrnn.RNN):
-    """Returns what nothing can be trained by."""
+    """Return results without a graph."""
 
     def forward(self, *args, **kwargs):
         output, h_n = super().forward(*args, **kwargs)
@@ -32,7 +43,7 @@ class NoGradient(tritonrnn.RNN):
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
-    """The cells of a markdown table of features, by its first column."""
+    """Return the cells of a markdown table of features by its first column."""
     lines = iter(text.splitlines())
     for line in lines:
         if line.startswith("|") and TORCH_NN in line and TORCH_PATH in line:
@@ -57,16 +68,51 @@ def verdicts(rnn_class, *parts: str) -> set[str]:
     return {feature.attempt(side).word for feature in chosen}
 
 
-def test_readme_has_the_table_as_the_command_prints_it():
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "column"),
+    [*enumerate((TORCH_NN, TORCH_PATH, TRITON_PATH))],
+    ids=["nn.RNN", "torch-path", "triton-path"],
+)
+def test_readme_has_the_outcome_of_every_feature(place, column):
+    promised = rows_of(README.read_text())
+    assert list(promised) == [feature.wording for feature in FEATURES]
+    side = table.sides()[column]
+    tried = {
+        feature.wording: Outcome("yes") if feature.wording in PROCESSES else feature.attempt(side)
+        for feature in FEATURES
+        if not feature.needs_gpu
+    }
+    wrong = {
+        wording: (promised[wording][place], outcome)
+        for wording, outcome in tried.items()
+        if promised[wording][place] != outcome.word
+    }
+    assert not wrong
+
+
+def test_command_prints_every_feature_and_the_reasons_of_failures(monkeypatch):
+    chosen = [feature for feature in FEATURES if feature.wording.startswith(("padded", "`lengths"))]
+    chosen += [feature for feature in FEATURES if feature.needs_gpu][:1]
+
+    def refuse(side: Side) -> None:
+        raise KeyError("a reason")
+
+    chosen.append(replace(chosen[0], wording="a feature that fails", probe=refuse))
+    monkeypatch.setattr(table, "FEATURES", chosen)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     result = CliRunner().invoke(app, ["features"], catch_exceptions=False)
     printed, promised = rows_of(result.output), rows_of(README.read_text())
-    assert list(printed) == list(promised) == [feature.wording for feature in FEATURES]
-    for feature in FEATURES:
-        if not feature.needs_gpu:
-            assert printed[feature.wording] == promised[feature.wording], result.output
+    assert list(printed) == [feature.wording for feature in chosen]
+    assert printed.pop("a feature that fails") == ["no", "no", "no"]
+    assert result.output.count("a feature that fails: KeyError: 'a reason'") == 3
+    assert f"{TORCH_NN}, `lengths=` of a padded batch" in result.output.partition("failed:")[2]
+    if torch.cuda.is_available():
+        printed.pop(chosen[2].wording)
+    assert all(promised[wording] == cells for wording, cells in printed.items())
 
 
-NUMBERS = (
+JUDGED_BY_VALUES = (
     "tanh and relu",
     "padded",
     "backward in eval mode",
@@ -83,25 +129,25 @@ NUMBERS = (
     ("rnn_class", "parts", "verdict"),
     [
         (tritonrnn.RNN, ("tanh and relu", "padded", "backward in eval mode"), "yes"),
-        (WrongState, NUMBERS, "silently wrong"),
+        (WrongState, JUDGED_BY_VALUES, "silently wrong"),
         (NoGradient, ("padded", "backward in eval mode", "double backward"), "no"),
         (nn.RNN, ("`lengths=`", "`reset=`", "jagged", "weights swapped", "`torch.export`, "), "no"),
         (nn.RNN, ("refuses an `hx`", "refuses a `Packed"), "silently wrong"),
     ],
     ids=["right", "wrong-state", "no-gradient", "nn.RNN-cannot", "nn.RNN-wrong"],
 )
-def test_verdicts_on_modules_that_are_known(rnn_class, parts, verdict):
+def test_verdicts_on_known_modules(rnn_class, parts, verdict):
     assert verdicts(rnn_class, *parts) == {verdict}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="they are tried here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_rows_that_need_a_gpu_are_not_tried_without():
     side = table.sides()[TORCH_PATH]
     words = {feature.attempt(side).word for feature in FEATURES if feature.needs_gpu}
     assert words == {"not tried: needs a GPU"}
 
 
-def test_what_is_not_there_is_no_verdict(monkeypatch):
+def test_missing_package_is_no_verdict(monkeypatch):
     feature = next(feature for feature in FEATURES if "ONNX" in feature.wording)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     outcome = feature.attempt(table.sides()[TORCH_NN])

@@ -15,14 +15,15 @@ import pytest
 from typer.testing import CliRunner
 
 import perf
-from perf import axes, schema, tables
+from perf import presets, schema, tables
 from perf.__main__ import app
-from perf.sweep import Unit
+from perf.sweep import Sweep, Unit
+from perf.worker import Begun
 
 CHECKOUT = Path(__file__).parents[2]
 QUICK = ("--rounds", "2", "--seconds", "0", "--threads", "1")
 # Longer than a busy machine needs to start a worker.
-PATIENT = ("--timeout", "120")
+LONG_TIMEOUT = ("--timeout", "120")
 
 
 def invoke(*arguments: str):
@@ -40,7 +41,7 @@ def faulty(*names: str) -> str:
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("smoke")
-    result = sweep(out, "--preset", "smoke", *PATIENT)
+    result = sweep(out, "--preset", "smoke", *LONG_TIMEOUT)
     assert result.exit_code == 0, result.output
     return out
 
@@ -49,7 +50,7 @@ def test_smoke_sweep_has_a_row_for_every_cell(smoke):
     rows = perf.load(smoke)
     cells = {
         (unit.case.case_id, *cell)
-        for unit in axes.units("smoke", {}, (), "cpu")
+        for unit in presets.units("smoke", {}, (), "cpu")
         for cell in unit.cells()
     }
     assert len(rows) == len(cells)
@@ -76,7 +77,7 @@ def test_rows_are_complete_where_there_is_no_gpu(smoke):
 
 def test_ours_runs_its_torch_path_and_saves_less_than_a_loop(smoke):
     rows = perf.load(smoke)
-    assert rows.loc[rows["peer"] == "tritonrnn", "plan"].eq("torch, walk").all()
+    assert rows.loc[rows["peer"] == "tritonrnn", "plan"].eq("torch, in-place").all()
     trained = rows[(rows["mode"] == "fwdbwd") & (rows["layout"] == "padded")].set_index("peer")
     assert trained["saved_MiB"]["tritonrnn"] < trained["saved_MiB"]["loop"]
     inferred = rows[(rows["mode"] == "infer") & (rows["peer"] == "nn_aten")]
@@ -107,11 +108,27 @@ def test_finished_sweep_runs_nothing_again(smoke):
     assert (smoke / "rows.jsonl").read_text() == before
 
 
-def test_every_failure_is_a_row_and_spares_the_others(tmp_path):
+@pytest.mark.slow
+def test_every_failure_is_a_row_and_spares_the_others(tmp_path, monkeypatch):
     names = (
         *("Fine", "Declines", "Throws", "ThrowsLater", "Wrong", "NotANumber", "Hungry"),
-        *("Dies", "Interpreted"),
+        *("Dies", "Hangs", "Interpreted"),
     )
+    receive, attempt = Sweep._receive, Sweep._attempt
+
+    def be_impatient(self, pipe):
+        # Only with the peer that hangs: a busy machine may need long to start a worker.
+        message = receive(self, pipe)
+        if isinstance(message, Begun) and message.peer.endswith(":Hangs"):
+            self._timeout_s = 0.5
+        return message
+
+    def be_patient(self, left, log):
+        self._timeout_s = 120
+        attempt(self, left, log)
+
+    monkeypatch.setattr(Sweep, "_receive", be_impatient)
+    monkeypatch.setattr(Sweep, "_attempt", be_patient)
     result = sweep(tmp_path, "--mode", "infer", "--layout", "padded", "--peers", faulty(*names))
     assert result.exit_code == 1
     rows = perf.load(tmp_path)
@@ -127,6 +144,7 @@ def test_every_failure_is_a_row_and_spares_the_others(tmp_path):
         "NotANumber": "wrong",
         "Hungry": "oom",
         "Dies": "error",
+        "Hangs": "timeout",
         "Interpreted": "ok",
     }
     assert rows["error"]["Declines"] == "it never does"
@@ -135,24 +153,14 @@ def test_every_failure_is_a_row_and_spares_the_others(tmp_path):
     assert rows["error"]["Wrong"].startswith("off by 0.001")
     assert "SIGSEGV" in rows["error"]["Dies"]
     assert "last words" in rows["error"]["Dies"]
+    assert rows["error"]["Hangs"] == "nothing for 0.5 s while in: check"
     assert rows["plan"]["Interpreted"] == "not set"
     assert rows.loc[rows["status"] != "ok", "wall_us_p50"].isna().all()
 
 
-def test_hanging_peer_times_out(tmp_path):
-    sweep(
-        tmp_path,
-        *("--mode", "infer", "--layout", "padded", "--peers", faulty("Fine", "Hangs")),
-        *("--timeout", "15"),
-    )
-    rows = perf.load(tmp_path).set_index("peer")
-    assert rows["status"]["tests.support.faulty_peers:Hangs"] == "timeout"
-    assert rows["error"]["tests.support.faulty_peers:Hangs"] == "nothing for 15 s while in: check"
-    assert rows["status"]["tests.support.faulty_peers:Fine"] == "ok"
-
-
+@pytest.mark.slow
 def test_killed_sweep_goes_on_where_it_was(tmp_path):
-    axes_given = ("--T", "3,4,5", "--mode", "infer", "--layout", "padded", "--peers", "tritonrnn")
+    axes_given = ("--T", "3,4", "--mode", "infer", "--layout", "padded", "--peers", "tritonrnn")
     command = [sys.executable, "-m", "perf", "run", "--out", str(tmp_path), *QUICK, *axes_given]
     path = tmp_path / "rows.jsonl"
     process = subprocess.Popen(
@@ -166,15 +174,15 @@ def test_killed_sweep_goes_on_where_it_was(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     measured = tables.read_lines(path)
-    assert 1 <= len(measured) < 3
+    assert len(measured) == 1
     # As if it had been killed within a line.
     with path.open("a") as file:
         file.write('{"case_id": "T4-')
     assert sweep(tmp_path, *axes_given).exit_code == 0
     rows = tables.read_lines(path)
     assert rows[: len(measured)] == measured
-    assert sorted(row["T"] for row in rows) == [3, 4, 5]
-    # The baseline ran beside it every time, though nobody asked for its rows.
+    assert sorted(row["T"] for row in rows) == [3, 4]
+    # The baseline ran beside it every time, although its rows were not asked for.
     assert all(row["speedup_vs_nn"] > 0 for row in rows)
     assert len({row["run_id"] for row in rows}) == 2
 
@@ -197,33 +205,33 @@ def test_folder_of_another_machine_is_left_alone(tmp_path):
     [("1,16", (1, 16)), ("64:512:x2", (64, 128, 256, 512)), ("10:30:+10,7", (10, 20, 30, 7))],
 )
 def test_axes_are_read(text, expected):
-    assert axes.numbers(text) == expected
+    assert presets.integers(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "x", "4:8", "4:8:x1", "4:8:+0", "0", "0:8:x2", "-1"])
 def test_axes_that_make_no_sense_raise(text):
     with pytest.raises(ValueError, match="Expected"):
-        axes.numbers(text)
+        presets.integers(text)
 
 
 def test_axes_replace_those_of_the_preset_and_no_case_comes_twice():
     given = {"H": "16,32", "dtypes": "bf16,fp32", "layouts": "padded"}
-    units = axes.units("smoke", given, ("loop",), "cuda")
+    units = presets.units("smoke", given, ("loop",), "cuda")
     assert len({unit.case for unit in units}) == len(units) == 4
     assert {unit.case.fp32_mode for unit in units if unit.case.dtype == "bf16"} == {"none"}
     assert all(unit.case.T == 8 and unit.case.I == 4 for unit in units)
-    assert set(axes.units("headline", {}, (), "cuda")[0].modes) == {"infer", "fwdbwd"}
+    assert set(presets.units("headline", {}, (), "cuda")[0].modes) == {"infer", "fwdbwd"}
 
 
-@pytest.mark.parametrize("preset", axes.PRESETS)
+@pytest.mark.parametrize("preset", presets.PRESETS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_presets_name_cases(preset, device):
-    units = axes.units(preset, {}, (), device)
+    units = presets.units(preset, {}, (), device)
     assert len({unit.case.case_id for unit in units}) == len(units) > 0
 
 
 def test_unit_without_what_is_done():
-    [unit, *_] = axes.units("smoke", {}, ("loop", "nn_aten"), "cpu")
+    [unit, *_] = presets.units("smoke", {}, ("loop", "nn_aten"), "cpu")
     done = [("loop", mode) for mode in unit.modes if mode != "bwd"] + [("nn_aten", "bwd")]
     left = unit.without(done)
     assert left == Unit(
@@ -235,14 +243,14 @@ def test_unit_without_what_is_done():
 @pytest.mark.parametrize(
     "arguments", [("--preset", "gone"), ("--peers", "gone"), ("--T", "none"), ("--mode", "train")]
 )
-def test_bad_arguments_are_told(tmp_path, arguments):
+def test_bad_arguments_are_refused(tmp_path, arguments):
     result = invoke("run", "--out", str(tmp_path), *arguments)
     assert result.exit_code == 2
     assert "Expected" in result.output
 
 
 @pytest.mark.parametrize("command", ["run", "calibrate", "accept", "tune", "env", "words"])
-def test_device_that_is_not_there_is_told(tmp_path, command, monkeypatch):
+def test_device_that_is_not_there_is_refused(tmp_path, command, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     takes_out = command not in ("env", "words")
     out = ("--out", str(tmp_path)) if takes_out else ()
@@ -254,11 +262,11 @@ def test_device_that_is_not_there_is_told(tmp_path, command, monkeypatch):
 
 def test_help_has_the_names_of_every_axis():
     text = invoke("run", "--help").output
-    for names in axes.NAMED_AXES.values():
+    for names in presets.NAMED_AXES.values():
         assert all(name in text for name in names)
 
 
-def test_show_and_env_print_what_they_know(smoke):
+def test_show_and_env_print_facts(smoke):
     shown = invoke("show", "padded", str(smoke))
     assert shown.exit_code == 0
     [line] = [line for line in shown.output.splitlines() if "wall_us_p50" in line][:1]

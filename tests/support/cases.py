@@ -1,4 +1,4 @@
-"""A problem of torch.nn.RNN as one record, whose name reads as its shape; what must hold of it."""
+"""Cases of torch.nn.RNN, named by their shape, and checks of what they return."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonrnn
-from tests.support.reference import assert_as_accurate, elman
+from perf.oracle import assert_as_accurate, elman
 
 DTYPE_NAMES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.complex64: "complex64",
+    torch.complex128: "complex128",
 }
 LAYOUTS = ("time-major", "batch-first", "unbatched", "packed", "unsorted")
 PACKED = ("packed", "unsorted")
@@ -67,13 +69,13 @@ class Case:
         }
 
     def module(self, module_class: type[nn.Module] = nn.RNN) -> nn.Module:
-        """The module, its weights a function of the seed alone, whatever its class and dtype."""
+        """Return the module; its weights depend on the seed only, not on its class or dtype."""
         torch.manual_seed(self.seed)
         module = module_class(self.I, self.H, **self.options)
         return module.to(self.device, self.dtype)
 
     def lengths(self) -> Tensor:
-        """From T down to 1, or as many as B allows; the second and the last are shortest."""
+        """Return lengths from T down to 1; unsorted, the two shortest come first."""
         if not self.is_packed:
             return torch.full((self.B,), self.T)
         lengths = torch.linspace(self.T, 1, self.B).long()
@@ -82,7 +84,7 @@ class Case:
         return lengths
 
     def tensors(self, scale: float = 4.0) -> tuple[Tensor, Tensor | None]:
-        """Leaves: what the input is made of, and ``hx``. Large enough to saturate tanh."""
+        """Return the data of the input and ``hx``, as leaves, large enough to saturate tanh."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         shapes = {
             "time-major": (self.T, self.B, self.I),
@@ -103,7 +105,7 @@ class Case:
         return (self.L * self.D, self.B, self.H)
 
     def input(self, data: Tensor) -> Tensor | PackedSequence:
-        """What the module is called with, made from ``data`` without copying it."""
+        """Return the module's input, which shares the memory of ``data``."""
         if not self.is_packed:
             return data
         indices = pack_padded_sequence(
@@ -123,7 +125,7 @@ class Case:
         )
 
     def written_out(self, weights: Iterable[Tensor], data: Tensor, hx: Tensor | None):
-        """``(output, h_n)`` by :func:`elman`, each sequence alone, in the layout of ``data``."""
+        """Return ``(output, h_n)`` by :func:`elman`, each sequence alone, laid out as ``data``."""
         weights = list(weights)
         options = {
             "nonlinearity": self.nonlinearity,
@@ -132,21 +134,23 @@ class Case:
         }
         if self.layout == "unbatched":
             state = data.new_zeros(self.L * self.D, self.H) if hx is None else hx
-            return elman(data, state, weights, **options)
+            output, h_n = elman(data[:, None], state[:, None], weights, **options)
+            return output[:, 0], h_n[:, 0]
         if hx is None:
             hx = data.new_zeros(self.state_shape)
         flat = data.reshape(-1, self.I)
         output = flat.new_zeros(len(flat), self.D * self.H)
         last = []
         for b, own_rows in enumerate(self.rows):
-            sequence, state = elman(flat[own_rows], hx[:, b], weights, **options)
-            output = output.index_put((own_rows,), sequence)
+            # A batch of one: torch refuses to map forward AD over products with a vector.
+            sequence, state = elman(flat[own_rows, None], hx[:, b, None], weights, **options)
+            output = output.index_put((own_rows,), sequence[:, 0])
             last.append(state)
-        return output.reshape(*data.shape[:-1], self.D * self.H), torch.stack(last, dim=1)
+        return output.reshape(*data.shape[:-1], self.D * self.H), torch.cat(last, dim=1)
 
     @cached_property
     def rows(self) -> list[Tensor]:
-        """Of each sequence in the caller's order: where its tokens are in the flattened data."""
+        """Return the rows of each sequence in the flattened data, in the caller's order."""
         row = torch.arange(int(self.lengths().sum()))
         if self.layout == "batch-first":
             return list(row.view(self.B, self.T))
@@ -165,17 +169,18 @@ class Case:
 
 
 def plain(output: Tensor | PackedSequence) -> Tensor:
-    """The tensor in an output."""
+    """Return the tensor in an output."""
     return output.data if isinstance(output, PackedSequence) else output
 
 
 def run(case: Case, module: nn.Module, data: Tensor, hx: Tensor | None) -> dict[str, Tensor]:
-    """Output, final state and every gradient, by name."""
+    """Return the output, the final state and every gradient, by name."""
     output, h_n = module(case.input(data), hx)
     return with_gradients(case, module, data, hx, plain(output), h_n)
 
 
 def with_gradients(case, module, data, hx, output, h_n) -> dict[str, Tensor]:
+    """Return the results of a call and the gradient of every leaf, by name."""
     leaves = {"input": data, "hx": hx, **dict(module.named_parameters())}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
     cotangents = [c.to(y.dtype) for c, y in zip(case.cotangents(output, h_n), (output, h_n))]
@@ -185,7 +190,7 @@ def with_gradients(case, module, data, hx, output, h_n) -> dict[str, Tensor]:
 
 
 def exact(case: Case, module: nn.Module, data: Tensor, hx: Tensor | None) -> dict[str, Tensor]:
-    """The same as :func:`run` by the recurrence written out, in float64."""
+    """Return what :func:`run` does, by the written-out recurrence in float64."""
     data, hx = (None if x is None else x.detach().double().requires_grad_() for x in (data, hx))
     wide = case.module().double()
     wide.load_state_dict(module.state_dict())
@@ -193,7 +198,7 @@ def exact(case: Case, module: nn.Module, data: Tensor, hx: Tensor | None) -> dic
 
 
 def pair(case: Case) -> tuple[nn.Module, nn.Module]:
-    """torch.nn.RNN and ours, with the same weights, saturating here and there."""
+    """Return torch.nn.RNN and ours with the same weights."""
     theirs = case.module(nn.RNN)
     ours = case.module(tritonrnn.RNN)
     ours.load_state_dict(theirs.state_dict())
@@ -209,7 +214,7 @@ def assert_same_results(got: dict, expected: dict, rtol: float = 1e-9, atol: flo
 
 
 class RecordedCalls(TorchDispatchMode):
-    """Names of the operators called, and the storages their results brought with them."""
+    """Record the names of the operators called, and the storages of their results."""
 
     def __init__(self):
         super().__init__()
@@ -232,6 +237,7 @@ class RecordedCalls(TorchDispatchMode):
 
 
 def assert_accurate_over(cases: list[Case], scale: float = 4.0) -> None:
+    """Check that the median error over draws of a case is about torch.nn.RNN's."""
     expected, truth, got = [], [], []
     for case in cases:
         theirs, ours = pair(case)
@@ -247,7 +253,7 @@ def assert_accurate_over(cases: list[Case], scale: float = 4.0) -> None:
 
 
 def assert_autocast_as_accurate(case: Case, dtype: torch.dtype, input_dtype: torch.dtype) -> None:
-    """Called under autocast to ``dtype``: the dtypes of torch.nn.RNN, and its accuracy."""
+    """Check that a call under autocast to ``dtype`` has torch.nn.RNN's dtypes and accuracy."""
     theirs, ours = pair(case)
     data, hx = case.tensors()
     data = data.detach().to(input_dtype).requires_grad_()
@@ -258,34 +264,25 @@ def assert_autocast_as_accurate(case: Case, dtype: torch.dtype, input_dtype: tor
         )
     # The backward of autocast runs outside of it.
     expected, got = (
-        gradients_of(case, module, data, hx, plain(y), last)
+        with_gradients(case, module, data, hx, plain(y), last)
         for module, y, last in ((theirs, expected, expected_h_n), (ours, output, h_n))
     )
     for name in expected:
         assert_as_accurate([got[name]], [expected[name]], [truth[name]], name)
 
 
-def gradients_of(case, module, data, hx, output, h_n):
-    leaves = {"input": data, "hx": hx, **dict(module.named_parameters())}
-    leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
-    cotangents = [c.to(y.dtype) for c, y in zip(case.cotangents(output, h_n), (output, h_n))]
-    gradients = torch.autograd.grad((output, h_n), leaves.values(), cotangents)
-    named = {f"grad of {name}": g for name, g in zip(leaves, gradients)}
-    return {"output": output.detach(), "h_n": h_n.detach(), **named}
-
-
 def assert_no_shared_storage(case: Case) -> None:
-    """No gradient lies in the memory of another, of a result or of what was handed in."""
+    """Check that no gradient shares memory with another, with a result or with an argument."""
     _, ours = pair(case)
     data, hx = case.tensors()
     output, h_n = ours(case.input(data), hx)
     cotangents = case.cotangents(plain(output), h_n)
     leaves = {"input": data, "hx": hx, **dict(ours.named_parameters())}
-    handed_in = {"cotangent of output": cotangents[0], "cotangent of h_n": cotangents[1], **leaves}
+    given = {"cotangent of output": cotangents[0], "cotangent of h_n": cotangents[1], **leaves}
     gradients = torch.autograd.grad(
         (plain(output), h_n), leaves.values(), cotangents, retain_graph=True
     )
-    owners = {x.untyped_storage().data_ptr(): name for name, x in handed_in.items()}
+    owners = {x.untyped_storage().data_ptr(): name for name, x in given.items()}
     owners[plain(output).untyped_storage().data_ptr()] = "output"
     for name, gradient in zip(leaves, gradients):
         owner = owners.setdefault(gradient.untyped_storage().data_ptr(), f"gradient of {name}")
@@ -295,7 +292,7 @@ def assert_no_shared_storage(case: Case) -> None:
 
 
 def assert_zero_gradients(case: Case) -> None:
-    """An empty batch gives every parameter a gradient, of zeros."""
+    """Check that an empty batch leaves every parameter a gradient of zeros."""
     theirs, ours = pair(case)
     data, hx = case.tensors()
     got, expected = run(case, ours, data, hx), run(case, theirs, data, hx)
@@ -308,7 +305,7 @@ def assert_zero_gradients(case: Case) -> None:
 
 
 def as_function(case: Case, module: nn.Module):
-    """``(data, hx, *weights) -> (output, h_n)``, and its arguments; no ``hx`` if there is none."""
+    """Return ``(data, hx, *weights) -> (output, h_n)`` and its arguments, ``hx`` if given."""
     names = [name for name, _ in module.named_parameters()]
     data, hx = case.tensors(0.7)
     packed = case.input(data)

@@ -1,4 +1,4 @@
-"""A model whose every argument is a tensor, as an export with dynamic sizes wants it."""
+"""A model whose arguments are all tensors, as an export with dynamic sizes needs it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.cases import Case, plain
 
 
 class Model(nn.Module):
-    """An RNN with something after it, which makes its packed input of tensors."""
+    """An RNN with a head, which builds its packed input from tensors."""
 
     def __init__(self, case: Case):
         super().__init__()
@@ -32,7 +32,7 @@ def arguments_of(case: Case) -> tuple[torch.Tensor, ...]:
 
 
 def dynamic_shapes_of(case: Case) -> tuple[tuple[dict, ...]]:
-    """Every size of the input but its features."""
+    """Return the dynamic sizes: all of the input but its features."""
     T, B, N = (torch.export.Dim(name) for name in "TBN")
     padded = {"time-major": {0: T, 1: B}, "batch-first": {0: B, 1: T}, "unbatched": {0: T}}
     packing = {"packed": [{0: T}], "unsorted": [{0: T}, {0: B}, {0: B}]}

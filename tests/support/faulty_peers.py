@@ -1,4 +1,4 @@
-"""Peers that each go wrong in a way of their own, and one that doesn't."""
+"""Peers that fail, each in its own way, and one that works."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ class ThrowsLater(Loop):
 
 
 class Wrong(Loop):
-    """Off by a thousandth, and nowhere but in ``h_n``."""
+    """Return an ``h_n`` that is off by a thousandth, and a right output."""
 
     name = "wrong"
 
@@ -97,7 +97,7 @@ class Dies(Loop):
 
 
 class Interpreted(Loop):
-    """Tells what its process was given."""
+    """Name as its plan a variable of its process's environment."""
 
     name = "interpreted"
 

@@ -1,4 +1,4 @@
-"""What the registered operators are called with, for a problem of one layer."""
+"""Arguments of the registered operators, for a case of one layer."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class OperatorCall:
     def in_layout(self) -> Case:
         return replace(self.case, layout=LAYOUTS[self.layout])
 
-    def turned(self, tensor: Tensor) -> Tensor:
-        """From time first to the layout of the input."""
+    def place(self, tensor: Tensor) -> Tensor:
+        """Return a time-major tensor in the layout of the input."""
         return tensor.t() if self.layout == "batch_major" else tensor
 
     def forward(self, requires_grad: bool = False) -> tuple:
-        """The arguments of ``elman``."""
+        """Return the arguments of ``elman``."""
         case = self.in_layout
         data, hx = case.tensors(1.0)
         module = case.module(tritonrnn.RNN)
@@ -59,15 +59,15 @@ class OperatorCall:
         t, b = torch.arange(case.T)[:, None], torch.arange(case.B)
         if self.lengths:
             seq_metadata = b % (case.T + 1)
-            padding = self.turned(t >= seq_metadata)[..., None]
+            padding = self.place(t >= seq_metadata)[..., None]
             data = data.detach().masked_fill(padding, torch.nan).requires_grad_(requires_grad)
         if self.reset:
-            reset = self.turned((t + b) % 3 == 0)
+            reset = self.place((t + b) % 3 == 0)
         settings = (self.layout, case.nonlinearity, case.D == 2, self.backend)
         return (data, hx, weights, seq_metadata, reset, *settings)
 
     def backward(self, with_grads: tuple[bool, bool] = (True, True)) -> tuple:
-        """The arguments of ``elman_backward``, with every gradient wanted that there is."""
+        """Return the arguments of ``elman_backward``, every gradient wanted."""
         data, hx, weights, *settings = self.forward()
         with torch.no_grad():
             results = torch.ops.tritonrnn.elman(data, hx, weights, *settings)

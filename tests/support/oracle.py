@@ -1,29 +1,18 @@
-"""The recurrence, token by token: slow, plain, and independent of the row map.
-
-    s_t = E(a_t + M s_{t-1}, aux_t)      v_0 in place of M s_{t-1} at a sequence's first step
-
-In float64 it is what every other implementation is held against. In a narrower dtype it rounds
-wherever a loop of torch operators would, and its distance from float64 is the yardstick for theirs.
-"""
+"""The oracle of the kernels: ``perf.oracle.scan`` over the rows of every sequence of a layout."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from perf.oracle import EPILOGUES as EPILOGUES
+from perf.oracle import scan
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.ragged import RaggedLayout
 
-EPILOGUES: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
-    "tanh": lambda z, y: torch.tanh(z),
-    "relu": lambda z, y: torch.relu(z),
-    "tanh_grad": lambda z, y: z * (1 - y * y),
-    "relu_grad": lambda z, y: torch.where(y > 0, z, 0),
-}
-
 
 def sequences(layout: SequenceLayout) -> list[list[int]]:
-    """The rows of each sequence, from its first token to its last."""
+    """Return the rows of each sequence, from its first token to its last."""
     if isinstance(layout, RaggedLayout):
         bounds = zip(layout.batch_base.tolist(), layout.lengths.tolist())
         return [
@@ -54,30 +43,26 @@ def recurrence(
     dtype: torch.dtype = torch.float64,
     operand: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
-    """What ``tritonrnn.kernels.launch.recurrence`` writes over ``a``, in ``dtype``.
+    """Return what ``tritonrnn.kernels.launch.recurrence`` writes over ``a``, in ``dtype``.
 
-    ``operand`` is applied to both operands of every product: a rounding, for instance.
+    v_0 takes the place of M s_{t-1} at the first step of a sequence. In a narrow dtype it rounds
+    wherever a loop of torch operators would; its distance from float64 is then the yardstick for
+    the kernels. Rows of no sequence are NaN.
     """
     H = M.shape[-1]
     s = torch.full(a.shape, torch.nan, dtype=dtype, device=a.device)
     for b, rows in enumerate(sequences(layout)):
-        for g, backwards in enumerate(reverse):
+        for g, backwards in enumerate(reverse if rows else ()):
             columns = slice(g * H, (g + 1) * H)
-            weight = operand(M[g].to(dtype))
-            state = None
-            for row in reversed(rows) if backwards else rows:
-                z = a[row, columns].to(dtype)
-                if state is not None:
-                    z = z + weight @ operand(state)
-                elif v_0 is not None:
-                    z = (
-                        (z.to(v_0.dtype) + v_0[g, b]).to(dtype)
-                        if dtype != torch.float64
-                        else z + v_0[g, b]
-                    )
-                y = None if aux is None else aux[row, columns].to(dtype)
-                state = EPILOGUES[epilogue](z, y)
-                s[row, columns] = state
+            order = rows[::-1] if backwards else rows
+            steps = list(a[order, columns].to(dtype))
+            if v_0 is not None:
+                # Added in the dtype of v_0, which only float64 exceeds.
+                wide = torch.promote_types(dtype, v_0.dtype)
+                steps[0] = (steps[0].to(wide) + v_0[g, b]).to(dtype)
+            y = None if aux is None else aux[order, columns].to(dtype)
+            states, _ = scan(steps, M[g].to(dtype), None, epilogue, y, operand=operand)
+            s[order, columns] = torch.stack(states)
     return s
 
 

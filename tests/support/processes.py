@@ -9,6 +9,7 @@ import textwrap
 
 
 def run_alone(program: str) -> str:
+    """Return what a program prints, run without the variables that tritonrnn reads."""
     unset = ("TRITON_INTERPRET", "TRITONRNN_BACKEND")
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass
 
 import pytest
@@ -112,7 +113,7 @@ def make_case(
     reverse: tuple[bool, ...] = BOTH_WAYS,
     tf32: bool = False,
 ) -> Case:
-    """Inputs large enough for tanh to saturate in places, and for relu to be off in others."""
+    """Return inputs for which tanh saturates in places, and relu is off in others."""
     generator = torch.Generator().manual_seed(layout.N * H)
     G = len(reverse)
 
@@ -133,11 +134,21 @@ def make_case(
     return Case(layout, a, v_0, M, aux, epilogue, reverse, tf32)
 
 
+def ragged_case(
+    seed: int, epilogue: str = "tanh", dtype: torch.dtype = torch.bfloat16, H: int = 512
+) -> Case:
+    """Return a packed batch whose number of sequences and lengths are random."""
+    chance = random.Random(seed)
+    sizes = sorted((chance.randint(1, 90) for _ in range(chance.randint(1, 60))), reverse=True)
+    layout = SequenceLayout.packed(sizes, sum(sizes))
+    return make_case(layout, H, epilogue, dtype, tf32=True)
+
+
 def assert_close(case: Case, actual: Tensor) -> None:
-    """At most twice as far from float64 as the same loop in torch, in the dtype of the input.
+    """Allow twice the distance from float64 of the same loop in torch, in the input's dtype.
 
     Root mean squares are compared, which are steady where maxima are luck; the maxima may differ
-    by a factor of four, so that one wrong number among many is seen.
+    by a factor of four, so that one wrong element among many is seen.
     """
     expected = case.expected()
     assert expected.isfinite().all()

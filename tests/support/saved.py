@@ -3,7 +3,8 @@
 ``python -m tests.support.saved tests/data/saved/VERSION`` saves them with the version at hand, the
 arguments and the results of a call beside each. tests/api/test_saved.py loads every such folder.
 Run it with the oldest torch that the version supports: a newer torch may not be loaded by an older
-one. The classes here are named in the files, so they stay, under their names.
+one. The classes here are named in the files, so they stay, under their names. The folder ``0.1.0``
+was written before the modules of the package were renamed.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ import triton.language as tl
 
 # The runtime integers of a kernel's entry. Triton would compile anew for a T or B of 1 or of a
 # multiple of 16.
+# A column stride of 1 is to be known, though: rows of M are loaded by vectors.
 UNSPECIALIZED = ["T", "B", "stride_time", "stride_batch", "reverse_groups"]
 
 
@@ -55,7 +56,7 @@ class Constants:
 
     @property
     def WIDTH(self) -> int:
-        """Elements of a row."""
+        """Return the elements of a row."""
         return self.G * self.H
 
 
@@ -87,9 +88,9 @@ class Block(NamedTuple):
     is_reverse  whether the walk goes from the last time step to the first
     lengths     tokens of each sequence, 0 where there is no sequence
     num_steps   the largest of them: steps of the walk
-    first_step  time step at which the walk of each sequence begins
+    start_time  time step at which the walk of each sequence begins
     base        offset of each sequence from a time step's row, to the group's first hidden unit
-    tile        offset of each element of the tile from a time step's row
+    offs_tile   offset of each element of the tile from a time step's row
     mask_h      which hidden units exist
     v_0         v at each sequence's first step, or 0.0
     """
@@ -97,9 +98,9 @@ class Block(NamedTuple):
     is_reverse: Any
     lengths: Any
     num_steps: Any
-    first_step: Any
+    start_time: Any
     base: Any
-    tile: Any
+    offs_tile: Any
     mask_h: Any
     v_0: Any
 
@@ -145,9 +146,9 @@ def make_block(index, range_h, range_b, batch, C: tl.constexpr):
         is_reverse=is_reverse,
         lengths=lengths,
         num_steps=tl.max(lengths, axis=0),
-        first_step=tl.where(is_reverse, lengths - 1, 0),
+        start_time=tl.where(is_reverse, lengths - 1, 0),
         base=base,
-        tile=base + offs_h[:, None],
+        offs_tile=base + offs_h[:, None],
         mask_h=mask_h,
         v_0=v_0,
     )
@@ -190,14 +191,14 @@ def is_live(step, block):
 @triton.jit
 def is_first(step, block):
     """Return which sequences begin in this step, [1, BLOCK_B]."""
-    return (time_at(step, block) == block.first_step)[None, :]
+    return (time_at(step, block) == block.start_time)[None, :]
 
 
 @triton.jit
 def has_previous(step, block):
     """Return which sequences are live in this step and in the one before, [1, BLOCK_B]."""
     t = time_at(step, block)
-    return ((t < block.lengths) & (t != block.first_step))[None, :]
+    return ((t < block.lengths) & (t != block.start_time))[None, :]
 
 
 @triton.jit
@@ -211,10 +212,10 @@ def tile_mask(step, block):
 def load_step(step, row, batch, block):
     """Load a and aux of a step to registers; a twice where there is no aux."""
     mask = tile_mask(step, block)
-    a = tl.load(batch.a_ptr + row + block.tile, mask=mask, other=0.0)
+    a = tl.load(batch.a_ptr + row + block.offs_tile, mask=mask, other=0.0)
     aux = a
     if batch.aux_ptr is not None:
-        aux = tl.load(batch.aux_ptr + row + block.tile, mask=mask, other=0.0)
+        aux = tl.load(batch.aux_ptr + row + block.offs_tile, mask=mask, other=0.0)
     return a, aux
 
 
@@ -249,8 +250,8 @@ def prepare_step(step, a, aux, batch, block, C: tl.constexpr, MAY_BEGIN: tl.cons
 def load_and_prepare_step(step, row, batch, block, C: tl.constexpr):
     """Load a step and prepare it at once."""
     a, aux = load_step(step, row, batch, block)
-    # A sum also where v_0 is 0.0: it is fp32, and so Triton carries the drive in fp32 and not in
-    # the dtype of a, which it would widen in front of the product.
+    # A sum, also where v_0 is 0.0: the sum is fp32, so Triton carries fp32 to the next iteration.
+    # Without it Triton would carry the dtype of a, and widen it right before the product.
     drive = a.to(tl.float32) + tl.where(is_first(step, block), block.v_0, 0.0)
     prepared = drive
     if batch.aux_ptr is not None:
@@ -274,8 +275,9 @@ def zero_padding(z, block, C: tl.constexpr):
 def compute_state(step, z, aux, batch, block, C: tl.constexpr):
     """Return the state of a step from its pre-activation, in the dtype of a."""
     if batch.row_map_ptr is not None:
-        # Before the epilogue, while z is fp32: a choice between halves of registers takes three
-        # times the instructions. Where every sequence has all T tokens, nobody sees a dead state.
+        # A sequence that begins in the next step multiplies this state. Chosen before the epilogue,
+        # while z is fp32: a choice between halves of registers takes three times the instructions.
+        # Where every sequence has all T tokens, nobody sees a dead state.
         z = tl.where(is_live(step, block), z, 0.0)
     s = apply_epilogue(z, aux, C)
     return downcast(s, batch.a_ptr.dtype.element_ty, C)
@@ -284,14 +286,15 @@ def compute_state(step, z, aux, batch, block, C: tl.constexpr):
 @triton.jit
 def store_step(step, row, s, batch, block):
     """Overwrite a by the state of a step of the walk."""
-    tl.store(batch.a_ptr + row + block.tile, s, mask=block.mask_h & is_live(step, block))
+    tl.store(batch.a_ptr + row + block.offs_tile, s, mask=block.mask_h & is_live(step, block))
 
 
 @triton.jit
 def load_weights(m_ptrs, mask_h, stride_m_column, C: tl.constexpr):
     """Load a program's rows of M for the whole walk: an operand of C.NUM_TILES tiles.
 
-    Tiles of BLOCK_K consecutive columns or, where C.STRIDE_K > 1, of every STRIDE_K-th column.
+    Tiles of BLOCK_K consecutive columns or, where C.STRIDE_K > 1, of every STRIDE_K-th column. (Of
+    the plans that keep M, whose constants have these three.)
     """
     NUM_TILES: tl.constexpr = C.NUM_TILES
     offs_k = C.STRIDE_K * tl.arange(0, C.BLOCK_K)
@@ -315,9 +318,10 @@ def load_weights(m_ptrs, mask_h, stride_m_column, C: tl.constexpr):
 def split_tf32(x, C: tl.constexpr):
     """Turn stored values into an operand of :func:`dot_acc`.
 
-    For products of TF32 it is rounded, for products of fp32 accuracy split in two TF32 parts, whose
-    sum keeps 22 bits of x. (A state that relu lets overflow to infinity gives NaN in the next step,
-    where infinities of one sign might have been left: infinity times a small part.)
+    In 16 bits it is x itself, for products of TF32 it is rounded; neither uses the small part. For
+    products of fp32 accuracy it is split in two TF32 parts, whose sum keeps 22 bits of x. (There a
+    state that relu lets overflow to infinity gives NaN in the next step, where infinities of one
+    sign might have been left: infinity times a small part.)
     """
     if C.INTERPRETED:
         # Triton's interpreter would multiply the bit patterns of bf16 values.

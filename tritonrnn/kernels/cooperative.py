@@ -3,7 +3,8 @@
 The tile picture (``common.py`` has the formula and the names). A program's BLOCK_H rows of M stay
 in shared memory for the whole walk, in tiles of BLOCK_K columns. The state travels from step to
 step through ``a``, and a program waits until all programs of its CTA group, those that share its
-sequences, have stored the step before (``cta_barrier.py``):
+sequences, have stored the step before (``cta_barrier.py``). ▒ stays, ░ is read, ▓ is made in a
+step:
 
                     M [H, H]            s_{t-1} [H, B]            s_t [H, B]
                   BLOCK_K                 BLOCK_B
@@ -67,12 +68,12 @@ class CooperativeConstants(Constants):
 
     @property
     def NUM_TILES(self) -> int:
-        """Tiles of M."""
+        """Return the number of tiles of M."""
         return -(-self.H // self.BLOCK_K)
 
     @property
     def NUM_PROGRAMS(self) -> int:
-        """Programs of a CTA group."""
+        """Return the number of programs of a CTA group."""
         return -(-self.H // self.BLOCK_H)
 
 
@@ -113,10 +114,11 @@ def cooperative_kernel(
 ):
     """Walk every step of every sequence of the batch blocks of a CTA group.
 
-    Arguments as ``common.Batch`` has them; m_ptr is [G, H, H] of any strides, in the dtype of a.
+    Arguments as ``common.Batch`` has them; m_ptr is [G, H, H] in the dtype of a, with offsets of 32
+    bits at most.
 
     counters_ptr    int32 [1 + INTERLEAVE * CTA groups, 32] of ones. The first word becomes 0 if a
-                    wait was in vain; each other row begins with a counter, 128 bytes apart so that
+                    wait timed out; each other row begins with a counter, 128 bytes apart so that
                     no two share a cache line.
     """
     batch = Batch(
@@ -147,28 +149,28 @@ def cooperative_kernel(
     num_blocks = tl.cdiv(B, C.BLOCK_B)
     for index in tl.range(cta_group, num_blocks, C.INTERLEAVE * num_cta_groups, num_stages=1):
         block = make_block(index, range_h, range_b, batch, C)
-        state = first_state(batch, block, C)
+        pipeline = first_pipeline(batch, block, C)
         num_steps = block.num_steps
         if C.INTERLEAVE == 2:
             # Past the last block it has no steps.
             other_block = make_block(index + num_cta_groups, range_h, range_b, batch, C)
-            other_state = first_state(batch, other_block, C)
+            other_pipeline = first_pipeline(batch, other_block, C)
             num_steps = tl.maximum(num_steps, other_block.num_steps)
         # The pipeliner would hoist reads of the state above the stores that other programs wait
         # for. And LLVM would hoist the descriptor of every wgmma out of the loop, two registers
         # each, where a program has a hundred of them.
         for step in tl.range(0, num_steps, num_stages=1, disable_licm=True):
             if step < block.num_steps:
-                state, target, max_spins = walk_step(
-                    step, batch, block, state, tiles, counter_ptr, target, max_spins, C
+                pipeline, target, max_spins = walk_step(
+                    step, batch, block, pipeline, tiles, counter_ptr, target, max_spins, C
                 )
             if C.INTERLEAVE == 2:  # noqa: SIM102 (Triton evaluates both sides of an "and")
                 if step < other_block.num_steps:
-                    other_state, other_target, max_spins = walk_step(
+                    other_pipeline, other_target, max_spins = walk_step(
                         step,
                         batch,
                         other_block,
-                        other_state,
+                        other_pipeline,
                         tiles,
                         counter_ptr + 32,
                         other_target,
@@ -181,12 +183,12 @@ def cooperative_kernel(
 
 
 @triton.jit
-def first_state(batch, block, C: tl.constexpr):
+def first_pipeline(batch, block, C: tl.constexpr):
     """Return the pipeline state with which the walk of a batch block begins."""
     row = row_offset(0, batch, block, C)
     a, aux = load_step(0, row, batch, block)
     return PipelineState(
-        s=tl.zeros(block.tile.shape, a.dtype),
+        s=tl.zeros(block.offs_tile.shape, a.dtype),
         a=a,
         aux=aux,
         previous_row=tl.zeros([], tl.int64),
@@ -196,7 +198,7 @@ def first_state(batch, block, C: tl.constexpr):
 
 
 @triton.jit
-def walk_step(step, batch, block, state, tiles, counter_ptr, target, max_spins, C: tl.constexpr):
+def walk_step(step, batch, block, pipeline, tiles, counter_ptr, target, max_spins, C: tl.constexpr):
     """Walk one step of a batch block.
 
     Returns the next pipeline state, what the counter will be once the whole CTA group has walked
@@ -204,26 +206,27 @@ def walk_step(step, batch, block, state, tiles, counter_ptr, target, max_spins, 
     """
     # Before the wait: this step's tiles, loaded in the step before, go where the product takes
     # them, and the next step's are loaded.
-    a = convert_layout_like(state.s, state.a, step, block)
-    aux = convert_layout_like(state.s, state.aux, step, block)
+    a = convert_layout_like(pipeline.s, pipeline.a, step, block)
+    aux = convert_layout_like(pipeline.s, pipeline.aux, step, block)
+    # The first step is walked here, too, so a sequence may always begin.
     z, aux = prepare_step(step, a, aux, batch, block, C, True)
     row_2 = row_offset(step + 2, batch, block, C)
-    next_a, next_aux = load_step(step + 1, state.next_row, batch, block)
+    next_a, next_aux = load_step(step + 1, pipeline.next_row, batch, block)
 
     max_spins = wait(counter_ptr, target, max_spins, C)
-    z = dot_previous(step, batch, block, state.previous_row, tiles, z, C)
+    z = dot_previous(step, batch, block, pipeline.previous_row, tiles, z, C)
     s = compute_state(step, z, aux, batch, block, C)
-    store_step(step, state.row, s, batch, block)
+    store_step(step, pipeline.row, s, batch, block)
     arrive(counter_ptr)
-    next_state = PipelineState(
+    next_pipeline = PipelineState(
         s=s,
         a=next_a,
         aux=next_aux,
-        previous_row=state.row,
-        row=state.next_row,
+        previous_row=pipeline.row,
+        row=pipeline.next_row,
         next_row=row_2,
     )
-    return next_state, target + C.NUM_PROGRAMS, max_spins
+    return next_pipeline, target + C.NUM_PROGRAMS, max_spins
 
 
 @triton.jit

@@ -36,27 +36,26 @@ class Declined:
 @functools.lru_cache(maxsize=1024)
 def choose_plan(problem: Problem, device: Device) -> LaunchPlan | Declined:
     """Return the first plan of the ranking that beats torch's own path, or why none does."""
-    stepwise_us, torch_us = stepwise_step_us(problem, device), torch_step_us(problem, device)
+    torch_us = torch_step_us(problem, device)
     estimates = []
     for plan in rank_plans(problem, device):
         if device.is_interpreter:
             # Which is for tests, not for speed.
             return plan
         if plan.name == "stepwise":
-            if stepwise_us < torch_us:
-                return plan
-            estimates.append(f"a Triton launch a step {stepwise_us:.3g} us")
+            # The last one. Torch's own launches cost the host less, so it never beats them.
+            plan_us, name = stepwise_step_us(problem, device), "a Triton launch a step"
         else:
-            plan_us = step_us(problem, plan)
-            if plan_us <= min(stepwise_us, torch_us):
+            plan_us, name = step_us(problem, plan), plan.name
+            if plan_us <= torch_us:
                 return plan
-            estimates.append(f"{plan.name} {plan_us:.3g} us")
+        estimates.append(f"{name} {plan_us:.3g} us")
     too_large = ""
     if len(estimates) == 1:
-        kib = problem.weight_tile_bytes / 1024
         too_large = (
-            f"W_hh of {problem.H} x {problem.H} {problem.dtype} (a tile of {kib:.0f} KiB) does not "
-            f"fit one multiprocessor of {device.arch} ({device.shared_bytes / 1024:.0f} KiB); "
+            f"W_hh of {problem.H} x {problem.H} {problem.dtype} and the state do not fit one "
+            f"multiprocessor of {device.arch} ({device.shared_bytes / 1024:.0f} KiB of shared "
+            "memory); "
         )
     return Declined(
         f"{too_large}a step is estimated to take {', '.join(estimates)}, and {torch_us:.3g} us on "
@@ -65,7 +64,10 @@ def choose_plan(problem: Problem, device: Device) -> LaunchPlan | Declined:
 
 
 def best_triton_plan(problem: Problem, device: Device) -> LaunchPlan:
-    """Return what to launch where torch's own path would be faster, but can't or must not serve."""
+    """Return what to launch where torch's own path is faster but can't serve, or Triton is forced.
+
+    Never cooperative: a plan whose programs wait for each other is to be chosen for its speed only.
+    """
     stepwise_us = stepwise_step_us(problem, device)
     for plan in rank_plans(problem, device):
         if plan.name not in ("cooperative", "stepwise") and step_us(problem, plan) <= stepwise_us:
@@ -133,5 +135,6 @@ def _dense_step_us(problem: Problem, device: Device) -> float:
 
 
 def _memory_us(problem: Problem, device: Device) -> float:
-    # The drive is read and the state written; what the next step reads is in the cache.
-    return device.memory_us(2 * problem.G * problem.B * problem.H * problem.item_bytes)
+    # The drive and aux are read, the state is written; what the next step reads is in the cache.
+    matrices = 3 if problem.epilogue.endswith("_grad") else 2
+    return device.memory_us(matrices * problem.G * problem.B * problem.H * problem.item_bytes)

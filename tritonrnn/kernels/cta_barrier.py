@@ -21,8 +21,8 @@ or waits for one that runs. No CTA group waits for another one. And should a pro
 that wait for it give up after MAX_SPINS polls, say so, and run to the end without waiting any more:
 a walk ends whatever happens.
 
-The limit is a number of polls, not a time. A poll is a round trip to L2, of half a microsecond or
-so, and a program polls only while it runs: neither a debugger nor another process on the GPU uses
+The limit is a number of polls, not a time. A poll is a round trip to L2, and a program polls only
+while it runs: neither a debugger nor another process on the GPU uses
 up its polls, as they would use up a time. And it means the same in Triton's interpreter.
 """
 
@@ -41,7 +41,7 @@ def arrive(counter_ptr):
 def wait(counter_ptr, target, max_spins, C: tl.constexpr):
     """Return when the counter has reached target, or else after max_spins polls.
 
-    Returns max_spins for the next wait: the same, or 0 after a wait in vain.
+    Returns max_spins for the next wait: the same, or 0 after one that timed out.
     """
     spins = max_spins
     missing = target - poll(counter_ptr, C)

@@ -23,53 +23,53 @@ class Device:
         arch: ``sm_90``, ``gfx942``, ... or ``interpreter``.
         multiprocessors: streaming multiprocessors, or AMD's compute units.
         shared_bytes: shared memory (LDS) that one thread block may use.
-        warp_size: threads a warp.
-        threads: threads that a multiprocessor holds at once.
-        register_bytes: registers of a multiprocessor.
         clock_mhz: of the multiprocessors, boosted.
         flop_per_clock: of a multiprocessor, dense, by arithmetic: ``16-bit``, ``tf32`` and
             ``fp32``, with sums in fp32.
         memory_gb_per_s: of global memory.
+        warp_size: threads a warp.
+        threads: threads that a multiprocessor holds at once.
+        register_bytes: registers of a multiprocessor.
     """
 
     arch: str
     multiprocessors: int
     shared_bytes: int
+    clock_mhz: float
+    flop_per_clock: tuple[int, int, int]
+    memory_gb_per_s: float
     warp_size: int = 32
     threads: int = 2048
     register_bytes: int = 256 * KIB
-    clock_mhz: float = 1980
-    flop_per_clock: tuple[int, int, int] = (4096, 2048, 256)
-    memory_gb_per_s: float = 3350
 
     @property
     def is_interpreter(self) -> bool:
-        """Whether kernels run on CPU tensors, one program after the other."""
+        """Return whether kernels run on CPU tensors, one program after the other."""
         return self.arch == "interpreter"
 
     @property
     def is_amd(self) -> bool:
-        """Whether the device is AMD's."""
+        """Return whether the device is AMD's."""
         return self.arch.startswith("gfx")
 
     @property
     def has_async_copy(self) -> bool:
-        """Whether ``cp.async`` copies words of 32 bits to shared memory: NVIDIA's since sm_80."""
+        """Return whether there is ``cp.async``, of 32 bits or more: NVIDIA's since sm_80."""
         return self.is_interpreter or self._compute_capability >= 80
 
     @property
     def has_wgmma(self) -> bool:
-        """Whether MMA instructions read their operands from shared memory (``wgmma``)."""
+        """Return whether MMA instructions read their operands from shared memory (``wgmma``)."""
         return self.arch == "sm_90"
 
     @property
     def has_tanh(self) -> bool:
-        """Whether there is an instruction for tanh: NVIDIA's since sm_75."""
+        """Return whether there is an instruction for tanh: NVIDIA's since sm_75."""
         return self._compute_capability >= 75
 
     @property
     def has_tf32(self) -> bool:
-        """Whether MMA instructions multiply TF32: of AMD's, on the MI300 only."""
+        """Return whether MMA instructions multiply TF32: of AMD's, on the MI300 only."""
         return not self.is_amd or self.arch == "gfx942"
 
     @property
@@ -93,7 +93,8 @@ class Device:
         return moved_bytes / (1e3 * self.memory_gb_per_s)
 
 
-# One device of each architecture: A100, RTX 3090, RTX 4090, H100, B200, B300, RTX 5090, MI300X.
+# One device of each architecture: A100, RTX 3090, RTX 4090, H100, B200, B300, RTX 5090 and MI300X;
+# and Triton's interpreter, with the limits of an H100.
 DEVICES = {
     device.arch: device
     for device in (
@@ -123,7 +124,14 @@ DEVICES = {
             flop_per_clock=(512, 256, 256),
             memory_gb_per_s=1008,
         ),
-        Device("sm_90", multiprocessors=132, shared_bytes=227 * KIB),
+        Device(
+            "sm_90",
+            multiprocessors=132,
+            shared_bytes=227 * KIB,
+            clock_mhz=1980,
+            flop_per_clock=(4096, 2048, 256),
+            memory_gb_per_s=3350,
+        ),
         Device(
             "sm_100",
             multiprocessors=148,
@@ -159,14 +167,18 @@ DEVICES = {
             flop_per_clock=(2048, 1024, 256),
             memory_gb_per_s=5300,
         ),
-        Device("interpreter", multiprocessors=1, shared_bytes=227 * KIB),
     )
 }
+DEVICES["interpreter"] = replace(DEVICES["sm_90"], arch="interpreter", multiprocessors=1)
 
 
 @functools.cache
 def device_of(device: torch.device) -> Device:
-    """Ask a device at hand. What torch can't tell of it is that of the published one next to it."""
+    """Return the device at hand.
+
+    What torch does not report is taken from a published one: of NVIDIA's from the one of the next
+    lower compute capability, of AMD's from the MI300X.
+    """
     if device.type == "cpu":
         return DEVICES["interpreter"]
     properties: Any = torch.cuda.get_device_properties(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,10 +20,15 @@ from tritonrnn.kernels.resident import ResidentConstants, resident_kernel
 from tritonrnn.kernels.stepwise import StepwiseConstants, stepwise_kernel
 from tritonrnn.layout import SequenceLayout
 
-# Polls until a program gives up waiting: some ten seconds on a GPU, where a poll is a round trip to
-# L2 of half a microsecond or more, and as long in the interpreter, at 50 microseconds a poll.
+# Polls until a program gives up waiting: some seconds on a GPU, where a poll is a round trip to L2,
+# and as long in the interpreter, at 50 microseconds a poll.
 MAX_SPINS = 200_000 if triton.knobs.runtime.interpret else 20_000_000
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+# Triton before 3.7.1 leaves out the proxy fence between an async copy and the wgmma that reads what
+# it brought (https://github.com/triton-lang/triton/issues/10537). No other plan's product reads
+# what was copied so; a stepwise product's tiles go through registers in these versions.
+_LACKS_FENCES = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) < (3, 7, 1)
 
 _forced: str | None = None
 
@@ -57,7 +63,7 @@ def recurrence(
     if a.numel() == 0:
         return
     if a.data_ptr() % 16 != 0:
-        # Kernels access memory by vectors. What the package allocates begins on one.
+        # Kernels access memory by vectors of 16 bytes. What the package allocates is aligned so.
         aligned = a.clone()
         recurrence(
             aligned, v_0, M, aux, layout, epilogue=epilogue, reverse=reverse, tf32=tf32, plan=plan
@@ -169,7 +175,7 @@ def check_barrier(counters: Tensor, plan: LaunchPlan) -> None:
     # On CUDA torch takes no text of more than 254 characters.
     torch._assert_async(
         counters[0, 0],
-        "tritonrnn: a program of a recurrence waited in vain for the others of its CTA group; the "
+        "tritonrnn: a program of a recurrence gave up waiting for the others of its CTA group; the "
         f"result is wrong. Launched: {plan.programs} programs of {plan.block_h} hidden units on "
         f"{plan.device.multiprocessors} multiprocessors ({plan.device.arch})",
     )
@@ -204,7 +210,7 @@ def kernel_arguments(
     assert G < 32
     # A matrix that fits multiprocessors may be a view into a larger one; the kernel counts the
     # distance between its elements in 32 bits there.
-    too_wide = (H - 1) * (abs(M.stride(1)) + abs(M.stride(2))) >= 2**31
+    too_wide = (H - 1) * (M.stride(1) + M.stride(2)) >= 2**31
     # Shared memory is read in wide pieces along rows only where elements have 16 bits: a transposed
     # M would be read element by element in every step. Registers take pairs along rows.
     along_rows = a.dtype == torch.float32 or plan.name == "registers"
@@ -224,7 +230,7 @@ def kernel_arguments(
         "reverse_groups": sum(1 << group for group, backwards in enumerate(reverse) if backwards),
         "C": _constants(problem, plan),
         "num_warps": plan.num_warps,
-        "num_stages": plan.num_stages,
+        "num_stages": 1 if plan.name == "stepwise" and _LACKS_FENCES else plan.num_stages,
     }
     if plan.name != "registers":
         strides = ("stride_m_group", "stride_m_row", "stride_m_column")
@@ -261,4 +267,5 @@ def _constants(problem: Problem, plan: LaunchPlan) -> Constants:
             INTERLEAVE=plan.interleave,
             MAX_SPINS=MAX_SPINS,
         )
+    assert plan.name == "stepwise"
     return StepwiseConstants(**shared, BLOCK_K=plan.block_k)

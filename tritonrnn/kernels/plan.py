@@ -19,10 +19,13 @@ ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # all descriptors in registers, and spills.
 MAX_INTERLEAVED_UNITS = 1280
 
-# Plans that are not chosen, but launched where they are forced, until their tests have passed on a
-# GPU (perf/GPU.md). The next one takes their place. (Where only torch's path would, as for the
-# cooperative plan, dispatch.py decides.)
-UNTRIED = ("registers",)
+# Shared memory that the compiler takes for itself, at most: barriers, reductions.
+RESERVED_BYTES = 1024
+
+# Plans whose tests have not passed on a GPU yet (perf/GPU.md), and what serves in their place: the
+# next plan, or torch's own path. The latter where programs wait for each other: a fault there can
+# make the GPU unusable for the process. Where a plan is forced, it is launched.
+UNTRIED = {"registers": "next plan", "cooperative": "torch"}
 
 
 @dataclass(frozen=True)
@@ -49,25 +52,20 @@ class Problem:
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one element of the state."""
+        """Return the bytes of one element of the state."""
         return ITEM_BYTES[self.dtype]
 
     @property
     def arithmetic(self) -> str:
-        """What products are to be accurate to: ``16-bit``, ``tf32`` or ``fp32``."""
+        """Return what products are to be accurate to: ``16-bit``, ``tf32`` or ``fp32``."""
         if self.dtype != "fp32":
             return "16-bit"
         return "tf32" if self.tf32 else "fp32"
 
     @property
-    def is_narrow(self) -> bool:
-        """Whether rows are so odd that each element is loaded from an address of its own."""
+    def has_odd_rows(self) -> bool:
+        """Return whether rows are no multiple of 8 bytes: they are accessed in small pieces."""
         return self.H * self.item_bytes % 8 != 0
-
-    @property
-    def weight_tile_bytes(self) -> int:
-        """Bytes of W_hh as one tile."""
-        return power_of_two(self.H, at_least=16) ** 2 * self.item_bytes
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,9 @@ def rank_plans(problem: Problem, device: Device) -> Iterator[LaunchPlan]:
     M in shared memory. The last one, a launch a step, fits every problem.
     """
     for name, plan_of in PLANS.items():
-        if name in UNTRIED or (device.is_interpreter and name == "cooperative"):
+        # In the interpreter the cooperative plan is one program: the resident plan, but slower.
+        held_back = UNTRIED.get(name) == "next plan"
+        if held_back or (device.is_interpreter and name == "cooperative"):
             continue
         plan = plan_of(problem, device)
         if plan is not None:
@@ -136,14 +136,18 @@ def rank_plans(problem: Problem, device: Device) -> Iterator[LaunchPlan]:
 
 
 def resident_plan(problem: Problem, device: Device) -> LaunchPlan | None:
-    """Keep W_hh in one multiprocessor's shared memory. Return None if it does not fit."""
+    """Keep W_hh in one multiprocessor. Return None if it does not fit.
+
+    The bound is its shared memory, through which W_hh goes also where the product, ``mma.sync``,
+    takes it from registers.
+    """
     block_h = power_of_two(problem.H, at_least=16)
     precision = _precision(problem, device)
     # Products of fp32 accuracy are few columns wide, 16 at least (common.dot_acc).
     block_k = block_h // min(4, block_h // 16) if precision == "tf32x3" else block_h
     is_prefetched = device.has_async_copy and problem.H * problem.item_bytes % 4 == 0
-    # Three steps ahead, as a copy from global memory may take as long as two steps; fewer where
-    # shared memory is full.
+    # Copies three iterations ahead, as one from global memory may take as long as two steps; fewer
+    # where shared memory is full.
     depths = (4, 3, 2) if is_prefetched else (1,)
     for block_b, num_stages in product((_resident_block_b(problem, device), 8), depths):
         shared_bytes = _resident_shared_bytes(problem, precision, block_h, block_b, num_stages)
@@ -170,7 +174,7 @@ def resident_plan(problem: Problem, device: Device) -> LaunchPlan | None:
 
 def registers_plan(problem: Problem, device: Device) -> LaunchPlan | None:
     """Keep W_hh in one multiprocessor's registers. Return None if it does not fit."""
-    # The interpreter does not know Gluon.
+    # Of the interpreter neither: it does not know Gluon.
     if not device.has_wgmma:
         return None
     block_h = power_of_two(problem.H, at_least=64)
@@ -178,7 +182,7 @@ def registers_plan(problem: Problem, device: Device) -> LaunchPlan | None:
     # Products of fp32 accuracy begin from zero and are narrow (common.dot_acc); here all of M is
     # one product. An async copy has four bytes at least. And beyond these sizes 2 block_h threads
     # have too few registers beside W_hh.
-    most = {"ieee": 128 if problem.is_narrow else 256, "tf32": 128, "tf32x3": 0}[precision]
+    most = {"ieee": 128 if problem.has_odd_rows else 256, "tf32": 128, "tf32x3": 0}[precision]
     if problem.H * problem.item_bytes % 4 != 0 or block_h > most:
         return None
     # The narrowest product there is: a step's latency is that of its epilogue, too.
@@ -198,7 +202,7 @@ def registers_plan(problem: Problem, device: Device) -> LaunchPlan | None:
         epilogue=_epilogue(problem, device),
         programs=cdiv(problem.B, block_b) * problem.G,
         launches=1,
-        shared_bytes=tiles * block_h * block_b * problem.item_bytes + 1024,
+        shared_bytes=tiles * block_h * block_b * problem.item_bytes + RESERVED_BYTES,
         device=device,
     )
 
@@ -211,13 +215,14 @@ def cooperative_plan(problem: Problem, device: Device) -> LaunchPlan | None:
     # interpreter, which runs one program after the other, a CTA group is one program.
     block_h = power_of_two(problem.H, at_least=64) if device.is_interpreter else 64
     precision = _precision(problem, device)
-    # 16 sequences make the most of the weights that a step reads and, for wgmma, are the fewest.
+    # 16 sequences make the most of the weights that a step reads, and are the fewest for which
+    # Triton chooses wgmma.
     block_b = 16
-    # Each tile of the state is a product of its own that is waited for: the fewer the better, but
-    # 512 are no faster to issue than 256, and what H is no multiple of is padded.
+    # Each tile of the state is a product of its own, which is waited for: so tiles are wide. Not
+    # wider than 256, where nothing more is gained, and not so wide that much of one is padding.
     block_k = 256 if problem.dtype != "fp32" and problem.H % 256 == 0 else 128
-    if problem.is_narrow:
-        # Every element is in a register with an address of its own.
+    if problem.has_odd_rows:
+        # Each small piece is in registers with an address of its own.
         block_k = 64
     if precision == "tf32x3":
         # Wider products lose accuracy (common.dot_acc).
@@ -227,11 +232,13 @@ def cooperative_plan(problem: Problem, device: Device) -> LaunchPlan | None:
     weight_bytes = block_h * tiles * tile_bytes
     # All of the state that there is room for beside the weights is read at once, for each read
     # takes a round trip to L2.
-    spare_bytes = max(0, device.shared_bytes - weight_bytes - 1024)
-    at_once = min(1 if problem.is_narrow else tiles, spare_bytes // (block_b * tile_bytes))
-    # fp32 tiles on their way between the layouts of memory and of the product.
+    spare_bytes = max(0, device.shared_bytes - weight_bytes - RESERVED_BYTES)
+    at_once = min(1 if problem.has_odd_rows else tiles, spare_bytes // (block_b * tile_bytes))
+    # Two fp32 tiles, of a and aux, on their way between the layouts of memory and of the product.
     exchange_bytes = 2 * block_h * block_b * 4
-    shared_bytes = weight_bytes + max(at_once * block_b * tile_bytes, exchange_bytes) + 1024
+    shared_bytes = (
+        weight_bytes + max(at_once * block_b * tile_bytes, exchange_bytes) + RESERVED_BYTES
+    )
     cta_group_size = cdiv(problem.H, block_h)
     # All programs run at the same time, one a multiprocessor.
     num_cta_groups = 1
@@ -268,7 +275,7 @@ def stepwise_plan(problem: Problem, device: Device) -> LaunchPlan:
     block_b = 16
     # Tiles of M and of the state go through registers on their way to the product: 128 bytes of a
     # row, and half as many where a tile is split in two, or its elements are loaded one by one.
-    k_bytes = 64 if precision == "tf32x3" or problem.is_narrow else 128
+    k_bytes = 64 if precision == "tf32x3" or problem.has_odd_rows else 128
     block_k = min(k_bytes // problem.item_bytes, block_h)
     num_stages = 3
     tiles = num_stages * block_k * (block_h + block_b) * problem.item_bytes
@@ -284,7 +291,7 @@ def stepwise_plan(problem: Problem, device: Device) -> LaunchPlan:
         epilogue=_epilogue(problem, device),
         programs=cdiv(problem.B, block_b) * cdiv(problem.H, block_h) * problem.G,
         launches=problem.T,
-        shared_bytes=tiles + 1024,
+        shared_bytes=tiles + RESERVED_BYTES,
         device=device,
     )
 
@@ -300,9 +307,9 @@ PLANS: dict[str, Callable[[Problem, Device], LaunchPlan | None]] = {
 
 def _resident_block_b(problem: Problem, device: Device) -> int:
     # Never a function of B, which would compile a kernel for every few batch sizes. The epilogue is
-    # a good part of a step and costs what the tile is large, so eight sequences, the fewest that an
-    # MMA takes; but as many as AMD's takes of 16 bits, and as let Triton choose wgmma, whose
-    # narrowest tile it takes to be 16 wide.
+    # a good part of a step, and its cost grows with the tile: so eight sequences, the fewest that
+    # an MMA takes. But 16 where AMD's takes no fewer of 16 bits, and where Triton chooses wgmma for
+    # no fewer, though the instruction takes 8.
     wide = device.has_wgmma or device.is_amd or device.is_interpreter
     return 16 if wide and problem.dtype != "fp32" else 8
 
@@ -317,7 +324,7 @@ def _resident_shared_bytes(
     in_flight = (num_stages - 1) * (2 if problem.epilogue.endswith("_grad") else 1)
     # An fp32 tile on its way between the layouts of memory and of the product.
     exchange = block_h * block_b * 4
-    return weights + (parts + in_flight) * tile + exchange + 1024
+    return weights + (parts + in_flight) * tile + exchange + RESERVED_BYTES
 
 
 def _precision(problem: Problem, device: Device) -> str:
@@ -337,7 +344,7 @@ def _num_warps(problem: Problem, block_h: int, device: Device) -> int:
     # A warp group of 128 threads to 64 rows of wgmma, a warp to 16 rows of mma.sync. Of 16 warps
     # each thread has 128 registers: enough only where the product takes its operands from shared
     # memory, and they go there in vectors.
-    most = 16 if device.has_wgmma and not problem.is_narrow else 8
+    most = 16 if device.has_wgmma and not problem.has_odd_rows else 8
     # AMD's MMA holds the operands in registers throughout, and two parts of W_hh fill those of 512
     # threads.
     threads_a_row = 8 if device.is_amd and _precision(problem, device) == "tf32x3" else 2

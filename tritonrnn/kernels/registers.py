@@ -1,14 +1,15 @@
 """The whole walk in one launch: M in the registers of one multiprocessor, on Hopper, in Gluon.
 
 The tile picture (``common.py`` has the formula and the names). BLOCK_H covers H, as in
-``resident.py``, but this kernel chooses its layouts itself:
+``resident.py``, but this kernel chooses its layouts itself (▒ stays, ░ is read, ▓ is made in a
+step):
 
                   M [H, H]            s_{t-1} [H, B]            s_t [H, B]
                                         BLOCK_B
                 ┌───────────┐         ┌──┬──┬──┐               ┌──┬──┬──┐
-        warp 0  │░░░░░░░░░░░│         │▒▒│  │  │               │▓▓│  │  │
-        warp 1  │░░░░░░░░░░░│    x    │▒▒│  │  │       =       │▓▓│  │  │  = E(a + M s, aux)
-        ...     │░░░░░░░░░░░│         │▒▒│  │  │               │▓▓│  │  │
+        warp 0  │▒▒▒▒▒▒▒▒▒▒▒│         │░░│  │  │               │▓▓│  │  │
+        warp 1  │▒▒▒▒▒▒▒▒▒▒▒│    x    │░░│  │  │       =       │▓▓│  │  │  = E(a + M s, aux)
+        ...     │▒▒▒▒▒▒▒▒▒▒▒│         │░░│  │  │               │▓▓│  │  │
                 └───────────┘         └──┴──┴──┘               └──┴──┴──┘
                 in registers          in shared memory,        goes to the other
                                       double-buffered          buffer
@@ -64,19 +65,19 @@ class RegistersConstants(Constants):
 
     @property
     def NUM_WARPS(self) -> int:
-        """Warps a program: four to the 64 rows of a product."""
+        """Return the warps of a program: four to the 64 rows of a product."""
         return self.BLOCK_H // 16
 
     @property
     def MMA(self) -> gl.NVMMADistributedLayout:
-        """Layout of products: a warp has 16 hidden units of all sequences."""
+        """Return the layout of products: a warp has 16 hidden units of all sequences."""
         return gl.NVMMADistributedLayout(
             [3, 0], [self.NUM_WARPS, 1], [16, self.BLOCK_B, 256 // self.ITEM_BITS]
         )
 
     @property
     def MEMORY(self) -> gl.BlockedLayout:
-        """Layout of whole rows: a thread has four neighbouring units of one sequence."""
+        """Return the layout of whole rows: a thread has four neighbouring units of one sequence."""
         lanes = min(32, self.BLOCK_H // 4)
         warps_a_row = self.BLOCK_H // (4 * lanes)
         return gl.BlockedLayout(
@@ -87,7 +88,7 @@ class RegistersConstants(Constants):
 class Shared(NamedTuple):
     """The program's tiles in shared memory.
 
-    states      the state of even steps, and of odd ones
+    states      the state that even steps read, and the one that odd steps read
     a, aux      NUM_STAGES tiles each, of one step in NUM_STAGES; a twice where there is no aux
     """
 
@@ -102,14 +103,14 @@ class PipelineState(NamedTuple):
     drive, aux      what the step's product starts from, and what its epilogue takes
     s               the previous state, if fp32; else any tile of its type
     previous_row    offset of the row of the previous step
-    row_4           offset of the row four steps ahead
+    prefetch_row    offset of the row NUM_STAGES steps ahead
     """
 
     drive: Any
     aux: Any
     s: Any
     previous_row: Any
-    row_4: Any
+    prefetch_row: Any
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -147,7 +148,7 @@ def registers_kernel(
     MMA: gl.constexpr = C.MMA
     MEMORY: gl.constexpr = C.MEMORY
     block = make_block_in(MMA, batch, C)
-    rows = make_block_in(MEMORY, batch, C)
+    in_rows = make_block_in(MEMORY, batch, C)
     dtype: gl.constexpr = a_ptr.dtype.element_ty
     states = (allocate_tile(dtype, C), allocate_tile(dtype, C))
     a_tiles = ()
@@ -161,57 +162,59 @@ def registers_kernel(
         aux_tiles = aux_tiles + (aux_tile,)  # type: ignore[assignment]  # noqa: RUF005
     shared = Shared(states=states, a=a_tiles, aux=aux_tiles)
     for step in gl.static_range(1, NUM_STAGES):
-        row = row_offset(step, batch, rows, C)
-        prefetch_step(step, row, shared, step, batch, rows)
+        row = row_offset(step, batch, in_rows, C)
+        prefetch_step(step, row, shared, step, batch, in_rows)
     a, aux = load_step(0, row_offset(0, batch, block, C), batch, block)
-    drive, aux = prepare_step(0, a, aux, batch, block, C, True)
+    drive, aux = prepare_step_by_sum(0, a, aux, batch, block, C, True)
     s = gl.full([C.BLOCK_H, C.BLOCK_B], 0.0, dtype, C.MMA)
     share_state(s, shared.states[0], C)
-    state = PipelineState(
+    pipeline = PipelineState(
         drive=drive,
         aux=aux,
         s=s.to(gl.float32),
-        previous_row=row_offset(0, batch, rows, C),
-        row_4=row_offset(4, batch, rows, C),
+        previous_row=row_offset(0, batch, in_rows, C),
+        prefetch_row=row_offset(NUM_STAGES, batch, in_rows, C),
     )
     # A step stores the state before it: so one step more, and as many as make whole iterations.
     # LLVM would hoist the descriptor of every wgmma out of the loop, where it takes registers, as
     # the loop is not the kernel's end.
     for first in tl.range(0, block.num_steps + 1, NUM_STAGES, disable_licm=True):
         for i in gl.static_range(NUM_STAGES):
-            state = walk_step(first + i, i, state, m, shared, batch, block, rows, C)
+            pipeline = walk_step(first + i, i, pipeline, m, shared, batch, block, in_rows, C)
     # No copy may land in shared memory that is another program's by then.
     async_copy.wait_group(0)
 
 
 @gluon.jit
-def walk_step(step, STAGE: gl.constexpr, state, m, shared, batch, block, rows, C: gl.constexpr):
+def walk_step(
+    step, STAGE: gl.constexpr, pipeline, m, shared, batch, block, in_rows, C: gl.constexpr
+):
     """Walk one step, which is prefetched to stage STAGE. Return the next pipeline state.
 
-    block, rows     the program's tile in the product's layout, and in that of whole rows
+    block, in_rows  the program's tile in the product's layout, and in that of whole rows
     """
     MAY_BEGIN: gl.constexpr = batch.row_map_ptr is not None
     previous, current = shared.states[STAGE % 2], shared.states[(STAGE + 1) % 2]
-    product = begin_product(m, previous, state.drive)
+    product = begin_product(m, previous, pipeline.drive)
     # From here on, beside the product. The first step has none before it to store.
-    store_state(step - 1, state.previous_row, state.s, previous, batch, block, rows, C)
-    prefetch_step(step + 4, state.row_4, shared, STAGE, batch, rows)
-    row = row_offset(step, batch, rows, C)
-    row_5 = row_offset(step + 5, batch, rows, C)
+    store_state(step - 1, pipeline.previous_row, pipeline.s, previous, batch, block, in_rows, C)
+    prefetch_step(step + NUM_STAGES, pipeline.prefetch_row, shared, STAGE, batch, in_rows)
+    row = row_offset(step, batch, in_rows, C)
+    next_row = row_offset(step + NUM_STAGES + 1, batch, in_rows, C)
     next_a = shared.a[(STAGE + 1) % NUM_STAGES].load(C.MMA)
     next_aux = next_a
     if batch.aux_ptr is not None:
         next_aux = shared.aux[(STAGE + 1) % NUM_STAGES].load(C.MMA)
-    drive, aux = prepare_step(step + 1, next_a, next_aux, batch, block, C, MAY_BEGIN)
+    drive, aux = prepare_step_by_sum(step + 1, next_a, next_aux, batch, block, C, MAY_BEGIN)
     # From here on, on the chain of dependent latencies again.
     z = warpgroup_mma_wait(0, deps=[product])
     z = zero_padding(z, block, C)
-    s = compute_state(step, z, state.aux, batch, block, C)
+    s = compute_state(step, z, pipeline.aux, batch, block, C)
     share_state(s, current, C)
-    if s.dtype != gl.float32:
-        # Which no longer has to be in registers.
+    if C.ITEM_BITS == 16:
+        # It is stored from shared memory. Any fp32 tile of this type keeps the pipeline state's.
         s = drive
-    return PipelineState(drive=drive, aux=aux, s=s, previous_row=row, row_4=row_5)
+    return PipelineState(drive=drive, aux=aux, s=s, previous_row=row, prefetch_row=next_row)
 
 
 @gluon.jit
@@ -228,37 +231,39 @@ def share_state(s, tile, C: gl.constexpr):
     """Put a state where the next step's product reads it, and let all see what has landed."""
     tile.store(split_tf32(s, C).large.to(s.dtype))
     fence_async_shared()
-    # Two groups may be in flight: this step's and that of the one before. Not beside the product,
-    # as Triton puts a barrier after it.
-    async_copy.wait_group(2)
+    # Two groups may stay in flight: those of the last two steps. Not beside the product, as Triton
+    # puts a barrier after it.
+    async_copy.wait_group(NUM_STAGES - 2)
     # Gluon's own name for it changes from Triton 3.6 to 3.7.
     tl.debug_barrier()
 
 
 @gluon.jit
-def prefetch_step(step, row, shared, STAGE: gl.constexpr, batch, rows):
+def prefetch_step(step, row, shared, STAGE: gl.constexpr, batch, in_rows):
     """Issue the async copies of a step to its stage, one commit group."""
-    mask = tile_mask(step, rows)
-    async_copy.async_copy_global_to_shared(shared.a[STAGE], batch.a_ptr + row + rows.tile, mask)
+    mask = tile_mask(step, in_rows)
+    async_copy.async_copy_global_to_shared(
+        shared.a[STAGE], batch.a_ptr + row + in_rows.offs_tile, mask
+    )
     if batch.aux_ptr is not None:
-        aux_ptrs = batch.aux_ptr + row + rows.tile
+        aux_ptrs = batch.aux_ptr + row + in_rows.offs_tile
         async_copy.async_copy_global_to_shared(shared.aux[STAGE], aux_ptrs, mask)
     async_copy.commit_group()
 
 
 @gluon.jit
-def store_state(step, row, s, tile, batch, block, rows, C: gl.constexpr):
+def store_state(step, row, s, tile, batch, block, in_rows, C: gl.constexpr):
     """Overwrite a by the state of a step, if the walk has that step."""
     if C.ITEM_BITS == 32:
         # From registers: eight elements of a sequence are a whole sector of memory.
-        tl.store(batch.a_ptr + row + block.tile, s, mask=tile_mask(step, block))
+        tl.store(batch.a_ptr + row + block.offs_tile, s, mask=tile_mask(step, block))
     else:
         s = tile.load(C.MEMORY)
-        tl.store(batch.a_ptr + row + rows.tile, s, mask=tile_mask(step, rows))
+        tl.store(batch.a_ptr + row + in_rows.offs_tile, s, mask=tile_mask(step, in_rows))
 
 
 @gluon.jit
-def prepare_step(step, a, aux, batch, block, C: gl.constexpr, MAY_BEGIN: gl.constexpr):
+def prepare_step_by_sum(step, a, aux, batch, block, C: gl.constexpr, MAY_BEGIN: gl.constexpr):
     """Return the accumulator that a step's product starts from, and what its epilogue takes."""
     drive = a.to(gl.float32)
     if batch.v_0_ptr is not None and MAY_BEGIN:

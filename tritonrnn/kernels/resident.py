@@ -1,14 +1,15 @@
 """The whole walk in one launch: all of M and the state of a batch block in one multiprocessor.
 
 The tile picture (``common.py`` has the formula and the names). BLOCK_H covers H. M stays in shared
-memory, or in registers, for the whole walk, the state in registers; a program waits for no other:
+memory, or in registers, for the whole walk, the state in registers; a program waits for no other
+(▒ stays, ░ is read, ▓ is made in a step):
 
                   M [H, H]            s_{t-1} [H, B]            s_t [H, B]
                                         BLOCK_B
                 ┌───────────┐         ┌──┬──┬──┐               ┌──┬──┬──┐
-                │░░░░░░░░░░░│         │░░│  │  │               │▓▓│  │  │
-       BLOCK_H  │░░░░░░░░░░░│    x    │░░│  │  │       =       │▓▓│  │  │  = E(a + M s, aux)
-                │░░░░░░░░░░░│         │░░│  │  │               │▓▓│  │  │
+                │▒▒▒▒▒▒▒▒▒▒▒│         │░░│  │  │               │▓▓│  │  │
+       BLOCK_H  │▒▒▒▒▒▒▒▒▒▒▒│    x    │░░│  │  │       =       │▓▓│  │  │  = E(a + M s, aux)
+                │▒▒▒▒▒▒▒▒▒▒▒│         │░░│  │  │               │▓▓│  │  │
                 └───────────┘         └──┴──┴──┘               └──┴──┴──┘
 
 An iteration of the time loop makes the state of a step from the pre-activation that the iteration
@@ -62,8 +63,8 @@ class ResidentConstants(Constants):
     """What the resident kernel is compiled for, too.
 
     BLOCK_K         columns of M of one product
-    NUM_STAGES      steps in flight: one is walked, the others are being prefetched; 1 where loads
-                    go to registers
+    NUM_STAGES      iterations in flight: one is walked, the others are being prefetched; 1 where
+                    loads go to registers
     """
 
     BLOCK_K: int
@@ -71,12 +72,12 @@ class ResidentConstants(Constants):
 
     @property
     def NUM_TILES(self) -> int:
-        """Tiles of M."""
+        """Return the number of tiles of M."""
         return self.BLOCK_H // self.BLOCK_K
 
     @property
     def STRIDE_K(self) -> int:
-        """From one column of a tile of M to its next: :func:`split_k` deals units in turn."""
+        """Return the distance of a tile's columns in M, which :func:`split_k` deals in turn."""
         return self.NUM_TILES
 
 
@@ -99,7 +100,8 @@ def resident_kernel(
 ):
     """Walk every step of every sequence of a batch block.
 
-    Arguments as ``common.Batch`` has them; m_ptr is [G, H, H] of any strides, in the dtype of a.
+    Arguments as ``common.Batch`` has them; m_ptr is [G, H, H] in the dtype of a, with offsets of 32
+    bits at most.
     """
     batch = Batch(
         a_ptr=a_ptr,
@@ -113,6 +115,7 @@ def resident_kernel(
         reverse_groups=reverse_groups,
     )
     range_h = tl.arange(0, C.BLOCK_H)
+    # The grid has one such program: so written, LLVM finds the mask to be that of the block.
     offs_h = tl.program_id(1) * C.BLOCK_H + range_h
     offs_k = C.STRIDE_K * tl.arange(0, C.BLOCK_K)
     m_ptr += tl.program_id(2).to(tl.int64) * stride_m_group
@@ -128,7 +131,7 @@ def resident_kernel(
 
 @triton.jit
 def walk(batch, block, tiles, C: tl.constexpr):
-    """Walk a batch block whose steps are prefetched by async copies, NUM_STAGES - 1 ahead."""
+    """Walk a batch block that async copies prefetch, NUM_STAGES - 1 iterations ahead."""
     # Where every sequence has all T tokens, none begins later than in the first step.
     MAY_BEGIN: tl.constexpr = batch.row_map_ptr is not None
     IS_SPLIT: tl.constexpr = C.NUM_TILES > 1
@@ -177,7 +180,7 @@ def walk_sync_loads(batch, block, tiles, C: tl.constexpr):
     drive, aux = load_and_prepare_step(0, row, batch, block, C)
     a_1, aux_1 = load_step(1, row_1, batch, block)
     a_2, aux_2 = load_step(2, row_2, batch, block)
-    s = tl.zeros(block.tile.shape, batch.a_ptr.dtype.element_ty)
+    s = tl.zeros(block.offs_tile.shape, batch.a_ptr.dtype.element_ty)
     for step in tl.range(0, block.num_steps, num_stages=1):
         row_4 = row_offset(step + 4, batch, block, C)
         a_3, aux_3 = load_step(step + 3, row_3, batch, block)

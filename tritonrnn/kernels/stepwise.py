@@ -2,7 +2,7 @@
 
 The tile picture (``common.py`` has the formula and the names). A program makes one tile of the
 next state; the launch before has stored the whole previous state, which the program reads in
-tiles of BLOCK_K hidden units, as it reads its rows of M:
+tiles of BLOCK_K hidden units, as it reads its rows of M (░ is read, ▓ is made):
 
                     M [H, H]            s_{t-1} [H, B]            s_t [H, B]
                   BLOCK_K ->              BLOCK_B

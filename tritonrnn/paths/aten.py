@@ -63,7 +63,7 @@ def forward(
     # cuDNN can't differentiate what ran in evaluation mode. The mode changes the dropout only.
     train = dropout > 0 or torch.is_grad_enabled()
     settings = has_biases, len(layers), dropout, train, bidirectional
-    run = torch.rnn_tanh if nonlinearity == "tanh" else torch.rnn_relu
+    run = {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu}[nonlinearity]
     with _ignoring_scattered_weights(input):
         if seq_metadata is not None:
             results = run(input, seq_metadata, initial, weights, *settings)

@@ -104,9 +104,9 @@ def elman_composite(
 def why_composite(dtype: torch.dtype) -> str | None:
     """Return why a call needs this path, or None if it does not."""
     if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active, which needs every step recorded."
+        return "a torch.func transform is active, which needs the composite path."
     if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode AD is active, which needs every step recorded."
+        return "forward-mode AD is active, which needs the composite path."
     if dtype.is_complex:
         return f"{dtype} is differentiated by torch, step by step."
     return None

@@ -83,10 +83,12 @@ def _add_initial(a: Tensor, v_0: Tensor, layout: SequenceLayout, reverse: Sequen
 
 
 def _walk(steps: Sequence[Tensor], Mt: Tensor, epilogue: str) -> None:
-    activate: Callable[[Tensor], Tensor] = Tensor.relu_
-    if epilogue == "tanh":
-        is_fast = steps[0].is_contiguous() or steps[0].numel() < _SMALL_STEP
-        activate = Tensor.tanh_ if is_fast else _strided_tanh
+    is_fast = steps[0].is_contiguous() or steps[0].numel() < _SMALL_STEP
+    activations: dict[str, Callable[[Tensor], Tensor]] = {
+        "tanh": Tensor.tanh_ if is_fast else _strided_tanh,
+        "relu": Tensor.relu_,
+    }
+    activate = activations[epilogue]
     activate(steps[0])
     for z, target, source in zip(steps[1:], *_common_rows(steps)):
         target.addmm_(source, Mt)
@@ -116,6 +118,7 @@ def _derivative(
     """Return E of a gradient as a function in place, and its second argument for each step."""
     if epilogue == "relu_grad":
         return _relu_grad_, layout.steps(aux)
+    assert epilogue == "tanh_grad"
     if aux.numel() >= _SMALL_STEP * layout.T:
         return _tanh_grad_, layout.steps(aux)
     return Tensor.mul_, layout.steps(torch.addcmul(aux.new_ones(()), aux, aux, value=-1))

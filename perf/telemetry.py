@@ -1,4 +1,4 @@
-"""Clock, power and temperature of a GPU while it is measured. They are read, never set."""
+"""Read the clock, power and temperature of a GPU while it is measured; nothing is ever set."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import suppress
 import torch
 
 
-class Health:
-    """Samples of a GPU's state; of none on a CPU, or where NVML is not to be had."""
+class Telemetry:
+    """Sample a GPU's state; do nothing on a CPU or without NVML."""
 
     def __init__(self, device: torch.device) -> None:
         self._samples: dict[str, list[float]] = {}
@@ -22,12 +22,12 @@ class Health:
 
             with suppress(pynvml.NVMLError):
                 pynvml.nvmlInit()
-                # By its name: CUDA_VISIBLE_DEVICES renumbers torch's devices, not NVML's.
+                # By UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, not NVML's.
                 uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
                 self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
 
     def sample(self) -> None:
-        """Read once; a reading that fails, as some do in virtual machines, is left out."""
+        """Read every sensor once; leave out those that fail, as some do in virtual machines."""
         if self._handle is None:
             return
         import pynvml
@@ -44,5 +44,5 @@ class Health:
                 self._samples.setdefault(name, []).append(read())
 
     def columns(self) -> dict[str, float]:
-        """Return the medians of what was read; nothing if nothing was."""
+        """Return the median of each sensor that was read."""
         return {name: statistics.median(values) for name, values in self._samples.items()}

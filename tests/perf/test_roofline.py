@@ -1,4 +1,4 @@
-"""The model of the limit, against cases worked by hand."""
+"""The roofline model, against cases worked by hand."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from perf import calibrate, limits
+from perf import calibrate, roofline
 from perf.cases import Case
+from tritonrnn.kernels.devices import DEVICES
 
-H200 = limits.find("NVIDIA H200")
+H200 = roofline.find("NVIDIA H200")
 assert H200 is not None
 
-# Round numbers, to be worked by hand: clocks are nanoseconds.
-ROUND = limits.Device(
+# Round numbers, for working by hand: clocks are nanoseconds.
+ROUND = roofline.GPU(
     "round",
     {
         "multiprocessors": 8,
@@ -51,20 +52,20 @@ def bf16(**sizes: int) -> Case:
 
 def test_work_of_one_layer():
     # 10 * 8 tokens, 32 * (32 + 32) weights.
-    forward = limits.work(bf16(), "infer", seed=0)
+    forward = roofline.work(bf16(), "infer", seed=0)
     assert forward.flop == 2 * 80 * 32 * 64 == 327_680
     # Rows read and written, weights read once, two bytes each.
     assert forward.bytes == 2 * (80 * (32 + 32) + 32 * 64) == 14_336
-    assert limits.work(bf16(), "fwd", seed=0) == forward
-    backward = limits.work(bf16(), "bwd", seed=0)
+    assert roofline.work(bf16(), "fwd", seed=0) == forward
+    backward = roofline.work(bf16(), "bwd", seed=0)
     assert backward.flop == 2 * forward.flop
     assert backward.bytes == 2 * (80 * (2 * 32 + 2 * 32) + 2 * 32 * 64) == 2 * forward.bytes
-    both = limits.work(bf16(), "fwdbwd", seed=0)
+    both = roofline.work(bf16(), "fwdbwd", seed=0)
     assert (both.flop, both.bytes) == (3 * forward.flop, 3 * forward.bytes)
 
 
 def test_work_of_layers_and_directions():
-    work = limits.work(bf16(layers=2, directions=2), "infer", seed=0)
+    work = roofline.work(bf16(layers=2, directions=2), "infer", seed=0)
     # The second layer reads both directions: 64 features.
     assert work.flop == 2 * 80 * 2 * 32 * (32 + 32) + 2 * 80 * 2 * 32 * (64 + 32)
     first = 80 * (32 + 64) + 2 * 32 * 64
@@ -74,11 +75,11 @@ def test_work_of_layers_and_directions():
 
 def test_work_of_a_ragged_batch_counts_its_tokens():
     case = Case(T=8, B=4, I=2, H=3, layout="packed", lengths="linear")
-    assert limits.work(case, "infer", seed=0).flop == 2 * 20 * 3 * 5
+    assert roofline.work(case, "infer", seed=0).flop == 2 * 20 * 3 * 5
 
 
 def test_limit_of_weights_in_one_multiprocessor():
-    limit = limits.limit(bf16(), "infer", ROUND, seed=0)
+    limit = roofline.limit(bf16(), "infer", ROUND, seed=0)
     assert limit.compute_us == pytest.approx(0.32768)
     assert limit.hbm_us == pytest.approx(0.014336)
     # 2048 bytes of weights: half in registers, half read at 128 a clock, 8 clocks. The product of
@@ -90,8 +91,8 @@ def test_limit_of_weights_in_one_multiprocessor():
 
 
 def test_limit_of_both_passes_and_of_layers_in_a_wavefront():
-    assert limits.limit(bf16(), "fwdbwd", ROUND, seed=0).serial_us == pytest.approx(2 * 1.16)
-    stack = limits.limit(bf16(layers=3, I=32), "infer", ROUND, seed=0)
+    assert roofline.limit(bf16(), "fwdbwd", ROUND, seed=0).serial_us == pytest.approx(2 * 1.16)
+    stack = roofline.limit(bf16(layers=3, I=32), "infer", ROUND, seed=0)
     # 8 multiprocessors for three layers are 2 each: two slices of four sequences, still 8.
     assert stack.serial_us == pytest.approx((10 + 3 - 1) * 0.116)
 
@@ -99,14 +100,14 @@ def test_limit_of_both_passes_and_of_layers_in_a_wavefront():
 def test_limit_of_weights_spread_over_a_cluster():
     # 8192 bytes: 2048 on each of 4. Two such clusters, four sequences each, rounded to 8:
     # 2 * 8 * 64 * 64 / (4 * 1024) = 16 clocks; 1024 bytes from shared memory, 8 clocks.
-    limit = limits.limit(bf16(H=64, I=64), "infer", ROUND, seed=0)
+    limit = roofline.limit(bf16(H=64, I=64), "infer", ROUND, seed=0)
     assert limit.strategy == "cluster"
     assert limit.serial_us == pytest.approx(10 * (100 + 16 + 200 + 50) / 1000)
 
 
 def test_limit_of_weights_spread_over_the_grid():
     # 16200 bytes fit 8 multiprocessors (2048 each), not 4: one slice.
-    limit = limits.limit(bf16(H=88, I=88), "infer", ROUND, seed=0)
+    limit = roofline.limit(bf16(H=88, I=88), "infer", ROUND, seed=0)
     assert limit.strategy == "grid"
     # 11 rows * 88 * 2 = 1936 bytes each, 912 from shared memory: 7.125 clocks, less than the
     # product's 2 * 8 * 88 * 88 / (8 * 1024) = 15.125; 2 * 88 * 8 / 64 = 22 to read the state.
@@ -114,14 +115,14 @@ def test_limit_of_weights_spread_over_the_grid():
 
 
 def test_limit_of_weights_that_fit_nowhere():
-    limit = limits.limit(bf16(H=512, I=512), "infer", ROUND, seed=0)
+    limit = roofline.limit(bf16(H=512, I=512), "infer", ROUND, seed=0)
     assert limit.strategy == "launches"
     assert limit.serial_us == pytest.approx(10 * (2.0 + 2 * 8 * 512**2 / (8 * 1024) / 1000))
 
 
 def test_fp32_is_slower_than_tf32_on_a_gpu():
     ieee, tf32 = (
-        limits.limit(Case(T=64, B=256, I=1024, H=1024, fp32_mode=mode), "infer", H200, seed=0)
+        roofline.limit(Case(T=64, B=256, I=1024, H=1024, fp32_mode=mode), "infer", H200, seed=0)
         for mode in ("ieee", "tf32")
     )
     assert ieee.compute_us / tf32.compute_us == pytest.approx(495 / 67)
@@ -129,15 +130,15 @@ def test_fp32_is_slower_than_tf32_on_a_gpu():
 
 
 def test_serial_part_outweighs_the_others():
-    # T 1024, B 16, H 256, bf16: compute 4 us and memory 4 us are as good as nothing.
+    # T 1024, B 16, H 256, bf16: compute and memory take 4 us each.
     case = Case(T=1024, B=16, I=256, H=256, dtype="bf16", fp32_mode="none")
-    limit = limits.limit(case, "infer", H200, seed=0)
+    limit = roofline.limit(case, "infer", H200, seed=0)
     assert limit.compute_us == pytest.approx(2 * 1024 * 16 * 256 * 512 / 989e6, rel=1e-6)
     assert 4 < limit.compute_us < 5
     assert 3 < limit.hbm_us < 4
     # At 1.98 GHz, and with the weights, 128 KiB, in registers:
     least = {}
-    for us, strategy in limits.chains(case, H200):
+    for us, strategy in roofline.chains(case, H200):
         least[strategy] = min(us, least.get(strategy, us))
     assert least == pytest.approx(
         {
@@ -156,19 +157,19 @@ def test_serial_part_outweighs_the_others():
     assert limit.serial_us == pytest.approx(1024 * (160 + 256) / 1980)
 
 
-@pytest.mark.parametrize("name", limits.sources())
+@pytest.mark.parametrize("name", roofline.sources())
 def test_every_constant_has_a_source(name):
-    assert all(constant["source"] for constant in limits.sources()[name].values())
-    device = limits.find(name)
+    assert all(constant["source"] for constant in roofline.sources()[name].values())
+    device = roofline.find(name)
     assert device is not None
     for H in (16, 256, 2048, 16384):
         case = Case(T=3, B=5, I=7, H=H, dtype="fp16", fp32_mode="none")
-        assert math.isfinite(limits.limit(case, "fwdbwd", device, seed=0).limit_us)
+        assert math.isfinite(roofline.limit(case, "fwdbwd", device, seed=0).limit_us)
 
 
 def test_unknown_device_has_no_limit():
-    assert limits.find("abacus") is None
-    assert limits.find(None) is None
+    assert roofline.find("abacus") is None
+    assert roofline.find(None) is None
 
 
 def test_measured_constants_replace_the_published():
@@ -179,10 +180,7 @@ def test_measured_constants_replace_the_published():
     assert "no such constant" not in device.constants
 
 
-# Calibration
-
-
-def test_calibration_on_a_cpu_says_what_does_not_apply(monkeypatch, tmp_path):
+def test_calibration_on_a_cpu_names_what_does_not_apply(monkeypatch, tmp_path):
     monkeypatch.setattr(calibrate, "CPU_COPY_BYTES", 2**12)
     monkeypatch.setattr(calibrate, "CPU_MATRIX_SIZE", 16)
     monkeypatch.setattr(calibrate, "SAMPLE_S", 0.0)
@@ -201,7 +199,7 @@ def test_calibration_measures_what_the_model_uses():
 
 @pytest.fixture(scope="module")
 def probe_instructions() -> dict[str, list[str]]:
-    """What the compiler makes of the probes for a GPU that is not there."""
+    """Return the instructions of the probes, compiled for a GPU that need not be there."""
     program = """
     import json, re
     from triton.backends.compiler import GPUTarget
@@ -219,7 +217,12 @@ def probe_instructions() -> dict[str, list[str]]:
             {"HIDDEN": probes.CHAIN_HIDDEN, "SEQUENCES": probes.CHAIN_SEQUENCES},
             probes.CHAIN_WARPS,
         ),
-        ("ping_pong_kernel", {"flag_ptr": "*i32", "round_trips": "i32", "patience": "i32"}, {}, 1),
+        (
+            "ping_pong_kernel",
+            {"flag_ptr": "*i32", "round_trips": "i32", "max_spins": "i32"},
+            {},
+            1,
+        ),
     ):
         source = ASTSource(getattr(probes, name), signature, constants)
         target = GPUTarget("cuda", 90, 32)
@@ -244,18 +247,20 @@ def places(instructions: list[str], what: str) -> list[int]:
     return [place for place, one in enumerate(instructions) if re.search(what, one)]
 
 
-def test_chain_probe_walks_what_the_model_calls_the_chain(probe_instructions):
+@pytest.mark.slow
+def test_chain_probe_runs_the_chain_of_the_model(probe_instructions):
     sass = probe_instructions["chain_kernel"]
     begun, ended = places(sass, "SR_CLOCK")
     store = places(sass, "STSM")[0]
     [barrier] = [place for place in places(sass, "BAR.SYNC") if place > store][:1]
     product, epilogue = places(sass, "HGMMA")[0], places(sass, "MUFU.TANH")[-1]
     [again] = [place for place in places(sass, "BRA") if place > epilogue][:1]
-    # Once round the loop; the counter is read before it and after, wherever else it might be moved.
+    # One iteration of the loop, with the counter read before and after the whole loop.
     assert begun < store < barrier < product < epilogue < again < ended
     assert not places(sass[store:again], "LDG|STG")
 
 
+@pytest.mark.slow
 def test_flag_probe_acquires_and_releases_at_the_scope_of_the_gpu(probe_instructions):
     sass = probe_instructions["ping_pong_kernel"]
     assert places(sass, "LDG.E.STRONG.GPU")
@@ -264,6 +269,7 @@ def test_flag_probe_acquires_and_releases_at_the_scope_of_the_gpu(probe_instruct
     assert release < add
 
 
+@pytest.mark.slow
 def test_empty_probe_does_nothing(probe_instructions):
     sass = probe_instructions["empty_kernel"]
     assert not places(sass[: places(sass, "EXIT")[0]], "ST|LD[GS]|MMA|BAR")
@@ -271,10 +277,20 @@ def test_empty_probe_does_nothing(probe_instructions):
 
 def test_measured_chain_leaves_out_what_the_model_counts_beside_it(monkeypatch):
     # 300 cycles a step at 1.5 GHz, and a launch.
-    walk = lambda device, steps: (5000 + 300 * steps, (5000 + 300 * steps) / 1.5)  # noqa: E731
-    monkeypatch.setattr(calibrate, "walk", walk)
+    run_chain = lambda device, steps: (5000 + 300 * steps, (5000 + 300 * steps) / 1.5)  # noqa: E731
+    monkeypatch.setattr(calibrate, "run_chain", run_chain)
     device = torch.device("cuda")
     # 16 sequences by 64 x 64: 2 * 16 * 64 * 64 / 4096.
     assert calibrate.chain_clk(device) == pytest.approx(300 - 32)
     assert calibrate.clock_GHz(device) == pytest.approx(1.5)
-    assert H200["bf16_FLOP_per_clk"] == calibrate.BF16_FLOP_PER_CLK
+
+
+@pytest.mark.parametrize("name", roofline.sources())
+def test_constants_are_those_of_the_choice_of_a_plan(name):
+    gpu = roofline.find(name)
+    assert gpu is not None
+    expected = {"multiprocessors": 132, "clock_GHz": 1.98, "shared_bytes": 227 * 1024}
+    expected |= {"bf16_FLOP_per_clk": 4096, "fp16_FLOP_per_clk": 4096}
+    expected |= {"tf32_FLOP_per_clk": 2048, "fp32_FLOP_per_clk": 256}
+    assert roofline.device_constants(DEVICES["sm_90"]) == expected
+    assert expected.items() <= dict(gpu.constants).items()

@@ -1,4 +1,4 @@
-"""What a sweep measures: presets, and axes written by hand."""
+"""Choose what a sweep measures: presets, and axes given on the command line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Sizes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of some sizes and ways to run them.
+    """Hold every combination of some sizes and ways to run them.
 
     Attributes:
-        sizes: Sets of T, B, I, H, layers and directions, each to be combined in itself. Without I,
-            the input has as many features as there are hidden units.
+        sizes: Sets of T, B, I, H, layers and directions; the values of a set are combined with each
+            other. Without I, the input has as many features as there are hidden units.
     """
 
     sizes: tuple[Sizes, ...]
@@ -32,7 +32,7 @@ class Grid:
     nonlinearities: tuple[str, ...] = ("tanh",)
 
     def cases(self, device: str) -> Iterator[Case]:
-        """Yield every case, some perhaps twice."""
+        """Yield every case; a case may come twice."""
         ways = itertools.product(
             self.nonlinearities, self.layouts, self.lengths, self.dtypes, self.fp32_modes
         )
@@ -45,7 +45,7 @@ class Grid:
                     **{"I": one["H"], **one},
                     nonlinearity=nonlinearity,
                     layout=layout,
-                    # A padded batch has no lengths, and other dtypes no fp32 products.
+                    # A padded batch has no lengths; only fp32 has a mode of its products.
                     lengths="equal" if layout == "padded" else lengths,
                     dtype=dtype,
                     fp32_mode=fp32_mode if dtype == "fp32" else "none",
@@ -77,12 +77,12 @@ PRESETS: dict[str, tuple[Grid, ...]] = {
             lengths=("linear",),
         ),
     ),
-    # What the torch path on a CPU is judged by.
+    # The torch path on a CPU is judged by these.
     "cpu": (
         Grid(CPU_SIZES, modes=("fwdbwd", "infer")),
         Grid(CPU_SIZES, modes=("fwdbwd",), layouts=("packed",), lengths=("linear",)),
     ),
-    # What the project is judged by on a GPU.
+    # The project is judged by these on a GPU.
     "headline": (
         Grid(
             ({"T": [128, 1024], "B": [1, 16, 128], "H": [64, 128, 256, 512, 1024]},),
@@ -102,7 +102,7 @@ PRESETS: dict[str, tuple[Grid, ...]] = {
             lengths=("linear", "uniform", "words", "lognormal"),
         ),
     ),
-    # Everything; hours.
+    # Everything; takes hours.
     "full": (
         Grid(
             (
@@ -135,37 +135,37 @@ PRESETS: dict[str, tuple[Grid, ...]] = {
 }
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """Read ``1,16``, ``64:1024:x2`` (doubling) or ``0:100:+10`` (adding), or several of them.
+def integers(text: str) -> tuple[int, ...]:
+    """Parse ``1,16``, ``64:1024:x2`` (doubling) or ``10:50:+10`` (adding), or several of them.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: ``text`` has none of these forms.
     """
     values: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?::(\d+):([x+])(\d+))?", part.strip())
         if match is None:
-            raise ValueError(f"Expected numbers as 1,16 or 64:1024:x2 or 10:50:+10, got {part!r}")
+            raise ValueError(f"Expected integers as 1,16 or 64:1024:x2 or 10:50:+10, got {part!r}")
         value = int(match[1])
         if match[2] is None:
             values.append(value)
             continue
         step, grows = int(match[4]), match[3] == "x"
         if step < (2 if grows else 1) or value < 1:
-            raise ValueError(f"Expected a step that gets on, got {part!r}")
+            raise ValueError(f"Expected a step that grows, got {part!r}")
         while value <= int(match[2]):
             values.append(value)
             value = value * step if grows else value + step
     if min(values) < 1:
-        raise ValueError(f"Expected numbers from 1 on, got {text!r}")
+        raise ValueError(f"Expected integers of at least 1, got {text!r}")
     return tuple(values)
 
 
 def seconds(text: str) -> float:
-    """Read ``90``, ``90s``, ``9m`` or ``2h``.
+    """Parse ``90``, ``90s``, ``9m`` or ``2h``.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: ``text`` has none of these forms.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     if match is None:
@@ -174,10 +174,10 @@ def seconds(text: str) -> float:
 
 
 def words(text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """Read names after commas.
+    """Parse names separated by commas.
 
     Raises:
-        ValueError: one of them is not known.
+        ValueError: a name is not known.
     """
     names = tuple(part.strip() for part in text.split(","))
     for name in names:
@@ -199,16 +199,17 @@ NAMED_AXES: dict[str, Sequence[str]] = {
 def units(
     preset: str, axes: Mapping[str, str | None], names: Sequence[str], device: str
 ) -> list[Unit]:
-    """Return what a sweep measures, each case once.
+    """Return the units of a sweep, each case once.
 
     Args:
         preset: One of ``PRESETS``.
-        axes: Texts for ``T B I H layers directions`` and ``NAMED_AXES``, in place of the preset's.
-        names: The peers; those of the device if there are none.
+        axes: Texts for ``T B I H layers directions`` and ``NAMED_AXES``; they replace those of the
+            preset.
+        names: The peers; if empty, the default ones of the device.
         device: Where to run.
 
     Raises:
-        ValueError: an axis can't be read.
+        ValueError: an axis can't be parsed.
     """
     if preset not in PRESETS:
         raise ValueError(f"Expected a preset of {', '.join(PRESETS)}, got {preset!r}")
@@ -216,7 +217,7 @@ def units(
     named = {
         axis: words(text, NAMED_AXES[axis]) for axis, text in given.items() if axis in NAMED_AXES
     }
-    sizes = {axis: numbers(text) for axis, text in given.items() if axis not in NAMED_AXES}
+    sizes = {axis: integers(text) for axis, text in given.items() if axis not in NAMED_AXES}
     names = tuple(names) or peers.defaults(device)
     found: dict[Case, dict[str, Sequence[str]]] = {}
     for grid in PRESETS[preset]:

@@ -1,4 +1,4 @@
-"""What is computed, and what is right: torch.nn.RNN in float64 of the same weights, run plainly."""
+"""Define the small problems that features are tried on, and check results against the oracle."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+from perf import oracle
 from perf.features.attempt import Side, WrongError
-from perf.oracle import ALLOWED_ERRORS, ALLOWED_ROUNDINGS
 
-# A module, an input and hx to output and h_n, whatever happens on the way.
+# From a module, an input and hx to output and h_n, in the way that a feature is about.
 Run = Callable[[Any, Any, Any], tuple[Any, Tensor]]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A call of an RNN, small, for it is walked in Triton's interpreter."""
+    """Describe a call of an RNN, small enough for Triton's interpreter."""
 
     options: dict[str, Any] = field(default_factory=dict)
     layout: str = "time-major"
@@ -30,14 +30,14 @@ class Problem:
     H: int = 5
 
     def module(self, rnn_class: Callable[..., nn.RNNBase], device: str = "cpu") -> nn.RNNBase:
-        """A module whose weights are the same for every class, dtype and device."""
+        """Return a module whose weights are the same for every class, dtype and device."""
         torch.manual_seed(0)
         batch_first = self.layout == "batch-first"
         module = rnn_class(self.I, self.H, batch_first=batch_first, **self.options)
         return module.to(device, self.dtype)
 
     def tensors(self, device: str = "cpu", seed: int = 1) -> tuple[Tensor, Tensor]:
-        """Leaves: what the input is made of, and hx."""
+        """Return two leaves: the data of the input, and hx."""
         generator = torch.Generator().manual_seed(seed)
         L = self.options.get("num_layers", 1) * (2 if self.options.get("bidirectional") else 1)
         shape: tuple[int, ...] = (self.T, self.B, self.I)
@@ -55,31 +55,31 @@ class Problem:
         )  # type: ignore[return-value]
 
     def input(self, data: Tensor) -> Tensor | PackedSequence:
-        """What the module is called with, made of ``data``."""
+        """Return the input of the module, made of ``data``."""
         if self.layout != "packed":
             return data
         return pack_padded_sequence(data, self.lengths, enforce_sorted=False)
 
     @property
     def lengths(self) -> Tensor:
-        """Of the sequences that are packed, unsorted and with one of a single step."""
+        """Return the lengths of a packed batch: unsorted, and one of a single step."""
         return torch.tensor([1, self.T, max(1, self.T - 1)])
 
 
 def plain(output: Any) -> Tensor:
-    """The tensor in an output."""
+    """Return the tensor in an output."""
     return output.data if isinstance(output, PackedSequence) else output
 
 
 def call(module: Any, input: Any, hx: Any) -> tuple[Any, Tensor]:
-    """Run plainly."""
+    """Call a module."""
     return module(input, hx)
 
 
 def results(
     problem: Problem, module: nn.Module, run: Run = call, *, device: str = "cpu"
 ) -> list[Tensor]:
-    """Output, ``h_n`` and every gradient, of random weights on both."""
+    """Return output, ``h_n`` and every gradient, for random cotangents of both."""
     data, hx = problem.tensors(device)
     output, h_n = run(module, problem.input(data), hx)
     leaves = [data, hx, *(p for p in module.parameters() if p.requires_grad)]
@@ -87,16 +87,16 @@ def results(
 
 
 def gradients(leaves: Sequence[Tensor], *values: Tensor) -> list[Tensor]:
-    """The gradients of random combinations of some values."""
+    """Return the gradients of the leaves for random cotangents of some values."""
     generator = torch.Generator().manual_seed(2)
-    weights = [
+    cotangents = [
         torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
         for value in values
     ]
     # Not by torch.autograd.grad, which reentrant checkpoints refuse.
     for leaf in leaves:
         leaf.grad = None
-    torch.autograd.backward(values, weights)
+    torch.autograd.backward(values, cotangents)
     found = []
     for leaf in leaves:
         if leaf.grad is None:
@@ -106,63 +106,46 @@ def gradients(leaves: Sequence[Tensor], *values: Tensor) -> list[Tensor]:
     return found
 
 
-def error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """The largest error of any result, relative to the largest number of its truth."""
-    if [value.shape for value in got] != [value.shape for value in truth]:
-        return float("inf")
-    worst = 0.0
-    for value, exact in zip(got, truth):
-        difference = (value.detach().cpu().to(exact.dtype) - exact.detach()).abs().max()
-        relative = float(difference / exact.detach().abs().max().clamp(min=1e-30))
-        # A NaN is as wrong as can be.
-        worst = max(worst, relative if relative == relative else float("inf"))
-    return worst
-
-
 def assert_right(
     got: Sequence[Tensor],
     truth: Sequence[Tensor],
     dtype: torch.dtype,
     torchs: Sequence[Tensor] | None = None,
 ) -> None:
-    """Of ``dtype``'s accuracy, or at most twice as far off as torch's own.
+    """Check each result by :func:`perf.oracle.assert_as_accurate`.
 
     Raises:
-        WrongError: farther off.
+        InaccurateError: a result is too far off.
     """
-    # In double precision the truth is no more exact than what it judges.
-    roundings = 4 * ALLOWED_ROUNDINGS if dtype == torch.float64 else ALLOWED_ROUNDINGS
-    allowed = roundings * torch.finfo(dtype).eps
-    if torchs is not None:
-        allowed = max(allowed, ALLOWED_ERRORS * error(torchs, truth))
-    found = error(got, truth)
-    if not found <= allowed:
-        raise WrongError(f"off by {found:.1e} of the largest number, where {allowed:.1e} is right")
+    for index, (one, exact) in enumerate(zip(got, truth, strict=True)):
+        reference = None if torchs is None else [torchs[index]]
+        oracle.assert_as_accurate([one], reference, [exact], f"result {index}", dtype)
 
 
 def assert_equal(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Bitwise.
+    """Check that results are bitwise equal.
 
     Raises:
         WrongError: they differ.
     """
     if not all(map(torch.equal, got, expected)):
-        raise WrongError("not bitwise what it is without")
+        raise WrongError("not bitwise equal")
 
 
-def exactly(problem: Problem) -> Problem:
-    """The same in double precision."""
+def exactly(problem: Problem) -> tuple[Problem, nn.RNN]:
+    """Return the same problem in double precision, and the oracle for it."""
     wide = torch.complex128 if problem.dtype.is_complex else torch.float64
-    return replace(problem, dtype=wide)
+    problem = replace(problem, dtype=wide)
+    module = problem.module(oracle.RNN)
+    assert isinstance(module, oracle.RNN)
+    return problem, module
 
 
 def check(side: Side, problem: Problem, run: Run = call) -> None:
-    """Run a side's module in some way; its numbers are those of torch.nn.RNN run plainly."""
+    """Run a side's module in some way, and check its results and gradients."""
     got = results(problem, problem.module(side.rnn_class, side.device), run, device=side.device)
-    wide = exactly(problem)
-    truth = results(wide, wide.module(nn.RNN))
     torchs = results(problem, problem.module(nn.RNN))
-    assert_right(got, truth, problem.dtype, torchs)
+    assert_right(got, results(*exactly(problem)), problem.dtype, torchs)
 
 
 TWO_LAYERS = {"num_layers": 2}

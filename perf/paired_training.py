@@ -1,10 +1,10 @@
-"""One model trained three ways, in turns: with torch.nn.RNN, tritonrnn.RNN and a perturbed twin."""
+"""Train a model three ways, interleaved: with torch.nn.RNN, tritonrnn.RNN and a perturbed twin."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Generic, TypeVar
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import tritonrnn
 from perf.timing import synchronize
 
-# Steps that one model takes before the next has its turn: short beside the drift of a machine's
-# speed, long enough that waiting for a GPU after them costs nothing.
-TURN_STEPS = 16
+# Consecutive training steps of one model, before the next one continues: short compared with the
+# drift of a machine's speed, long enough that a synchronisation after them costs nothing.
+CHUNK_STEPS = 16
 WARM_UP_STEPS = 2
 
 REFERENCE = "torch.nn.RNN"
@@ -33,12 +33,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Recipe(Generic[Model]):
-    """How a model is trained.
+    """Hold how a model is trained.
 
     Attributes:
-        loss: Of a model on a batch.
-        optimizer: Made of the parameters.
-        clip_norm: What the norm of all gradients is clipped to.
+        loss: Returns the loss of a model on a batch.
+        optimizer: Returns an optimizer of the parameters.
+        clip_norm: Largest norm of all gradients, if they are clipped.
     """
 
     loss: Callable[[Model, Any], Tensor]
@@ -47,28 +47,28 @@ class Recipe(Generic[Model]):
 
 
 @dataclass
-class Contender(Generic[Model]):
-    """A model in training.
+class Trainee(Generic[Model]):
+    """Train a model, and record its losses and times.
 
     Attributes:
         losses: Training loss of each step.
-        turn_seconds: Time that each turn's training steps took.
+        chunk_seconds: Time of each chunk of training steps.
     """
 
     name: str
     model: Model
     recipe: Recipe[Model]
     losses: list[float] = field(default_factory=list)
-    turn_seconds: list[float] = field(default_factory=list)
+    chunk_seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.optimizer = self.recipe.optimizer(self.model.parameters())
 
     def warm_up(self, batches: Sequence[Any], device: torch.device) -> None:
         """Take a few steps with a copy, so that no start-up cost is timed."""
-        Contender(self.name, copy.deepcopy(self.model), self.recipe).take_turn(batches, device)
+        Trainee(self.name, copy.deepcopy(self.model), self.recipe).train(batches, device)
 
-    def take_turn(self, batches: Sequence[Any], device: torch.device) -> None:
+    def train(self, batches: Sequence[Any], device: torch.device) -> None:
         """Train on the batches, one step each, and record losses and time."""
         losses = []
         synchronize(device)
@@ -82,12 +82,12 @@ class Contender(Generic[Model]):
             self.optimizer.step()
             losses.append(loss.detach())
         synchronize(device)
-        self.turn_seconds.append(time.perf_counter() - start)
+        self.chunk_seconds.append(time.perf_counter() - start)
         self.losses += torch.stack(losses).tolist()
 
 
 def rounding_unit(device: torch.device) -> float:
-    """Return the relative spacing of the numbers that ``nn.RNN`` multiplies in float32."""
+    """Return the relative spacing of the values that ``nn.RNN`` multiplies in float32."""
     if device.type == "cuda" and torch.backends.cudnn.rnn.fp32_precision == "tf32":  # type: ignore[attr-defined]
         return 2.0**-10
     return 2.0**-23
@@ -98,30 +98,30 @@ def perturb(model: nn.Module, unit: float) -> None:
     """Move every parameter away from zero by one unit in its last place.
 
     Args:
-        model: Changed in place.
-        unit: Spacing of the numbers from 1 to 2.
+        model: Is changed in place.
+        unit: Spacing of the values from 1 to 2.
     """
     for parameter in model.parameters():
         exponent = torch.frexp(parameter).exponent - 1
         parameter.add_(torch.ldexp(torch.full_like(parameter, unit), exponent) * parameter.sign())
 
 
-def make_contenders(
+def make_trainees(
     build: Callable[[MakeRNN], Model], recipe: Recipe[Model], seed: int, device: torch.device
-) -> list[Contender[Model]]:
+) -> list[Trainee[Model]]:
     """Build the reference, ours and the reference's perturbed twin from one seed."""
-    contenders = []
+    trainees = []
     for name, rnn_class in ((REFERENCE, nn.RNN), (OURS, tritonrnn.RNN), (TWIN, nn.RNN)):
         torch.manual_seed(seed)
         model = build(rnn_class)
         if name == TWIN:
             perturb(model, rounding_unit(device))
-        contenders.append(Contender(name, model.to(device), recipe))
-    return contenders
+        trainees.append(Trainee(name, model.to(device), recipe))
+    return trainees
 
 
 def train(
-    contenders: Sequence[Contender[Model]],
+    trainees: Sequence[Trainee[Model]],
     portions: Iterable[Sequence[Any]],
     *,
     steps: int,
@@ -129,16 +129,16 @@ def train(
     device: torch.device,
     console: Console,
 ) -> None:
-    """Train every contender on the same batches, taking turns in random order.
+    """Train every model on the same batches, chunk by chunk, each chunk in random order.
 
     Args:
-        contenders: To be trained.
-        portions: Batches, on the device. Each portion is built ahead of its turns, for all
-            contenders: batches are no part of what is timed.
-        steps: How many batches there are in all.
-        seed: Of the order.
+        trainees: The models to train.
+        portions: Batches, on the device. A portion is built before any model trains on it, so that
+            building batches is not timed.
+        steps: The number of batches in all.
+        seed: Seed of the order.
         device: Where to train.
-        console: Shows how far it is.
+        console: Shows the progress.
     """
     random = Random(seed)
     with Progress(
@@ -151,41 +151,35 @@ def train(
         console=console,
     ) as progress:
         bars = {
-            contender.name: progress.add_task(contender.name, total=steps, loss=float("nan"))
-            for contender in contenders
+            trainee.name: progress.add_task(trainee.name, total=steps, loss=float("nan"))
+            for trainee in trainees
         }
         for index, batches in enumerate(portions):
             if index == 0:
-                for contender in contenders:
-                    contender.warm_up(batches[:WARM_UP_STEPS], device)
-            for share in _in_turns(batches):
-                for contender in random.sample(contenders, len(contenders)):
-                    contender.take_turn(share, device)
-                    progress.update(
-                        bars[contender.name], advance=len(share), loss=contender.losses[-1]
-                    )
+                for trainee in trainees:
+                    trainee.warm_up(batches[:WARM_UP_STEPS], device)
+            for start in range(0, len(batches), CHUNK_STEPS):
+                chunk = batches[start : start + CHUNK_STEPS]
+                for trainee in random.sample(trainees, len(trainees)):
+                    trainee.train(chunk, device)
+                    progress.update(bars[trainee.name], advance=len(chunk), loss=trainee.losses[-1])
 
 
-def _in_turns(batches: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(batches), TURN_STEPS):
-        yield batches[start : start + TURN_STEPS]
+def speedup(reference: Trainee[Model], own: Trainee[Model]) -> float:
+    """Return how much faster one model trained than the reference.
 
-
-def speedup(reference: Contender[Model], own: Contender[Model]) -> float:
-    """Return how much faster one trained than the reference.
-
-    The median over the turns, so that it stands when something else takes the machine for a while.
+    It is the median over the chunks, which other work on the machine for a while does not change.
     """
-    turns = zip(reference.turn_seconds, own.turn_seconds)
-    return float(pd.Series([theirs / its for theirs, its in turns]).median())
+    chunks = zip(reference.chunk_seconds, own.chunk_seconds)
+    return float(pd.Series([theirs / its for theirs, its in chunks]).median())
 
 
-def curves_table(contenders: Sequence[Contender[Model]]) -> pd.DataFrame:
-    """Return the loss of every contender at every step, one row each."""
+def curves_table(trainees: Sequence[Trainee[Model]]) -> pd.DataFrame:
+    """Return the loss of every trainee at every step, one row each."""
     return pd.concat(
         [
             pd.DataFrame({"model": c.name, "step": range(len(c.losses)), "loss": c.losses})
-            for c in contenders
+            for c in trainees
         ],
         ignore_index=True,
     )

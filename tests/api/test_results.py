@@ -1,4 +1,4 @@
-"""tritonrnn.RNN gives what torch.nn.RNN gives: values and gradients."""
+"""tritonrnn.RNN returns what torch.nn.RNN returns: values and gradients."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import tritonrnn
 from tests.support.cases import (
+    DTYPE_NAMES,
     LAYOUTS,
     Case,
     assert_accurate_over,
@@ -62,7 +63,9 @@ def test_results_are_as_accurate_as_torch(case):
     assert_accurate_over([replace(case, seed=seed) for seed in range(5 if kinks else 1)])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=DTYPE_NAMES.get
+)
 def test_inputs_of_these_tests_saturate(dtype):
     case = Case(dtype=dtype)
     output, _ = case.module()(*case.tensors())
@@ -72,13 +75,13 @@ def test_inputs_of_these_tests_saturate(dtype):
 
 @pytest.mark.parametrize("scale", [30.0, 1e-4], ids=["saturated", "linear"])
 @pytest.mark.parametrize("layout", ["time-major", "unsorted"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=DTYPE_NAMES.get)
 def test_extreme_inputs_are_as_accurate_as_torch(scale, layout, dtype):
     case = Case(T=20, layout=layout, dtype=dtype, H=33, bias=scale > 1, hx=scale > 1)
     assert_accurate_over([case], scale)
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=DTYPE_NAMES.get)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_complex_numbers_agree_with_torch(layout, dtype):
     case = Case(layout=layout, L=2, D=2)
@@ -100,8 +103,8 @@ def test_complex_numbers_agree_with_torch(layout, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_output_is_what_the_caller_handed_in(layout):
-    """A packed output carries the same index objects, a tensor's is contiguous as torch's is."""
+def test_output_has_the_type_of_the_input(layout):
+    """A packed output has the same index tensors as its input."""
     case = Case(layout=layout, D=2)
     theirs, ours = pair(case)
     data, hx = case.tensors()
@@ -152,8 +155,7 @@ def test_sequences_of_one_token_work(lengths, D):
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "unbatched"])
 @pytest.mark.parametrize("D", [1, 2], ids="D{}".format)
-def test_no_tokens_leak_between_sequences(layout, D):
-    """A NaN in one sequence stays there."""
+def test_nan_in_one_sequence_stays_there(layout, D):
     case = Case(layout=layout, D=D, L=2)
     _, ours = pair(case)
     data, hx = case.tensors()

@@ -1,0 +1,24 @@
+"""perf needs no more than the extra ``perf``."""
+
+import pytest
+
+from tests.support.processes import run_alone
+
+
+@pytest.mark.slow
+def test_perf_imports_without_what_the_tests_need():
+    loaded = run_alone(
+        """
+        import importlib, pkgutil, sys
+        for name in ("expecttest", "hypothesis", "onnx", "onnxruntime", "pytest", "tests"):
+            sys.modules[name] = None
+        import perf
+        names = [one.name for one in pkgutil.walk_packages(perf.__path__, "perf.")]
+        for name in names:
+            importlib.import_module(name)
+        # Imported by a probe when it runs.
+        import torch._dynamo.testing
+        print(len(names))
+        """
+    )
+    assert int(loaded) > 40

@@ -1,0 +1,1 @@
+"""Execute on a CPU the PTX that Triton compiles, and check its results and its memory accesses."""
