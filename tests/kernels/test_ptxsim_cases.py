@@ -7,6 +7,8 @@ import pytest
 from tests.support.ptxsim.case import GAVE_UP, Case
 from tests.support.ptxsim.client import Emulator
 
+pytestmark = pytest.mark.slow
+
 # Rows of whole words, which async copies prefetch, and others, which are loaded.
 WORDS, LOADS = 20, 21
 PLANS = {
@@ -20,7 +22,6 @@ PLANS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("T", range(1, 10))
 @pytest.mark.parametrize("layout", ["batch_major", "packed"])
 @pytest.mark.parametrize(
@@ -59,7 +60,6 @@ def test_state_overflows_as_in_torch(plan: str, epilogue: str, emulator: Emulato
     emulator.check(replace(PLANS[plan], T=9, B=3, epilogue=epilogue, **overflowing))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("epilogue", ["tanh", "relu_grad"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_nan_stays_in_its_sequence(plan: str, epilogue: str, emulator: Emulator):
@@ -100,7 +100,6 @@ def test_cta_group_takes_several_blocks(lengths: tuple[int, ...], emulator: Emul
     assert interleaved.digest == alone.digest
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("epilogue", ["tanh", "relu", "tanh_grad", "relu_grad"])
 @pytest.mark.parametrize("cta_groups", [1, 2])
 def test_cta_group_survives_any_schedule(cta_groups: int, epilogue: str, emulator: Emulator):

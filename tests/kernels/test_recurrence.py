@@ -40,6 +40,7 @@ def test_recurrence_matches_float64(layout, epilogue, plan):
     assert_close(case, case.run(plan))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS_HERE)
 @pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "tf32"])
@@ -49,6 +50,7 @@ def test_recurrence_rounds_no_worse_than_torch(dtype, epilogue, plan):
     assert_close(case, case.run(plan))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS_HERE)
 @pytest.mark.parametrize("epilogue", ["tanh", "relu_grad"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -86,6 +88,7 @@ def test_recurrence_of_no_tokens_does_nothing(B):
     assert case.run().shape == (0, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS_HERE)
 @pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
 def test_recurrence_keeps_nan_in_its_sequence(epilogue, plan):
@@ -170,6 +173,7 @@ def tanh_too_small(x):
     return tanh(x) * (1 - 2**-11)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="imitates the hardware")
 @pytest.mark.parametrize("imitation", [tanh_too_large, tanh_too_small])
 def test_bf16_recurrence_bears_the_error_of_the_hardwares_tanh(imitation, monkeypatch):
@@ -214,6 +218,7 @@ def test_recurrence_is_deterministic(plan):
     assert torch.equal(case.run(plan), case.run(plan))
 
 
+@pytest.mark.slow
 def test_recurrence_agrees_between_tile_sizes():
     case = make_case(LAYOUTS["jagged"], 33, "tanh")
     for plan, tiles in [
@@ -225,6 +230,7 @@ def test_recurrence_agrees_between_tile_sizes():
         assert_close(case, case.run(LaunchPlan(**{**vars(forced), **tiles})))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
 def test_forced_plans_agree(epilogue):
     """To rounding: they add the same products in another order."""
