@@ -36,6 +36,7 @@ def counts(module: nn.Module, case: Case, train: str) -> list[int]:
     return [forward, counter.get_total_flops()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("back_end", ["torch", "triton"])
 @pytest.mark.parametrize("train", ["all", "weights", "input"])
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -64,6 +65,7 @@ def test_ragged_batches_count_the_rows_of_their_input(given):
     assert counter.get_total_flops() == forward + backward
 
 
+@pytest.mark.slow
 def test_counter_may_be_imported_later():
     """The other tests import it first. It imports Triton, so tritonrnn does not import it."""
     run_alone("""

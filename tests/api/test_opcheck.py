@@ -40,6 +40,7 @@ calls = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @calls
 def test_elman_passes_opcheck(call):
     opcheck(torch.ops.tritonrnn.elman.default, call.forward(requires_grad=True))
@@ -49,6 +50,7 @@ def test_elman_passes_opcheck_where_nothing_is_trained():
     opcheck(torch.ops.tritonrnn.elman.default, CALLS[0].forward())
 
 
+@pytest.mark.slow
 @calls
 def test_elman_backward_passes_opcheck(call):
     opcheck(torch.ops.tritonrnn.elman_backward.default, call.backward())

@@ -306,6 +306,7 @@ def on_each(*paths: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("name", "path"), pairs)
 
 
+@pytest.mark.slow
 @on_each("in-place", "composite", "twice", "triton", "compiled")
 def test_what_describes_the_sequences_is_taken_at_the_call(name, path):
     """Whoever owns its memory may write to it before the backward pass, by torch or by NumPy."""
@@ -335,6 +336,7 @@ def test_what_describes_the_sequences_is_taken_at_the_call(name, path):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @on_each("in-place", "composite", "triton")
 def test_default_device_does_not_matter(name, path):
     """What is made inside lies where the input is, or on the CPU."""

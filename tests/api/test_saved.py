@@ -52,6 +52,7 @@ def test_state_dict_loads(folder):
     assert_computes_the_same(model, folder, "state_dict")
 
 
+@pytest.mark.slow
 def test_exported_program_computes_what_it_did(folder):
     program = torch.export.load(folder / "program.pt2")
     assert [str(node.target) for node in program.graph.nodes].count("tritonrnn.elman.default") == 3
@@ -98,6 +99,7 @@ def test_what_loading_calls_makes_nothing_but_rnns(arguments):
         _new_adopted(*arguments)
 
 
+@pytest.mark.slow
 def test_traced_module_without_the_package_says_what_is_missing(tmp_path):
     """As README says: torch's message names the operator, and so the package."""
     with warnings.catch_warnings():
