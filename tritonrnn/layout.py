@@ -5,6 +5,7 @@ The dimension key, used everywhere in tritonrnn:
     T   time steps            I   input size
     B   sequences             H   hidden units
     N   tokens, i.e. rows     G   groups, i.e. directions
+    L   layers                D   directions, where torch's names are used: G of a layer
 
 A token (t, b) lives in row ``time_base[t] + batch_base[b]`` of a ``[N, features]`` matrix, and
 sequence b has ``lengths[b]`` tokens:
