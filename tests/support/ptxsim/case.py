@@ -443,12 +443,13 @@ class Prepared:
         """Put NaN in one sequence and NaN or infinity in another, and see who else notices."""
         inputs = [x for x in (self.drive, self.v_0, self.aux) if x is not None]
         before = [x.clone() for x in inputs]
-        first, second = [rows for rows in self.sequences if rows][:2]
+        # Where only one sequence has a token, nobody is left to notice but the sequence itself.
+        first, second = [*(rows for rows in self.sequences if rows), []][:2]
         for rows in (self.drive, self.aux):
             if rows is not None:
                 rows[first] = torch.nan
                 rows[second[-1:]] = torch.inf
-        if self.v_0 is not None:
+        if self.v_0 is not None and second:
             self.v_0[:, self.sequences.index(second)] = torch.nan
         output = self._run(self.ptx, faults, Result())
         for x, clean_x in zip(inputs, before, strict=True):
