@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -115,6 +116,25 @@ def test_nothing_imports_perf_or_triton_at_once(source):
         assert root not in ("perf", "tests"), f"{source} imports {name}"
         if not source.startswith("kernels"):
             assert root != "triton" or not at_once, f"{source} imports {name}"
+
+
+def test_readme_maps_every_module_from_the_top_down():
+    table = (
+        (TESTS.parent / "README.md")
+        .read_text()
+        .split("| file | what it holds |")[1]
+        .split("\n\n")[0]
+    )
+    listed = [
+        name.replace("/", ".").strip(".")
+        for row in table.splitlines()[2:]
+        for name in re.findall(r"`([\w/]+)`", row.split("|")[1])
+    ]
+    below = [name for name in listed if name != "kernels"]
+    levels = [next(i for i, names in enumerate(LEVELS) if name in names) for name in below]
+    assert levels == sorted(levels)
+    modules = {name for name in SOURCES if not name.endswith("__init__")}
+    assert set(below) == {name for name in modules if not name.startswith("kernels")}
 
 
 def test_tests_share_code_through_support_only():
