@@ -12,12 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perf import memory, oracle, peers, roofline
-from perf.cases import DTYPES, Case, Workload
+from perf import peers
+from perf.bench import memory, oracle
+from perf.bench.cases import DTYPES, Case, Workload
+from perf.bench.switches import set_precision
+from perf.bench.telemetry import Telemetry
+from perf.bench.timing import (
+    Clock,
+    EventClock,
+    GraphClock,
+    Job,
+    WallClock,
+    floor_us,
+    time_in_rounds,
+)
 from perf.peers.peer import Runner
-from perf.switches import set_precision
-from perf.telemetry import Telemetry
-from perf.timing import Clock, EventClock, GraphClock, Job, WallClock, floor_us, time_in_rounds
+from perf.roofline import model as roofline
 
 Row = dict[str, object]
 Cell = tuple[str, str]

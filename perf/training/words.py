@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import tritonrnn
-from perf import environment, loss_curves, tables
-from perf.paired_training import (
+from perf.bench import environment
+from perf.report import loss_curves, tables
+from perf.training.paired_training import (
     CHUNK_STEPS,
     MakeRNN,
     Recipe,
@@ -25,7 +26,7 @@ from perf.paired_training import (
     speedup,
     train,
 )
-from perf.word_lists import (
+from perf.training.word_lists import (
     LANGUAGES,
     Alphabet,
     Batch,

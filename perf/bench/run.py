@@ -11,9 +11,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from perf import environment, peers, roofline, tables
-from perf.measure import Row, Settings
-from perf.sweep import OutOfTimeError, Sweep, Unit
+from perf import peers
+from perf.bench import environment
+from perf.bench.measure import Row, Settings
+from perf.bench.sweep import OutOfTimeError, Sweep, Unit
+from perf.report import tables
+from perf.roofline import model as roofline
 
 
 class OtherMachineError(Exception):

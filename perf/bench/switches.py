@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from perf.cases import Case
+from perf.bench.cases import Case
 
 
 def set_precision(case: Case) -> None:

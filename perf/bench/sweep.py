@@ -14,12 +14,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from perf import peers
-from perf.cases import Case
-from perf.measure import Row, Settings
-from perf.roofline import GPU
-from perf.schema import KEYS
-from perf.tables import RowFile
-from perf.worker import Begun, Crashed, Finished, Measured, Message, Request, serve
+from perf.bench.cases import Case
+from perf.bench.measure import Row, Settings
+from perf.bench.worker import Begun, Crashed, Finished, Measured, Message, Request, serve
+from perf.report.schema import KEYS
+from perf.report.tables import RowFile
+from perf.roofline.model import GPU
 
 LOG_TAIL = 300
 

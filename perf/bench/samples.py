@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from perf import peers, presets
-from perf.cases import Case
-from perf.sweep import Unit
+from perf import peers
+from perf.bench import presets
+from perf.bench.cases import Case
+from perf.bench.sweep import Unit
 
 MODES = ("infer", "fwdbwd")
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from perf import environment, roofline, tables
-from perf.timing import Clock, EventClock, Job, WallClock
+from perf.bench import environment
+from perf.bench.timing import Clock, EventClock, Job, WallClock
+from perf.report import tables
+from perf.roofline import model as roofline
 from tritonrnn.kernels.devices import DEVICES
 
 COPY_BYTES = 2**30
@@ -38,7 +40,7 @@ class Probe:
     """Measure one constant.
 
     Attributes:
-        constant: Its name in :func:`perf.roofline.sources`.
+        constant: Its name in :func:`perf.roofline.model.sources`.
         measure: Returns its value for a device, in the unit of the name.
         needs_gpu: Why it does not apply to a CPU, or None if it does.
     """
@@ -87,7 +89,7 @@ def slope_us(call: Callable[[int], object], short: int = SHORT, long: int = LONG
 
 def run_chain(device: torch.device, steps: int) -> tuple[float, float]:
     """Return the clock cycles and the nanoseconds of a chain of steps, by the GPU's counters."""
-    from perf import probes
+    from perf.roofline import probes
 
     H, B = probes.CHAIN_HIDDEN, probes.CHAIN_SEQUENCES
     # The gain is above 1; otherwise the state would soon be zeros, which draw less power.
@@ -123,7 +125,7 @@ def chain_clk(device: torch.device) -> float:
 
     It is a step of the smallest recurrence, less the cycles that the model counts for its product.
     """
-    from perf import probes
+    from perf.roofline import probes
 
     step_clk = (run_chain(device, LONG)[0] - run_chain(device, SHORT)[0]) / (LONG - SHORT)
     product = 2 * probes.CHAIN_SEQUENCES * probes.CHAIN_HIDDEN**2
@@ -137,7 +139,7 @@ def handoff_us(device: torch.device) -> float:
     Raises:
         RuntimeError: the two programs did not run at the same time.
     """
-    from perf.probes import ping_pong_kernel
+    from perf.roofline.probes import ping_pong_kernel
 
     flag = torch.zeros(1, dtype=torch.int32, device=device)
 
@@ -157,14 +159,14 @@ def launch_us(device: torch.device) -> float:
     Triton launches it from Python, as it launches tritonrnn's kernels; that takes longer than a
     launch by the driver alone.
     """
-    from perf.probes import empty_kernel
+    from perf.roofline.probes import empty_kernel
 
     return WallClock(Job(lambda: empty_kernel[(1,)](num_warps=1)), SAMPLE_S).sample_us()
 
 
 def graph_node_us(device: torch.device) -> float:
     """Return the time of one node among many empty kernels of a CUDA graph."""
-    from perf.probes import empty_kernel
+    from perf.roofline.probes import empty_kernel
 
     def replay(nodes: int) -> Callable[[], None]:
         empty_kernel[(1,)](num_warps=1)

@@ -212,6 +212,6 @@ def time_in_rounds(
 
 def floor_us(seconds: float) -> float:
     """Return the time that :class:`EventClock` measures for a kernel that does nothing."""
-    from perf.probes import empty_kernel
+    from perf.roofline.probes import empty_kernel
 
     return EventClock(Job(lambda: empty_kernel[(1,)]()), seconds).sample_us()

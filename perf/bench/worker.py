@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from perf.cases import Case
-from perf.measure import Measurement, Row, Settings, failure
-from perf.roofline import GPU
+from perf.bench.cases import Case
+from perf.bench.measure import Measurement, Row, Settings, failure
+from perf.roofline.model import GPU
 
 # Unset, so that Triton's interpreter is never timed and each peer chooses its own back end.
 UNSET = ("TRITON_INTERPRET", "TRITONRNN_BACKEND")

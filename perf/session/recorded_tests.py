@@ -1,6 +1,6 @@
 """Extend pytest: write down each test's outcome at once, and leave out tests that passed before.
 
-So an interrupted run of tests can be resumed: ``pytest -p perf.recorded_tests``, where the
+So an interrupted run of tests can be resumed: ``pytest -p perf.session.recorded_tests``, where the
 environment variable ``PERF_RECORDED_TESTS`` names the file, with a line of JSON for each test.
 """
 

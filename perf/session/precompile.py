@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from perf import peers
-from perf.cases import DTYPES, Case, Workload
-from perf.measure import first_line
-from perf.sweep import Unit
-from perf.switches import set_precision
+from perf.bench.cases import DTYPES, Case, Workload
+from perf.bench.measure import first_line
+from perf.bench.sweep import Unit
+from perf.bench.switches import set_precision
 
 STEPS = 2
 # These come first, because nvcc takes a minute or two where Triton takes a second.

@@ -23,12 +23,15 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from perf import precompile, recorded_tests, report, samples, sanitize, tables
-from perf.environment import CHECKOUT
-from perf.measure import Settings
-from perf.run import run as run_units
-from perf.run import waiting
-from perf.steps import Ledger, Outcome, Record, Step, take
+from perf.bench import samples
+from perf.bench.environment import CHECKOUT
+from perf.bench.measure import Settings
+from perf.bench.run import run as run_units
+from perf.bench.run import waiting
+from perf.report import summary as report
+from perf.report import tables
+from perf.session import precompile, recorded_tests, sanitize
+from perf.session.steps import Ledger, Outcome, Record, Step, take
 
 ARCHIVE = "accept.tar.gz"
 # Folder in which torch builds FlashRNN's kernels.
@@ -122,7 +125,7 @@ class Acceptance:
 
         def launch(plan: str) -> int | None:
             # The launches that run under compute-sanitizer later, here without it.
-            command = [sys.executable, "-m", "perf.sanitize", plan]
+            command = [sys.executable, "-m", "perf.session.sanitize", plan]
             return run_for(command, seconds, self._out / f"launches-{plan}.log", {})
 
         with ThreadPoolExecutor(len(sanitize.PLANS)) as pool:
@@ -152,7 +155,7 @@ class Acceptance:
             return Outcome("unavailable", "pytest is not installed")
         path = self._out / f"{name}.jsonl"
         code = run_for(
-            [sys.executable, "-m", "pytest", "-p", "perf.recorded_tests", *arguments],
+            [sys.executable, "-m", "pytest", "-p", "perf.session.recorded_tests", *arguments],
             seconds,
             self._out / f"{name}.log",
             {recorded_tests.VARIABLE: str(path)},
@@ -189,7 +192,7 @@ class Acceptance:
             code = run_for(
                 [
                     *(str(sanitizer), "--tool", tool, "--error-exitcode", "9"),
-                    *(sys.executable, "-m", "perf.sanitize", plan),
+                    *(sys.executable, "-m", "perf.session.sanitize", plan),
                 ],
                 seconds,
                 log,

@@ -1,6 +1,6 @@
 """Launch one plan on small ragged batches, to be run under compute-sanitizer.
 
-``compute-sanitizer --tool memcheck python -m perf.sanitize resident``
+``compute-sanitizer --tool memcheck python -m perf.session.sanitize resident``
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import tritonrnn
-from perf.timing import synchronize
+from perf.bench.timing import synchronize
 
 # Consecutive training steps of one model, before the next one continues: short compared with the
 # drift of a machine's speed, long enough that a synchronisation after them costs nothing.

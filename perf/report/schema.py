@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 from pandas.api.types import pandas_dtype
 
-from perf.cases import DTYPES, LAYOUTS, LENGTHS, MODES
+from perf.bench.cases import DTYPES, LAYOUTS, LENGTHS, MODES
 from perf.peers import PEERS
 
 STATUSES = ("ok", "wrong", "oom", "unsupported", "error", "timeout", "skipped")

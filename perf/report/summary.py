@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from perf import calibrate, cpu, plots, tables
+from perf.bench import cpu
 from perf.peers import BASELINE
+from perf.report import plots, tables
+from perf.roofline import calibrate
 
 REPORT, PICTURES = "report.md", "plots"
 
@@ -68,7 +70,7 @@ def _introduction(rows: pd.DataFrame) -> Iterator[str]:
     if "cuda" in kinds:
         yield (
             "On the GPU `event_us` counts. The limit is a model, not a measurement: "
-            "`perf/roofline.py`."
+            "`perf/roofline/model.py`."
         )
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from perf import peers
-from perf.cases import DTYPES, LAYOUTS, LENGTHS, MODES, Case
-from perf.sweep import Unit
+from perf.bench.cases import DTYPES, LAYOUTS, LENGTHS, MODES, Case
+from perf.bench.sweep import Unit
 
 Sizes = Mapping[str, Sequence[int]]
 

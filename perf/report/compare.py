@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from perf import environment, tables
-from perf.schema import KEYS
+from perf.bench import environment
+from perf.report import tables
+from perf.report.schema import KEYS
 
 VERDICTS = ("SLOWER", "LOST", "UNCLEAR", "SAME", "FASTER", "NEW")
 REGRESSIONS = ("SLOWER", "LOST")

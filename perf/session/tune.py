@@ -15,11 +15,14 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from perf import peers, precompile, presets, tables
-from perf.measure import Settings
-from perf.run import run as run_units
-from perf.run import waiting
-from perf.sweep import Unit
+from perf import peers
+from perf.bench import presets
+from perf.bench.measure import Settings
+from perf.bench.run import run as run_units
+from perf.bench.run import waiting
+from perf.bench.sweep import Unit
+from perf.report import tables
+from perf.session import precompile
 
 REGRET, PAGE = "regret", "tune.md"
 OURS = "tritonrnn"

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from perf import presets, tables
-from perf.measure import Settings
-from perf.run import run as run_units
-from perf.sweep import Unit
+from perf.bench import presets
+from perf.bench.measure import Settings
+from perf.bench.run import run as run_units
+from perf.bench.sweep import Unit
+from perf.report import tables
 
 # The geometric mean of the speedups that each mode should reach.
 TARGETS = {"train": 1.8, "train_packed": 2.5, "infer": 1.1}

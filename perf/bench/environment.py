@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def new_run_id() -> str:

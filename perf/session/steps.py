@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from perf.tables import renamed
+from perf.report.tables import renamed
 
 STATE = "steps.json"
 

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor, nn
 
-from perf import environment, loss_curves, plots, tables
-from perf.paired_training import (
+from perf.bench import environment
+from perf.report import loss_curves, plots, tables
+from perf.training.paired_training import (
     OURS,
     REFERENCE,
     TWIN,

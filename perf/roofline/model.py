@@ -32,7 +32,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from perf.cases import DTYPES, Case
+from perf.bench.cases import DTYPES, Case
 from tritonrnn.kernels.devices import DEVICES, Device
 
 CONSTANTS = Path(__file__).with_name("roofline.json")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from perf import schema
+from perf.report import schema
 
 ROWS, ENVIRONMENT, CALIBRATION = "rows.jsonl", "env.json", "calibration.json"
 
