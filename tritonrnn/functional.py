@@ -15,7 +15,7 @@ from tritonrnn.dispatch import choose
 from tritonrnn.nested import like_jagged
 from tritonrnn.paths import aten, onnx
 from tritonrnn.paths.composite import elman_composite
-from tritonrnn.validation import Call, check, compute_dtype
+from tritonrnn.validation import Call, check, compute_dtype, may_be_tried, needs_grad
 
 
 @overload
@@ -219,9 +219,20 @@ def _step(
     call = None
     try:
         dtype = compute_dtype(input)
-        choice = choose(input.device, dtype, T=1, B=B, H=H, nonlinearity=nonlinearity)
+        weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
+        choice = choose(
+            input.device,
+            dtype,
+            T=1,
+            B=B,
+            I=input.shape[1],
+            H=H,
+            nonlinearity=nonlinearity,
+            hx=hx is not None,
+            needs_grad=needs_grad(input, hx, weights),
+            may_try=may_be_tried(input),
+        )
         if choice.backend == "triton" or choice.plan == "composite":
-            weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
             h_0 = None if hx is None else hx.unsqueeze(0)
             sources = input.unsqueeze(0), h_0, weights
             call = check(*sources, nonlinearity, 1, False, False, 0.0, None, None)
@@ -287,7 +298,7 @@ def _run_layer(
         if call.seq_metadata is None and call.reset is None:
             # In another dtype, as torch.nn.RNN is exported: step by step.
             return aten.forward(data, h_0, [weights], None, *settings)
-    return ops.elman(*sources, *settings, call.choice.backend)
+    return ops.elman(*sources, *settings, call.choice.operator_backend)
 
 
 def _dropout(data: Tensor, p: float, layout: str) -> Tensor:

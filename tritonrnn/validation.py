@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function
 
 from tritonrnn.dispatch import Choice, choose, current_backend
-from tritonrnn.memo import take
+from tritonrnn.memo import is_traced, take
 from tritonrnn.nested import jagged_parts
 from tritonrnn.ragged import layout_of
 
@@ -68,10 +68,13 @@ def check(
     dropout: float,
     lengths: Tensor | None,
     reset: Tensor | None,
+    *,
+    may_try: bool = True,
 ) -> Call:
     """Check the arguments of :func:`tritonrnn.functional.rnn`, which lists its errors.
 
-    Compute nothing, and choose what serves the call.
+    Compute nothing, and choose what serves the call: by trials of plans if ``may_try``, where no
+    record of one stands.
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
@@ -107,7 +110,20 @@ def check(
     _check_weights(layers, data, bidirectional)
     dtype = compute_dtype(data)
     choice = choose(
-        data.device, dtype, T=T, B=B, G=G, H=H, nonlinearity=nonlinearity, ragged=is_ragged
+        data.device,
+        dtype,
+        T=T,
+        B=B,
+        I=data.shape[-1],
+        G=G,
+        H=H,
+        L=num_layers,
+        nonlinearity=nonlinearity,
+        mapped=layout == "packed",
+        ragged=is_ragged,
+        hx=hx is not None,
+        needs_grad=needs_grad(data, hx, weights),
+        may_try=may_try and may_be_tried(data),
     )
     if has_torch_function(weights) and _know_torchs_rnn(weights) and not is_ragged:
         reason = "the weights have their own rules for torch's RNN."
@@ -127,6 +143,22 @@ def check(
         dtype,
         choice,
     )
+
+
+def needs_grad(data: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> bool:
+    """Return whether a gradient of a call may be wanted."""
+    if not torch.is_grad_enabled():
+        return False
+    return (
+        any(weight.requires_grad for weight in weights)
+        or data.requires_grad
+        or (hx is not None and hx.requires_grad)
+    )
+
+
+def may_be_tried(data: Tensor) -> bool:
+    """Return whether a call with this input computes something, so that plans may be tried."""
+    return not torch.compiler.is_compiling() and not is_traced(data)
 
 
 def _know_torchs_rnn(weights: Sequence[Tensor]) -> bool:
