@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonrnn
 from tests.support.imitation import PLANS, Imitation, imitate, on_launch, spoiled
+from tests.support.processes import run_alone
 from tritonrnn import autotune, validation
 from tritonrnn.autotune import timing, verification
 from tritonrnn.kernels import launch
@@ -502,3 +504,48 @@ def test_standing_record_is_not_looked_up_again(bench, verified, monkeypatch):
     monkeypatch.setattr(autotune, "rank_plans", None)
     monkeypatch.setattr(autotune, "_tuners", None)
     assert served(module, x) == "resident"
+
+
+# Processes
+
+PROCESS = """
+    import os, sys, warnings
+    os.environ["TRITON_INTERPRET"] = "1"
+    import pytest, torch, tritonrnn
+    from pathlib import Path
+    from tests.support.imitation import PLANS, imitate, on_launch, spoiled
+    warnings.simplefilter("always")
+    patch = pytest.MonkeyPatch()
+    imitate(Path({folder!r}), patch, dict.fromkeys(PLANS, 50.0))
+    launched = on_launch(patch, {fault})
+    module, x = tritonrnn.RNN(3, 5).requires_grad_(False), torch.randn(4, 2, 3)
+    with warnings.catch_warnings(record=True) as caught:
+        module(x)
+    print(tritonrnn.explain(module, x).plan.partition(":")[0], len(caught), *sorted(set(launched)))
+"""
+
+
+def run_process(folder: Path, fault: str) -> list[str]:
+    return run_alone(PROCESS.format(folder=str(folder), fault=fault)).split()
+
+
+@pytest.mark.slow
+def test_spoiled_kernel_never_serves_another_process(tmp_path):
+    fault = "spoiled('resident')"
+    assert run_process(tmp_path, fault) == ["cooperative", "1", "cooperative", "resident"]
+    assert run_process(tmp_path, fault) == ["cooperative", "0", "cooperative"]
+
+
+@pytest.mark.slow
+def test_process_killed_in_a_trial_leaves_a_mark_that_the_next_one_heeds(tmp_path):
+    with pytest.raises(AssertionError):
+        run_process(tmp_path, "lambda plan, arguments: os.kill(os.getpid(), 9)")
+    assert run_process(tmp_path, "lambda *_: None") == ["cooperative", "0", "cooperative"]
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_find_the_same(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: run_process(tmp_path, "lambda *_: None"), range(2)))
+    assert found == [["resident", "0", "resident"]] * 2
+    assert len(list(tmp_path.glob("tritonrnn/*/*"))) == 2
