@@ -149,8 +149,10 @@ def needs_grad(data: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> bo
     """Return whether a gradient of a call may be wanted."""
     if not torch.is_grad_enabled():
         return False
+    # A class of tensors with rules of its own may refuse the question.
     return (
-        any(weight.requires_grad for weight in weights)
+        (has_torch_function(weights) and _know_torchs_rnn(weights))
+        or any(weight.requires_grad for weight in weights)
         or data.requires_grad
         or (hx is not None and hx.requires_grad)
     )

@@ -456,17 +456,24 @@ def test_trial_leaves_no_trace_in_what_the_caller_computes(bench):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("which", ["inference", "autocast", "default device", "anomaly", "hooks"])
-def test_trial_finds_the_same_in_every_mode(which, bench):
+def refuse(tensor):
+    raise AssertionError("a trial saves nothing for a backward pass")
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+        lambda: torch.device("meta"),
+        lambda: torch.autograd.set_detect_anomaly(True),
+        lambda: torch.autograd.graph.saved_tensors_hooks(refuse, refuse),
+    ],
+    ids=["inference", "autocast", "default device", "anomaly", "hooks"],
+)
+def test_trial_finds_the_same_in_every_mode(mode, bench):
     module, x = a_call()
-    modes = {
-        "inference": torch.inference_mode(),
-        "autocast": torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
-        "default device": torch.device("meta"),
-        "anomaly": torch.autograd.set_detect_anomaly(True),
-        "hooks": torch.autograd.graph.saved_tensors_hooks(lambda x: 1 / 0, lambda x: x),
-    }
-    with modes[which]:
+    with mode():
         module(x)
     (right,) = rows(kind="right")
     assert right["verdict"] == "right"
