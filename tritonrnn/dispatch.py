@@ -34,7 +34,8 @@ def backend(name: Backend) -> Iterator[None]:
     """Choose the back end of every call inside, in this thread or task only.
 
     The backward pass of a call uses the back end of its forward pass, wherever it runs. The
-    environment variable ``TRITONRNN_BACKEND`` names the back end of calls outside of any context.
+    environment variable ``TRITONRNN_BACKEND``, read when tritonrnn is imported, names the back end
+    of calls outside of any context.
 
     Args:
         name: "triton" for the kernels; "torch" for torch's operators, on any device; "auto", the
@@ -53,16 +54,17 @@ def backend(name: Backend) -> Iterator[None]:
 
 def current_backend() -> Backend:
     """Return the back end asked for here: by the nearest context, else by the environment."""
-    chosen = _chosen.get()
-    if chosen is not None:
-        return chosen
-    return _checked(os.environ.get("TRITONRNN_BACKEND") or "auto", "TRITONRNN_BACKEND")
+    return _chosen.get() or _default
 
 
 def _checked(name: str, source: str) -> Backend:
     if name not in get_args(Backend):
         raise ValueError(f"{source}: expected one of {get_args(Backend)}, got {name!r}")
     return name  # type: ignore[return-value]
+
+
+# Read once: every call asks, and to read a variable takes most of a microsecond.
+_default = _checked(os.environ.get("TRITONRNN_BACKEND") or "auto", "TRITONRNN_BACKEND")
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def choose_now(
         may_try: whether trials of plans may be made now, where no record of one stands.
     """
     composite = why_composite(dtype)
-    obstacle: str | None = composite or _obstacle(device, dtype)
+    obstacle = composite or _obstacle(device, dtype)
     if asked == "triton" and obstacle:
         raise RuntimeError(f"the triton back end can't serve this call: {obstacle}")
     # torch's own kernels are as fast as any for a single step, and on CUDA they are cuDNN's.
@@ -193,7 +195,18 @@ def choose_now(
     if composite:
         return Choice("torch", "composite", composite)
     reason = "torch was asked for." if asked == "torch" else obstacle
-    return Choice("torch", torch_path, reason or "", record)
+    return _torchs_choice(torch_path, reason or "", record)
+
+
+# Made once: on a CPU most calls have one of two.
+@functools.lru_cache(maxsize=64)
+def _torchs_choice(path: str, reason: str, record: Record | None) -> Choice:
+    return Choice("torch", path, reason, record)
+
+
+def is_decided_by_sizes(asked: Backend, device: torch.device) -> bool:
+    """Return whether sizes and dtypes decide alone: on a CPU where no kernel can serve."""
+    return device.type == "cpu" and (asked == "torch" or not _is_interpreted)
 
 
 def recurrence_of(backend: str, device: torch.device, dtype: torch.dtype) -> Recurrence:
@@ -260,6 +273,10 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+# Triton's own variable, for tests. Not Triton's view of it: asking Triton means to load it.
+_is_interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the kernels can't serve this device or dtype, or None if they can."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -269,8 +286,7 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if not _has_triton():
         return "Triton is not installed."
     if device.type == "cpu":
-        # The variable, not Triton's own view of it: asking Triton means to load it.
-        if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("1", "true", "yes", "on", "y"):
+        if not _is_interpreted:
             return "the tensors are on the CPU."
     elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "the kernels need a GPU of compute capability 8.0 or later."
