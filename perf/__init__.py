@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from perf.tables import load as load
+    from perf.report.tables import load as load
 
 __all__ = ["load"]
 
@@ -16,7 +16,7 @@ __all__ = ["load"]
 def __getattr__(name: str) -> object:
     # Imported at first use, because a worker process does not need pandas.
     if name == "load":
-        from perf import tables
+        from perf.report import tables
 
         return tables.load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

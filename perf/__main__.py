@@ -102,9 +102,9 @@ def run(
 
     Exits with 1 when a result was wrong, or a peer raised, crashed or hung.
     """
-    from perf import presets
-    from perf.measure import Settings
-    from perf.run import OtherMachineError, run
+    from perf.bench import presets
+    from perf.bench.measure import Settings
+    from perf.bench.run import OtherMachineError, run
 
     texts = {"T": T, "B": B, "I": I, "H": H, "layers": layers, "directions": directions}
     texts |= {"modes": mode, "dtypes": dtype, "fp32_modes": fp32_mode, "layouts": layout}
@@ -135,7 +135,7 @@ def calibrate(
     """Measure the constants of the roofline model, and show them beside the published ones."""
     import torch
 
-    from perf import calibrate
+    from perf.roofline import calibrate
 
     typer.echo(calibrate.run(torch.device(device), out).to_markdown(index=False, floatfmt=".4g"))
 
@@ -158,8 +158,9 @@ def accept(
 
     Exits with 1 when a step failed.
     """
-    from perf import presets, steps
-    from perf.accept import accept
+    from perf.bench import presets
+    from perf.session import steps
+    from perf.session.accept import accept
 
     try:
         records = accept(
@@ -188,7 +189,8 @@ def tune(
     Run the same command again to measure what the budget left. On a CPU, the plans of the torch
     path are timed.
     """
-    from perf import presets, tune
+    from perf.bench import presets
+    from perf.session import tune
 
     try:
         table = tune.run(out, preset, device, presets.seconds(budget))
@@ -201,7 +203,7 @@ def tune(
 @app.command()
 def report(folder: Run) -> None:
     """Write report.md and pictures into a folder of results."""
-    from perf import report
+    from perf.report import summary as report
 
     typer.echo(report.write(folder))
 
@@ -212,7 +214,7 @@ def compare(before: Run, after: Run) -> None:
 
     Exits with 1 if a cell is slower or lost, with 2 if the runs can't be compared.
     """
-    from perf import compare
+    from perf.report import compare
 
     try:
         table = compare.compare(before, after)
@@ -230,7 +232,7 @@ def show(
     folder: Run = Path("perf/results/latest"),
 ) -> None:
     """Show all rows of a case."""
-    from perf import tables
+    from perf.report import tables
 
     rows = tables.load(folder)
     found = sorted({name for name in rows["case_id"] if case in name})
@@ -254,7 +256,7 @@ def env(device: Device = "cpu") -> None:
 
     import torch
 
-    from perf import environment
+    from perf.bench import environment
 
     typer.echo(json.dumps(environment.describe(torch.device(device)), indent=2))
 
@@ -262,7 +264,7 @@ def env(device: Device = "cpu") -> None:
 @app.command()
 def schema() -> None:
     """Show the columns of a table of results, with their units."""
-    from perf import schema
+    from perf.report import schema
 
     typer.echo(schema.document())
 
@@ -292,7 +294,7 @@ def words(
     """
     import torch
 
-    from perf.words import run
+    from perf.training.words import run
 
     agrees = run(
         epochs=epochs,
@@ -319,8 +321,8 @@ def cpu(
     Measures the preset ``cpu`` with torch.nn.RNN, torch.nn.RNN again (the noise) and tritonrnn.RNN.
     Exits with 1 when a result is wrong. A missed target is printed, and is no error.
     """
-    from perf import cpu
-    from perf.measure import Settings
+    from perf.bench import cpu
+    from perf.bench.measure import Settings
 
     settings = Settings(rounds=rounds, sample_s=seconds, threads=threads, seed=seed)
     raise typer.Exit(0 if cpu.run(settings, out) else 1)
@@ -335,7 +337,7 @@ def static(
     size: Annotated[list[int] | None, typer.Option(help="Only this many hidden units.")] = None,
 ) -> None:
     """Compile every plan for a GPU that need not be there, and show what the compiler made."""
-    from perf import static
+    from perf.compile import static
 
     static.static(arch, json, dtype, plan, size)
 
@@ -361,7 +363,7 @@ def adding(
     """
     import torch
 
-    from perf.adding import run
+    from perf.training.adding import run
 
     if threads:
         torch.set_num_threads(threads)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import tritonrnn
-from perf.oracle import InaccurateError
+from perf.bench.oracle import InaccurateError
 
 TORCH_NN, TORCH_PATH, TRITON_PATH = (
     "`torch.nn.RNN`",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from perf import oracle
+from perf.bench import oracle
 from perf.features.attempt import Side, WrongError
 
 # From a module, an input and hx to output and h_n, in the way that a feature is about.
@@ -112,7 +112,7 @@ def assert_right(
     dtype: torch.dtype,
     torchs: Sequence[Tensor] | None = None,
 ) -> None:
-    """Check each result by :func:`perf.oracle.assert_as_accurate`.
+    """Check each result by :func:`perf.bench.oracle.assert_as_accurate`.
 
     Raises:
         InaccurateError: a result is too far off.

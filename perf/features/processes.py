@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from perf import distributed
+from perf.bench import distributed
 from perf.features.attempt import TRITON_PATH, NotTriedError, Side, feature, sides
 from perf.features.problem import assert_right
 

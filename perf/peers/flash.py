@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from perf.cases import Case, Workload
+from perf.bench.cases import Case, Workload
 from perf.peers.peer import Peer, Runner
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from perf.cases import Case, Workload
+from perf.bench.cases import Case, Workload
 from perf.peers.peer import Peer, Runner
 
 # torch.compile unrolls the loop; with more steps it takes minutes.

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import nn
 
 import tritonrnn
-from perf.cases import Case, Workload
+from perf.bench.cases import Case, Workload
 from perf.peers.peer import Peer, Runner
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from perf.cases import Case, Workload
+from perf.bench.cases import Case, Workload
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 

@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
-from perf.cases import Case, Workload
+from perf.bench.cases import Case, Workload
+from perf.bench.switches import cudnn_off
 from perf.peers.peer import Peer, Runner, jagged
-from perf.switches import cudnn_off
 
 
 class NNCudnn(Peer):

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perf.distributed import Tagger, Training, train, train_in_two
-from perf.oracle import assert_as_accurate
+from perf.bench.distributed import Tagger, Training, train, train_in_two
+from perf.bench.oracle import assert_as_accurate
 
 pytestmark = pytest.mark.slow
 

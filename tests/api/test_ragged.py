@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import tritonrnn
-from perf.oracle import assert_as_accurate, elman
+from perf.bench.oracle import assert_as_accurate, elman
 from tests.support.cases import DTYPE_NAMES, assert_same_results
 
 pytestmark = [

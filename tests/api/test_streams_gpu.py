@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tritonrnn
-from perf.oracle import assert_as_accurate
+from perf.bench.oracle import assert_as_accurate
 from tests.support.cases import Case, assert_accurate_over, exact, plain, run
 
 pytestmark = [

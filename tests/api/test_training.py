@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import tritonrnn
-from perf.oracle import assert_as_accurate
+from perf.bench.oracle import assert_as_accurate
 from tests.support.cases import DTYPE_NAMES, Case, assert_same_results, plain, run, with_gradients
 
 pytestmark = [

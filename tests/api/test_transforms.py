@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import tritonrnn
-from perf.switches import cudnn_off
+from perf.bench.switches import cudnn_off
 from tests.support.cases import Case, as_function, pair, plain
 
 pytestmark = [

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from perf import static
+from perf.compile import static
 from tests.support.compiled import ROOT, Kernel, compile_kernels, events, run_uninterpreted
 from tritonrnn.kernels import launch
 from tritonrnn.kernels.devices import DEVICES
@@ -244,7 +244,7 @@ def test_kernels_do_not_recompile_for_new_lengths_and_batch_sizes():
     counts = run_uninterpreted(
         [
             "-c",
-            "from perf.static import *\n"
+            "from perf.compile.static import *\n"
             "for name in PLANS:\n"
             "    for T, B in [(1, 1), (7, 16), (1024, 33), (4096, 64), (3, 5000)]:\n"
             "        problem = Problem(T, B, 2, 64, 'bf16')\n"
@@ -265,7 +265,7 @@ def test_fp32_compiles_for_amd_devices_without_tf32():
         [
             "-c",
             "import dataclasses\n"
-            "from perf.static import *\n"
+            "from perf.compile.static import *\n"
             "for arch, warp_size in [('gfx90a', 64), ('gfx1100', 32)]:\n"
             "    device = dataclasses.replace(DEVICES['gfx942'], arch=arch, warp_size=warp_size)\n"
             "    problem = Problem(T, 16, 2, 64, 'fp32', tf32=True)\n"

@@ -17,22 +17,14 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from perf import (
-    accept,
-    calibrate,
-    precompile,
-    presets,
-    recorded_tests,
-    samples,
-    sanitize,
-    schema,
-    tables,
-    tune,
-)
 from perf.__main__ import app
-from perf.cases import Case
-from perf.measure import Settings
-from perf.steps import Ledger, Outcome, Record, Step, take
+from perf.bench import presets, samples
+from perf.bench.cases import Case
+from perf.bench.measure import Settings
+from perf.report import schema, tables
+from perf.roofline import calibrate
+from perf.session import accept, precompile, recorded_tests, sanitize, tune
+from perf.session.steps import Ledger, Outcome, Record, Step, take
 from tritonrnn.kernels import launch
 from tritonrnn.kernels.devices import DEVICES
 
@@ -127,7 +119,7 @@ def test_tests_that_passed_are_not_run_again(tmp_path):
         """)
     )
     path = tmp_path / "outcomes.jsonl"
-    command = [sys.executable, "-m", "pytest", "-p", "perf.recorded_tests", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-p", "perf.session.recorded_tests", str(tmp_path)]
     variables = {recorded_tests.VARIABLE: str(path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     log = tmp_path / "log"
     assert accept.run_for([*command, "-c", os.devnull], 120, log, variables) == 1

@@ -10,8 +10,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import tritonrnn
-from perf import adding, paired_training
 from perf.__main__ import app
+from perf.training import adding, paired_training
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 

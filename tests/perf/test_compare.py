@@ -10,9 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 import perf
-from perf import compare, report, schema, tables, tune
 from perf.__main__ import app
-from perf.cases import Case
+from perf.bench.cases import Case
+from perf.report import compare, schema, tables
+from perf.report import summary as report
+from perf.session import tune
 
 GPU = {"device": "cuda", "gpu": "NVIDIA H200", "cpu": "any", "threads": 8, "torch": "2"}
 CASE = Case(T=1024, B=16, I=256, H=256, dtype="bf16", fp32_mode="none", device="cuda")

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 import perf
-from perf import cpu, presets
 from perf.__main__ import app
+from perf.bench import cpu, presets
 
 
 def case_id(T: int, layout: str) -> str:

@@ -13,15 +13,15 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import tritonrnn
-from perf import memory, timing
-from perf.cases import LENGTHS, Case, Workload
-from perf.measure import Measurement, Row, Settings, failure, gpu_is_lost, make_job
+from perf.bench import memory, timing
+from perf.bench.cases import LENGTHS, Case, Workload
+from perf.bench.measure import Measurement, Row, Settings, failure, gpu_is_lost, make_job
+from perf.bench.switches import cudnn_off, set_precision
+from perf.bench.timing import EventClock, Job, WallClock, time_in_rounds
 from perf.peers import PEERS, find
 from perf.peers.loops import WrittenOut
 from perf.peers.ours import forced_plan
 from perf.peers.peer import Runner
-from perf.switches import cudnn_off, set_precision
-from perf.timing import EventClock, Job, WallClock, time_in_rounds
 from tests.support.recurrence import PLANS_HERE
 from tritonrnn.kernels.plan import PLANS
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from perf import oracle
+from perf.bench import oracle
 from tests.support.cases import LAYOUTS, Case, assert_same_results, run
 
 # Options vary along with the layout, so that a case covers both.

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from perf import calibrate, roofline
-from perf.cases import Case
+from perf.bench.cases import Case
+from perf.roofline import calibrate
+from perf.roofline import model as roofline
 from tritonrnn.kernels.devices import DEVICES
 
 H200 = roofline.find("NVIDIA H200")
@@ -204,8 +205,8 @@ def probe_instructions() -> dict[str, list[str]]:
     import json, re
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
-    from perf import probes
-    from perf.static import listing_of
+    from perf.roofline import probes
+    from perf.compile.static import listing_of
 
     found = {}
     for name, signature, constants, warps in (

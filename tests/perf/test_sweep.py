@@ -15,10 +15,11 @@ import pytest
 from typer.testing import CliRunner
 
 import perf
-from perf import presets, schema, tables
 from perf.__main__ import app
-from perf.sweep import Sweep, Unit
-from perf.worker import Begun
+from perf.bench import presets
+from perf.bench.sweep import Sweep, Unit
+from perf.bench.worker import Begun
+from perf.report import schema, tables
 
 CHECKOUT = Path(__file__).parents[2]
 QUICK = ("--rounds", "2", "--seconds", "0", "--threads", "1")

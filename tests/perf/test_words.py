@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import pad_packed_sequence
 from typer.testing import CliRunner
 
 import tritonrnn
-from perf import loss_curves, paired_training, tables, word_lists
 from perf.__main__ import app
+from perf.report import loss_curves, tables
+from perf.training import paired_training, word_lists
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 

@@ -73,7 +73,7 @@ def events(step_sass: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Compile the kernels of standard input and print a row each."""
-    from perf import static
+    from perf.compile import static
 
     batches = {batch[0]: batch for batch in static.BATCHES}
     for kernel in (Kernel(**fields) for fields in json.load(sys.stdin)):

@@ -1,12 +1,12 @@
-"""The oracle of the kernels: ``perf.oracle.scan`` over the rows of every sequence of a layout."""
+"""The oracle of the kernels: ``perf.bench.oracle.scan`` over the rows of a layout's sequences."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from perf.oracle import EPILOGUES as EPILOGUES
-from perf.oracle import scan
+from perf.bench.oracle import EPILOGUES as EPILOGUES
+from perf.bench.oracle import scan
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.ragged import RaggedLayout
 

@@ -306,7 +306,7 @@ class Prepared:
         self._compile()
 
     def _compile(self) -> None:
-        from perf.static import TargetDriver
+        from perf.compile.static import TargetDriver
 
         case, plan = self.case, self.plan
         triton.runtime.driver.set_active(TargetDriver(plan.device))

@@ -1,0 +1,1 @@
+"""Measure one case or many: workers, clocks, memory, the check against float64, the sweep."""

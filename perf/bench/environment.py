@@ -1,0 +1,89 @@
+"""Collect the facts that the results of a run depend on: machine, versions, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def new_run_id() -> str:
+    """Return an id for a run that starts now, in UTC; later runs sort after earlier ones."""
+    return datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """Return the facts that results on ``device`` depend on, ready for JSON."""
+    facts: dict[str, object] = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
+        "cpu": _cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+    }
+    for package in ("torch", "triton", "tritonrnn", "flashrnn"):
+        facts[package] = _version(package)
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["driver"] = _driver()
+        facts["cuda"] = torch.version.cuda
+        facts["cudnn"] = torch.backends.cudnn.version()
+    status = _git("status", "--porcelain")
+    facts["commit"] = _git("rev-parse", "HEAD")
+    facts["dirty"] = None if status is None else bool(status)
+    return facts
+
+
+def machine(facts: Mapping[str, object]) -> dict[str, object]:
+    """Return the facts that must be equal for the times of two runs to be compared."""
+    on_gpu = str(facts["device"]).startswith("cuda")
+    names = ("device", "gpu") if on_gpu else ("device", "cpu", "threads")
+    return {name: facts.get(name) for name in names}
+
+
+def _driver() -> str | None:
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    # platform.processor() is empty on most Linux machines.
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ("git", *arguments), cwd=CHECKOUT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,112 @@
+"""Run ``python -m perf run``: a sweep that shows its progress and can be resumed."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from perf import peers
+from perf.bench import environment
+from perf.bench.measure import Row, Settings
+from perf.bench.sweep import OutOfTimeError, Sweep, Unit
+from perf.report import tables
+from perf.roofline import model as roofline
+
+
+class OtherMachineError(Exception):
+    """The rows of a folder were measured on another machine."""
+
+
+def run(
+    units: Sequence[Unit],
+    out: Path,
+    settings: Settings,
+    *,
+    device: str,
+    timeout_s: float,
+    budget_s: float = float("inf"),
+    console: Console | None = None,
+) -> list[Row]:
+    """Measure the cells that have no row in ``out`` yet.
+
+    Args:
+        units: What to measure.
+        out: Folder for the rows and the facts of the run.
+        settings: How to measure.
+        device: Where the units run.
+        timeout_s: A worker that sends nothing for longer is killed.
+        budget_s: Stop after this time.
+        console: Shows the progress.
+
+    Returns:
+        The rows of this run.
+
+    Raises:
+        ValueError: a peer is not known.
+        OtherMachineError: ``out`` has rows of another machine.
+    """
+    console = console or Console()
+    for name in {name for unit in units for name, _ in unit.cells()}:
+        peers.find(name)
+    facts = environment.describe(torch.device(device))
+    facts["threads"] = settings.threads or facts["threads"]
+    _check_machine(out, facts)
+    run_id = _new_run_id(out)
+    tables.add_environment(out, run_id, facts)
+    known = roofline.find(str(facts["gpu"])) if "gpu" in facts else None
+    calibration = tables.read_calibration(out)
+    if known is not None and calibration.get("device") == known.name:
+        known = known.measured(calibration["measured"])
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
+    with (
+        tables.RowFile(out) as file,
+        Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress,
+    ):
+        before = len(file.rows)
+        sweep = Sweep(file, run_id, settings, known, timeout_s=timeout_s, budget_s=budget_s)
+        bar = progress.add_task("", total=len(units))
+        started = time.monotonic()
+        try:
+            for unit in units:
+                sweep.run(unit, lambda what: progress.update(bar, description=what))
+                progress.advance(bar)
+        except OutOfTimeError:
+            console.print(
+                f"Stopped after {time.monotonic() - started:.0f} s with "
+                f"{waiting(units, file.rows)} of {len(units)} cases to go; run the same command "
+                "again to continue."
+            )
+        rows = file.rows[before:]
+    counts = Counter(str(row["status"]) for row in rows)
+    summary = ", ".join(f"{count} {status}" for status, count in counts.items()) or "nothing new"
+    console.print(f"{out}: {summary}; {len(file.rows)} rows in all.")
+    return rows
+
+
+def waiting(units: Sequence[Unit], rows: Sequence[Row]) -> int:
+    """Return how many units have a cell without a row."""
+    return sum(1 for unit in units if unit.left(rows).modes)
+
+
+def _new_run_id(out: Path) -> str:
+    """Return an id that no run in ``out`` has; wait for the next second if necessary."""
+    while (run_id := environment.new_run_id()) in tables.read_environments(out):
+        time.sleep(0.1)
+    return run_id
+
+
+def _check_machine(out: Path, facts: dict[str, object]) -> None:
+    here = environment.machine(facts)
+    for run_id, before in tables.read_environments(out).items():
+        # A CPU and a GPU of one machine may share a folder.
+        there = environment.machine(before)
+        if there["device"] == here["device"] and there != here:
+            raise OtherMachineError(
+                f"{out} has rows of {there}, measured in {run_id}; here it is {here}"
+            )

@@ -1,0 +1,217 @@
+"""Time peers side by side: short samples of each, in rounds, in random order."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+import timeit
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from random import Random
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+WARM_UP_CALLS = 3
+# Even a case that takes too long gets so many rounds, for its quantiles.
+LEAST_ROUNDS = 3
+# Several times the size of any L2 cache.
+CACHE_BYTES = 2**28
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work queued on ``device``."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def synchronized_time() -> float:
+    """Wait for all queued work, and return the time in seconds.
+
+    ``torch.utils.benchmark.timer`` does the same, but takes 0.4 s to import in every worker.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Job:
+    """Hold the work of one peer that is timed.
+
+    Attributes:
+        call: The work.
+        leaves: Tensors that have gradients after a call.
+        context: Switches that are set during the calls; entered once a sample.
+    """
+
+    call: Callable[[], object]
+    leaves: Sequence[Tensor] = ()
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def reset(self) -> None:
+        """Drop the gradients, so that the next call does not add to them."""
+        for leaf in self.leaves:
+            leaf.grad = None
+
+
+class Clock(Protocol):
+    """Takes one sample of one job."""
+
+    def sample_us(self) -> float:
+        """Return the microseconds of a call."""
+
+
+class WallClock:
+    """Time calls one after the other on the host's clock, on any device; synchronise at the end.
+
+    Dropping the gradients is timed too, because it is part of a training step.
+
+    Args:
+        job: What to time.
+        seconds: About how long a sample lasts; it has at least one call.
+    """
+
+    def __init__(self, job: Job, seconds: float) -> None:
+        self._timer = timeit.Timer(
+            "call(); reset()",
+            timer=synchronized_time,
+            globals={"call": job.call, "reset": job.reset},
+        )
+        self._context = job.context
+        with self._context():
+            self._timer.timeit(WARM_UP_CALLS)
+            seconds_per_call = self._timer.timeit(WARM_UP_CALLS) / WARM_UP_CALLS
+        self._calls = max(1, math.ceil(seconds / seconds_per_call))
+
+    def sample_us(self) -> float:
+        """Return the microseconds of a call."""
+        with self._context():
+            return 1e6 * self._timer.timeit(self._calls) / self._calls
+
+
+class EventClock:
+    """Time each call on the GPU between two events, after flushing the L2 cache; take the median.
+
+    ``triton.testing.do_bench`` measures the same, but spends seven calls of every sample on finding
+    out how many calls to make.
+
+    Args:
+        job: What to time.
+        seconds: About how long a sample lasts, flushes included; it has at least one call.
+    """
+
+    def __init__(self, job: Job, seconds: float) -> None:
+        self._job = job
+        self._times_us(WARM_UP_CALLS)
+        started = time.perf_counter()
+        self._times_us(WARM_UP_CALLS)
+        seconds_per_call = (time.perf_counter() - started) / WARM_UP_CALLS
+        self._calls = max(1, math.ceil(seconds / seconds_per_call))
+
+    def sample_us(self) -> float:
+        """Return the microseconds of a call."""
+        return statistics.median(self._times_us(self._calls))
+
+    def _times_us(self, calls: int) -> list[float]:
+        cache = cache_filler(torch.cuda.current_device())
+        events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(calls)
+        ]
+        with self._job.context():
+            self._job.reset()
+            for before, after in events:
+                cache.zero_()
+                before.record()
+                self._job.call()
+                after.record()
+                self._job.reset()
+        torch.cuda.synchronize()
+        return [1e3 * before.elapsed_time(after) for before, after in events]
+
+
+@functools.cache
+def cache_filler(device: int) -> Tensor:
+    """Return a tensor larger than the L2 cache of a GPU, to be written before each call."""
+    return torch.empty(CACHE_BYTES, dtype=torch.uint8, device=f"cuda:{device}")
+
+
+class GraphClock(EventClock):
+    """Time a CUDA graph of a call as :class:`EventClock` does: a peer without its launches.
+
+    The graph is captured on the current stream, which must not be the default one: autograd
+    accumulates gradients on the stream that first used a parameter, and a capture allows that only
+    if it is the captured stream.
+
+    Args:
+        job: What to capture.
+        seconds: About how long a sample lasts.
+    """
+
+    def __init__(self, job: Job, seconds: float) -> None:
+        with job.context():
+            for _ in range(WARM_UP_CALLS):
+                job.call()
+                job.reset()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                job.call()
+            job.reset()
+        super().__init__(Job(graph.replay), seconds)
+        # The tensors that the graph reads and writes must outlive it.
+        self._captured = job
+
+
+def time_in_rounds(
+    clocks: Mapping[Key, Clock],
+    *,
+    rounds: int,
+    max_seconds: float,
+    random: Random,
+    before: Callable[[Key], None] = lambda key: None,
+    failed: Callable[[Key, Exception], None],
+) -> list[dict[Key, float]]:
+    """Take samples of several clocks in rounds.
+
+    If the machine slows down for a while, it slows every peer of a round; so ratios of times are
+    taken within a round.
+
+    Args:
+        clocks: What to sample.
+        rounds: Samples of each clock.
+        max_seconds: After this time no round begins, except the first few.
+        random: Draws the order of the clocks in each round.
+        before: Called with the key of a clock before each sample.
+        failed: Called with the key and the error of a clock that raised; it is not sampled again.
+
+    Returns:
+        For each round, the microseconds of a call by each clock.
+    """
+    running = dict(clocks)
+    samples: list[dict[Key, float]] = []
+    deadline = time.monotonic() + max_seconds
+    while len(samples) < rounds and (len(samples) < LEAST_ROUNDS or time.monotonic() < deadline):
+        sample = {}
+        for key in random.sample(list(running), len(running)):
+            before(key)
+            try:
+                sample[key] = running[key].sample_us()
+            except Exception as error:
+                del running[key]
+                failed(key, error)
+        samples.append(sample)
+    return [{key: sample[key] for key in running} for sample in samples]
+
+
+def floor_us(seconds: float) -> float:
+    """Return the time that :class:`EventClock` measures for a kernel that does nothing."""
+    from perf.roofline.probes import empty_kernel
+
+    return EventClock(Job(lambda: empty_kernel[(1,)]()), seconds).sample_us()

@@ -1,0 +1,1 @@
+"""Tables of results: their columns, reading, comparing, plotting, reporting."""

@@ -1,0 +1,259 @@
+"""Run ``python -m perf calibrate``: measure the constants of the roofline model."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from perf.bench import environment
+from perf.bench.timing import Clock, EventClock, Job, WallClock
+from perf.report import tables
+from perf.roofline import model as roofline
+from tritonrnn.kernels.devices import DEVICES
+
+COPY_BYTES = 2**30
+MATRIX_SIZE = 8192
+# Sizes that keep a GPU busy would take minutes on a CPU, most of all in 16 bits.
+CPU_COPY_BYTES = 2**26
+CPU_MATRIX_SIZE = 256
+
+# Steps of two calls, whose difference contains no launch.
+SHORT, LONG = 1_000, 11_000
+NODES = 1_000
+SAMPLE_S = 0.2
+MIN_LAUNCHES = 8
+GAIN = 1.5
+# Spins of about half a microsecond, after which a program gives up waiting for the other.
+MAX_SPINS = 10_000_000
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Measure one constant.
+
+    Attributes:
+        constant: Its name in :func:`perf.roofline.model.sources`.
+        measure: Returns its value for a device, in the unit of the name.
+        needs_gpu: Why it does not apply to a CPU, or None if it does.
+    """
+
+    constant: str
+    measure: Callable[[torch.device], float]
+    needs_gpu: str | None = None
+
+
+def clock(job: Job, device: torch.device) -> Clock:
+    """Return the clock for a device."""
+    return EventClock(job, SAMPLE_S) if device.type == "cuda" else WallClock(job, SAMPLE_S)
+
+
+def hbm_TBps(device: torch.device) -> float:
+    """Return the bandwidth of a copy, read and written bytes together; random data."""
+    nbytes = COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES
+    source = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * nbytes / clock(Job(lambda: target.copy_(source)), device).sample_us() / 1e6
+
+
+def matrix_TFLOPps(dtype: torch.dtype, fp32_mode: str | None = None) -> Callable[..., float]:
+    """Return a function that measures the rate of large products of random matrices."""
+
+    def measure(device: torch.device) -> float:
+        size = MATRIX_SIZE if device.type == "cuda" else CPU_MATRIX_SIZE
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        switch = torch.backends.cuda.matmul
+        before = switch.fp32_precision
+        try:
+            if fp32_mode and device.type == "cuda":
+                switch.fp32_precision = fp32_mode
+            return 2 * size**3 / clock(Job(lambda: a @ b), device).sample_us() / 1e6
+        finally:
+            switch.fp32_precision = before
+
+    return measure
+
+
+def slope_us(call: Callable[[int], object], short: int = SHORT, long: int = LONG) -> float:
+    """Return the time of one repetition inside a call, from the difference of two calls."""
+    us = [EventClock(Job(lambda n=n: call(n)), SAMPLE_S).sample_us() for n in (short, long)]  # type: ignore[misc]
+    return (us[1] - us[0]) / (long - short)
+
+
+def run_chain(device: torch.device, steps: int) -> tuple[float, float]:
+    """Return the clock cycles and the nanoseconds of a chain of steps, by the GPU's counters."""
+    from perf.roofline import probes
+
+    H, B = probes.CHAIN_HIDDEN, probes.CHAIN_SEQUENCES
+    # The gain is above 1; otherwise the state would soon be zeros, which draw less power.
+    matrix = (GAIN * torch.randn(H, H, device=device) / math.sqrt(H)).bfloat16()
+    state = torch.randn(H, B, device=device).bfloat16()
+    ticks = torch.zeros(2, dtype=torch.int64, device=device)
+    found: list[list[int]] = []
+    deadline = time.monotonic() + SAMPLE_S
+    # The first launch compiles, and the clock of an idle GPU takes a while to rise.
+    while len(found) < MIN_LAUNCHES or time.monotonic() < deadline:
+        probes.chain_kernel[(1,)](
+            matrix,
+            state,
+            ticks,
+            steps,
+            HIDDEN=H,
+            SEQUENCES=B,
+            num_warps=probes.CHAIN_WARPS,
+        )
+        found.append(ticks.tolist())
+    cycles, ns = zip(*found[len(found) // 2 :])
+    return statistics.median(cycles), statistics.median(ns)
+
+
+def clock_GHz(device: torch.device) -> float:
+    """Return the clock of the multiprocessors while one of them runs the chain."""
+    cycles, ns = run_chain(device, LONG)
+    return cycles / ns
+
+
+def chain_clk(device: torch.device) -> float:
+    """Return the clock cycles of a step of a dependent chain in one multiprocessor.
+
+    It is a step of the smallest recurrence, less the cycles that the model counts for its product.
+    """
+    from perf.roofline import probes
+
+    step_clk = (run_chain(device, LONG)[0] - run_chain(device, SHORT)[0]) / (LONG - SHORT)
+    product = 2 * probes.CHAIN_SEQUENCES * probes.CHAIN_HIDDEN**2
+    # The probe is for Hopper, whose wgmma it uses.
+    return step_clk - DEVICES["sm_90"].product_clocks(product, "16-bit")
+
+
+def handoff_us(device: torch.device) -> float:
+    """Return the time of a release and its acquire in another multiprocessor, one way.
+
+    Raises:
+        RuntimeError: the two programs did not run at the same time.
+    """
+    from perf.roofline.probes import ping_pong_kernel
+
+    flag = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def pass_flag(round_trips: int) -> None:
+        flag.zero_()
+        ping_pong_kernel[(2,)](flag, round_trips, MAX_SPINS, num_warps=1)
+
+    pass_flag(LONG)
+    if flag.item() != 2 * LONG:
+        raise RuntimeError("a program gave up waiting for the other")
+    return slope_us(pass_flag) / 2
+
+
+def launch_us(device: torch.device) -> float:
+    """Return the time from one launch of an empty kernel to the next, in a stream.
+
+    Triton launches it from Python, as it launches tritonrnn's kernels; that takes longer than a
+    launch by the driver alone.
+    """
+    from perf.roofline.probes import empty_kernel
+
+    return WallClock(Job(lambda: empty_kernel[(1,)](num_warps=1)), SAMPLE_S).sample_us()
+
+
+def graph_node_us(device: torch.device) -> float:
+    """Return the time of one node among many empty kernels of a CUDA graph."""
+    from perf.roofline.probes import empty_kernel
+
+    def replay(nodes: int) -> Callable[[], None]:
+        empty_kernel[(1,)](num_warps=1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(nodes):
+                empty_kernel[(1,)](num_warps=1)
+        return graph.replay
+
+    graphs = {nodes: replay(nodes) for nodes in (NODES, 2 * NODES)}
+    return slope_us(lambda nodes: graphs[nodes](), NODES, 2 * NODES)
+
+
+PROBES = (
+    Probe("hbm_TBps", hbm_TBps),
+    Probe("bf16_TFLOPps", matrix_TFLOPps(torch.bfloat16)),
+    Probe("fp16_TFLOPps", matrix_TFLOPps(torch.float16)),
+    Probe("tf32_TFLOPps", matrix_TFLOPps(torch.float32, "tf32"), "a CPU has no TF32 to round to"),
+    Probe("fp32_TFLOPps", matrix_TFLOPps(torch.float32, "ieee")),
+    Probe("fp64_TFLOPps", matrix_TFLOPps(torch.float64)),
+    Probe("clock_GHz", clock_GHz, "the model counts the cycles of a GPU's multiprocessors"),
+    Probe("chain_clk", chain_clk, "a CPU has no multiprocessors"),
+    Probe("handoff_us", handoff_us, "a CPU has no multiprocessors"),
+    Probe("launch_us", launch_us, "nothing is launched on a CPU"),
+    Probe("graph_node_us", graph_node_us, "a CPU has no CUDA graphs"),
+)
+
+
+def calibrate(device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
+    """Measure every constant that applies.
+
+    Returns:
+        The constants that were measured, and for each of the others why it was not.
+    """
+    measured: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    for probe in PROBES:
+        if device.type != "cuda" and probe.needs_gpu:
+            missing[probe.constant] = probe.needs_gpu
+            continue
+        try:
+            measured[probe.constant] = probe.measure(device)
+        except Exception as exception:
+            # A probe that fails must not lose the results of the others.
+            missing[probe.constant] = f"{type(exception).__name__}: {exception}".splitlines()[0]
+    return measured, missing
+
+
+def run(device: torch.device, out: Path | None) -> pd.DataFrame:
+    """Measure, write ``calibration.json`` to ``out``, and return the table.
+
+    The file has the published constants beside the measured ones. A run with the same ``out`` uses
+    the measured ones if the device is the same.
+    """
+    facts = environment.describe(device)
+    name = str(facts["gpu"] if device.type == "cuda" else facts["cpu"])
+    measured, missing = calibrate(device)
+    published = roofline.sources().get(name, {})
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        content = {
+            "device": name,
+            "environment": facts,
+            "measured": measured,
+            "missing": missing,
+            "published": published,
+        }
+        (out / tables.CALIBRATION).write_text(json.dumps(content, indent=2) + "\n")
+    return table(measured, missing, published)
+
+
+def table(
+    measured: dict[str, float], missing: dict[str, str], published: dict[str, dict[str, object]]
+) -> pd.DataFrame:
+    """Return one row for each constant: measured, published, its source, why it is missing."""
+    names = list(dict.fromkeys([*measured, *missing, *published]))
+    return pd.DataFrame(
+        {
+            "constant": names,
+            "measured": [measured.get(name) for name in names],
+            "published": [published.get(name, {}).get("value") for name in names],
+            "source of the published": [
+                published.get(name, {}).get("source", "") for name in names
+            ],
+            "not measured because": [
+                missing.get(name, "" if name in measured else "there is no probe for it")
+                for name in names
+            ],
+        }
+    )

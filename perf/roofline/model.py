@@ -1,0 +1,226 @@
+"""Model the roofline: no run of a case takes less than max(compute, memory, serial).
+
+With N tokens, G directions, e bytes an element, for each layer of I inputs (of all layers but the
+first, I is G·H), forward:
+
+    compute   2·N·G·H·(I + H) FLOP
+    memory    e·(N·(I + G·H) + G·H·(I + H)) bytes
+    serial    a step's chain, T + layers - 1 times: layers can overlap, directions run side by side
+
+Backward takes twice the FLOP, ``e·(N·(2·I + 2·G·H) + 2·G·H·(I + H))`` bytes, and as many steps.
+The chain of a step is that of the cheapest strategy which can hold the weights:
+
+    multiprocessor  each slice of the batch on one multiprocessor, weights and state inside
+    cluster         the weights spread over a cluster, the state exchanged between its members,
+                    and a barrier of the cluster
+    grid            the weights spread over the whole GPU, the state exchanged through L2
+    launches        a node of a CUDA graph a step
+
+Every strategy may cut the batch into slices, down to the eight sequences of one MMA, and keep
+weights in registers. So T 1024, B 16, H 256 in bf16 takes two multiprocessors of eight sequences
+each: 160 + 256 clocks a step, 215 us in all on an H200. One multiprocessor for all sixteen
+sequences would take 160 + 512 clocks, 348 us, and more where it reads weights from shared memory at
+each step. A kernel of ours may be bound by that; but no kernel can be faster than the limit, so the
+cheapest strategy counts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from perf.bench.cases import DTYPES, Case
+from tritonrnn.kernels.devices import DEVICES, Device
+
+CONSTANTS = Path(__file__).with_name("roofline.json")
+
+# MMA instructions take sequences in multiples of eight.
+SEQUENCES_PER_TILE = 8
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Hold a GPU's constants, with units in their names; :func:`sources` has their sources.
+
+    Attributes:
+        name: The GPU's name in torch.
+        constants: Values by their names.
+        origin: "published", or "measured" if a calibration replaced some of them.
+    """
+
+    name: str
+    constants: Mapping[str, float]
+    origin: str = "published"
+
+    def __getitem__(self, constant: str) -> float:
+        return self.constants[constant]
+
+    def measured(self, calibration: Mapping[str, float]) -> GPU:
+        """Return this GPU with measured constants in place of the published ones."""
+        known = {name: value for name, value in calibration.items() if name in self.constants}
+        return replace(self, constants={**self.constants, **known}, origin="measured")
+
+    def us(self, clocks: float) -> float:
+        """Return the microseconds of so many clock cycles."""
+        return clocks / (1e3 * self["clock_GHz"])
+
+
+@dataclass(frozen=True)
+class Work:
+    """Count what a case has to do: floating-point operations, and bytes to move at least."""
+
+    flop: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Hold the three parts of a case's least time."""
+
+    compute_us: float
+    hbm_us: float
+    serial_us: float
+    strategy: str
+
+    @property
+    def limit_us(self) -> float:
+        """Return the largest part."""
+        return max(self.compute_us, self.hbm_us, self.serial_us)
+
+    def columns(self) -> dict[str, object]:
+        """Return the columns of a row."""
+        parts = {"compute": self.compute_us, "memory": self.hbm_us, "serial": self.serial_us}
+        return {
+            "compute_us": self.compute_us,
+            "hbm_us": self.hbm_us,
+            "serial_us": self.serial_us,
+            "limit_us": self.limit_us,
+            "limit_kind": max(parts, key=lambda part: parts[part]),
+            "limit_strategy": self.strategy,
+        }
+
+
+def sources() -> dict[str, dict[str, dict[str, object]]]:
+    """Return the value and the source of each constant of each known GPU."""
+    data = json.loads(CONSTANTS.read_text())
+    published = {
+        name: {"value": value, "source": "tritonrnn.kernels.devices"}
+        for name, value in device_constants(DEVICES["sm_90"]).items()
+    }
+    return {name: {**published, **data["sm_90"], **own} for name, own in data["gpus"].items()}
+
+
+def device_constants(device: Device) -> dict[str, float]:
+    """Return the constants that the choice of a plan uses too."""
+    constants = {
+        "multiprocessors": device.multiprocessors,
+        "clock_GHz": device.clock_mhz / 1e3,
+        "shared_bytes": device.shared_bytes,
+    }
+    names = {"bf16": "16-bit", "fp16": "16-bit", "tf32": "tf32", "fp32": "fp32"}
+    rates = {
+        f"{name}_FLOP_per_clk": 1 / device.product_clocks(1, arithmetic)
+        for name, arithmetic in names.items()
+    }
+    return constants | rates
+
+
+def find(name: str | None) -> GPU | None:
+    """Return the published constants of a GPU by its name in torch; None if unknown."""
+    constants = sources().get(name or "")
+    if constants is None:
+        return None
+    return GPU(str(name), {key: float(str(c["value"])) for key, c in constants.items()})
+
+
+def passes(mode: str) -> tuple[int, int]:
+    """Return how often a mode runs the forward and the backward pass."""
+    return {"infer": (1, 0), "fwd": (1, 0), "bwd": (0, 1), "fwdbwd": (1, 1)}[mode]
+
+
+def work(case: Case, mode: str, seed: int) -> Work:
+    """Return the work of a case; ``seed`` draws the lengths of a ragged batch."""
+    forward, backward = passes(mode)
+    N, G, H, e = case.tokens(seed), case.directions, case.H, DTYPES[case.dtype].itemsize
+    flop = nbytes = 0
+    for layer in range(case.layers):
+        input_size = case.I if layer == 0 else G * H
+        weights = G * H * (input_size + H)
+        flop += (forward + 2 * backward) * 2 * N * weights
+        rows = N * (input_size + G * H)
+        nbytes += e * (forward + 2 * backward) * (rows + weights)
+    return Work(flop, nbytes)
+
+
+def precision(case: Case) -> str:
+    """Return the precision of a case's products, as the constants name it."""
+    return "tf32" if case.dtype == "fp32" and case.fp32_mode == "tf32" else case.dtype
+
+
+def limit(case: Case, mode: str, gpu: GPU, seed: int) -> Limit:
+    """Return the least time of a case on a GPU."""
+    todo = work(case, mode, seed)
+    chain_us, strategy = min(chains(case, gpu))
+    steps = sum(passes(mode)) * (case.T + case.layers - 1)
+    return Limit(
+        compute_us=todo.flop / (1e6 * gpu[f"{precision(case)}_TFLOPps"]),
+        hbm_us=todo.bytes / (1e6 * gpu["hbm_TBps"]),
+        serial_us=steps * chain_us,
+        strategy=strategy,
+    )
+
+
+def chains(case: Case, gpu: GPU) -> Iterator[tuple[float, str]]:
+    """Yield the microseconds of a step with every strategy that can hold the weights."""
+    e, H = DTYPES[case.dtype].itemsize, case.H
+    # Layers overlap in a wavefront, each on multiprocessors of its own; so do directions.
+    groups = case.directions * case.layers
+    available = int(gpu["multiprocessors"]) // groups
+    largest = min(available, int(gpu["cluster_multiprocessors"]))
+    for members in (2**power for power in range(largest.bit_length())):
+        work_clk = _work_clk(case, gpu, members, available // members)
+        if work_clk is not None:
+            clk = gpu["chain_clk"] + work_clk
+            if members == 1:
+                yield gpu.us(clk), "multiprocessor"
+            else:
+                clk += gpu["cluster_exchange_clk"] + gpu["cluster_barrier_clk"]
+                yield gpu.us(clk), "cluster"
+    for slices in range(1, min(case.B, available) + 1):
+        work_clk = _work_clk(case, gpu, available // slices, slices)
+        if work_clk is not None:
+            state_clk = e * H * math.ceil(case.B / slices) / gpu["l2_bytes_per_clk"]
+            clk = gpu["chain_clk"] + work_clk + state_clk
+            yield gpu.us(clk) + gpu["handoff_us"], "grid"
+    matrix_clk = _matrix_clk(case, gpu, case.B, max(1, available))
+    yield gpu["graph_node_us"] + gpu.us(matrix_clk), "launches"
+
+
+def _work_clk(case: Case, gpu: GPU, members: int, slices: int) -> float | None:
+    """Return the clocks of a step's product, or None if its weights do not fit.
+
+    Args:
+        case: What to run.
+        gpu: Where to run it.
+        members: Multiprocessors that share the weights of one direction.
+        slices: Parts of the batch, each with its own set of multiprocessors.
+    """
+    e, H = DTYPES[case.dtype].itemsize, case.H
+    rows = math.ceil(H / members)
+    share_bytes = e * rows * H
+    if share_bytes > gpu["register_weight_bytes"] + gpu["shared_bytes"]:
+        return None
+    sequences = math.ceil(case.B / slices)
+    # Weights beyond the registers are read from shared memory at every step, beside the product.
+    from_shared = max(0.0, share_bytes - gpu["register_weight_bytes"])
+    read_clk = from_shared / gpu["shared_bytes_per_clk"]
+    return max(_matrix_clk(case, gpu, sequences, members), read_clk)
+
+
+def _matrix_clk(case: Case, gpu: GPU, sequences: int, members: int) -> float:
+    tiles = math.ceil(sequences / SEQUENCES_PER_TILE) * SEQUENCES_PER_TILE
+    per_clk = members * gpu[f"{precision(case)}_FLOP_per_clk"]
+    return 2 * tiles * case.H**2 / per_clk

@@ -1,0 +1,1 @@
+"""Train torch.nn.RNN and tritonrnn.RNN side by side on the same batches."""
