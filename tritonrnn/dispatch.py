@@ -204,9 +204,20 @@ def _torchs_choice(path: str, reason: str, record: Record | None) -> Choice:
     return Choice("torch", path, reason, record)
 
 
-def is_decided_by_sizes(asked: Backend, device: torch.device) -> bool:
-    """Return whether sizes and dtypes decide alone: on a CPU where no kernel can serve."""
-    return device.type == "cpu" and (asked == "torch" or not _is_interpreted)
+def asked_where_sizes_decide(device: torch.device, dtype: torch.dtype) -> Backend | None:
+    """Return the back end asked for if, given it, a choice depends on sizes and dtypes alone.
+
+    So it does in an eager call on a CPU, where no kernel can serve. Else return None.
+    """
+    if (
+        device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or why_composite(dtype) is not None
+    ):
+        return None
+    asked = current_backend()
+    return asked if asked == "torch" or not _is_interpreted else None
 
 
 def recurrence_of(backend: str, device: torch.device, dtype: torch.dtype) -> Recurrence:
