@@ -161,8 +161,9 @@ def choose_now(
     obstacle = composite or _obstacle(device, dtype)
     if asked == "triton" and obstacle:
         raise RuntimeError(f"the triton back end can't serve this call: {obstacle}")
-    # torch's own kernels are as fast as any for a single step, and on CUDA they are cuDNN's.
-    is_aten = not ragged and (T == 1 or (device.type == "cuda" and T <= _MAX_STEPS_OF_CUDNN))
+    # On CUDA torch's own kernels are cuDNN's, which take any number of steps up to a limit.
+    limit = _MAX_STEPS_OF_CUDNN if device.type == "cuda" else FEWEST_STEPS[needs_grad] - 1
+    is_aten = not ragged and T <= max(limit, 1)
     torch_path = "aten" if is_aten else "in-place"
     record = None
     if asked != "torch" and not obstacle:
@@ -275,6 +276,9 @@ def _is_traced() -> bool:
     )
 
 
+# Steps from which the in-place path is faster on a CPU than torch's own kernels: without a graph,
+# and with one, by whether a gradient may be wanted. A step costs it less, and a call more.
+FEWEST_STEPS = {False: 16, True: 8}
 # https://github.com/pytorch/pytorch/issues/133751
 _MAX_STEPS_OF_CUDNN = 65535
 
