@@ -81,7 +81,8 @@ def elman(
         layout: "time_major", "batch_major", "packed" or "jagged".
         nonlinearity: "tanh" or "relu".
         bidirectional: whether ``weights`` holds two directions.
-        backend: "torch" or "triton"; by "auto" the operator chooses each time it runs.
+        backend: "torch", or "triton:" and the name of a plan; by "auto" the operator chooses each
+            time it runs.
 
     Returns:
         ``output``, shaped as the input with G * H features, and ``h_n [G, B, H]``.
@@ -110,21 +111,34 @@ def _below_autograd_and_autocast(input: Tensor) -> Iterator[None]:
 
 
 def _choose(
-    asked: Backend, w_hh: Tensor, where: SequenceLayout, nonlinearity: str, bidirectional: bool
+    asked: Backend,
+    weights: Sequence[Tensor],
+    hx: Tensor | None,
+    where: SequenceLayout,
+    nonlinearity: str,
+    bidirectional: bool,
+    needs_grad: bool = True,
+    may_try: bool = False,
 ) -> str:
-    """Return the path of a program's layer: "aten", or a back end."""
+    """Return the path of a program's layer: "aten", or what :func:`elman` takes as back end."""
+    w_ih, w_hh = weights[:2]
     choice = choose_now(
         asked,
         w_hh.device,
         w_hh.dtype,
         T=where.T,
         B=where.B,
+        I=w_ih.shape[1],
         G=2 if bidirectional else 1,
         H=len(w_hh),
         nonlinearity=nonlinearity,
+        mapped=not where.is_padded,
         ragged=where.is_ragged,
+        hx=hx is not None,
+        needs_grad=needs_grad,
+        may_try=may_try,
     )
-    return "aten" if choice.plan == "aten" else choice.backend
+    return "aten" if choice.plan == "aten" else choice.operator_backend
 
 
 # The back ends that programs took, in the order of their first use.
@@ -169,7 +183,16 @@ def _elman_kernel(
             reserve = _unused_reserve(input)
         else:
             needs_grad = needs_grad and not torch.is_inference_mode_enabled()
-            backend = _choose(current_backend(), weights[1], where, nonlinearity, bidirectional)
+            backend = _choose(
+                current_backend(),
+                weights,
+                hx,
+                where,
+                nonlinearity,
+                bidirectional,
+                needs_grad,
+                may_try=True,
+            )
             if backend == "aten" and needs_grad and not aten.has_reserve(input):
                 # Without a graph, torch's kernels leave nothing for a backward pass of their own.
                 backend = "torch"
@@ -217,8 +240,9 @@ def _elman_backward_kernel(
         if backend == "auto" and reserve is not None:
             backend = _taken[reserve.shape[1]]
         elif backend == "auto":
-            # Of a program that was saved before there was a reserve.
-            backend = _choose("auto", weights[1], where, nonlinearity, bidirectional)
+            # Of a program that was saved before there was a reserve. Not by the context, which was
+            # for the forward pass and may have changed since.
+            backend = _choose("auto", weights, hx, where, nonlinearity, bidirectional)
             backend = "torch" if backend == "aten" else backend
         # The walk overwrites dz, so it gets a copy: one copy also where strides are unusual.
         if grad_output is None:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import tritonrnn
 from tests.support.cases import Case, as_function, assert_same_results, pair, run
 from tests.support.cudnn import imitated_kernels, through_cudnn
-from tritonrnn import dispatch, ops
+from tritonrnn import dispatch, ops, validation
 from tritonrnn.paths import aten, inplace
 
 # torch's rules for forward AD are scripted at their first use; its compiler imports what warns.
@@ -41,14 +41,18 @@ def walks(monkeypatch):
 
 def choose_aten(monkeypatch):
     """Let torch's own kernels serve every call, of any length, that torch is to serve."""
-    choose_now = dispatch.choose_now
 
-    def choose(*arguments, **sizes):
-        choice = choose_now(*arguments, **sizes)
-        return replace(choice, plan="aten") if choice.plan == "in-place" else choice
+    def by_aten(choose):
+        def choose_aten(*arguments, **sizes):
+            choice = choose(*arguments, **sizes)
+            return replace(choice, plan="aten") if choice.plan == "in-place" else choice
 
-    monkeypatch.setattr(dispatch, "choose_now", choose)
-    monkeypatch.setattr(ops, "choose_now", choose)
+        return choose_aten
+
+    for module in (dispatch, ops):
+        monkeypatch.setattr(module, "choose_now", by_aten(module.choose_now))
+    remembered = by_aten(validation._checked_choice)
+    monkeypatch.setattr(validation, "_checked_choice", remembered)
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """cuDNN's and MIOpen's recurrent networks imitated on the CPU, under torch's own names for them.
 
-So torch checks each call against their schema, and differentiates them by its own formula, once.
-A reserve is random bytes, as many as no tracer knows. The backward pass needs those of its own
-forward pass, and overwrites them.
+So torch checks each call against their schema. They can be differentiated once, as the real ones.
+A reserve is random bytes. The backward pass needs those of its own forward pass, and overwrites
+them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class ImitatedKernels:
@@ -32,7 +33,9 @@ class ImitatedKernels:
         reserve = torch.empty(0, dtype=torch.uint8)
         if given.train:
             self.forwards += 1
-            reserve = torch.randint(256, (64 + self.forwards,), dtype=torch.uint8)
+            # Of a generator of their own: dropout draws from torch's.
+            numbers = torch.Generator().manual_seed(self.forwards)
+            reserve = torch.randint(256, (97,), dtype=torch.uint8, generator=numbers)
             self._kept[reserve.numpy().tobytes()] = [results[0].clone(), weight_buf.clone()]
         return *results, torch.empty(0), reserve, weight_buf
 
@@ -94,6 +97,39 @@ def imitated_kernels(name: str) -> Iterator[ImitatedKernels]:
         yield kernels
 
 
+class _Differentiated(torch.autograd.Function):
+    """``_cudnn_rnn`` with the formula that torch has for it.
+
+    Where there is no cotangent, cuDNN's own returns a list of undefined tensors, which a kernel in
+    Python can't.
+    """
+
+    @staticmethod
+    def forward(ctx, settings, input, hx, *weights):
+        stride, *others = settings
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        output, h_n, _, *kept = torch._cudnn_rnn(input, weights, stride, None, hx, None, *others)
+        ctx.save_for_backward(input, hx, output, *kept, *weights)
+        return output, h_n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output, grad_h_n):
+        # Raises if one of them was changed in place, the output included.
+        input, hx, output, reserve, weight_buf, *weights = ctx.saved_tensors
+        if grad_output is None and grad_h_n is None:
+            return (None,) * len(ctx.needs_input_grad)
+        stride, *others = ctx.settings
+        _, needs_input, needs_hx, *needs_weights = ctx.needs_input_grad
+        mask = [needs_input, needs_hx, False, any(needs_weights)]
+        sources = input, weights, stride, weight_buf, hx, None, output
+        grads = grad_output, grad_h_n, None
+        run = torch.ops.aten._cudnn_rnn_backward
+        grad_input, grad_hx, _, rest = run(*sources, *grads, *others, reserve.clone(), mask)
+        return None, grad_input, grad_hx, *(rest or [None] * len(weights))
+
+
 def through_cudnn(mode: int) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return ``torch.rnn_relu`` (mode 0) or ``torch.rnn_tanh`` (1) as they are on a GPU."""
 
@@ -105,24 +141,12 @@ def through_cudnn(mode: int) -> Callable[..., tuple[Tensor, Tensor]]:
         else:
             *arguments, batch_first = arguments
         hx, weights, has_biases, num_layers, dropout, train, bidirectional = arguments
-        output, h_n, *_ = torch._cudnn_rnn(
-            input.transpose(0, 1) if batch_first else input,
-            weights,
-            4 if has_biases else 2,
-            None,
-            hx,
-            None,
-            mode,
-            hx.shape[2],
-            0,
-            num_layers,
-            False,
-            dropout,
-            train,
-            bidirectional,
-            batch_sizes,
-            None,
-        )
+        sizes = mode, hx.shape[2], 0, num_layers
+        options = False, dropout, train, bidirectional, batch_sizes, None
+        settings = 4 if has_biases else 2, *sizes, *options
+        if batch_first:
+            input = input.transpose(0, 1)
+        output, h_n = _Differentiated.apply(settings, input, hx, *weights)
         return output.transpose(0, 1) if batch_first else output, h_n
 
     return run
