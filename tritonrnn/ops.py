@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -89,8 +89,33 @@ def elman(
     """
     # torch.jit.trace without gradients is followed by calls with them, or the other way around.
     needs_grad = torch.is_grad_enabled() or torch.jit.is_tracing()
-    settings = layout, nonlinearity, bidirectional, backend, needs_grad
-    return _elman(input, hx, weights, seq_metadata, reset, *settings)[:2]
+    settings = layout, nonlinearity, bidirectional, backend
+    sources = input, hx, weights, seq_metadata, reset
+    if not _is_eager(input, hx, *weights):
+        return _elman(*sources, *settings, needs_grad)[:2]
+    if needs_grad and any(x is not None and x.requires_grad for x in (input, hx, *weights)):
+        return _Elman.apply(*settings, input, hx, seq_metadata, reset, *weights)[:2]
+    return _elman_kernel(*sources, *settings, needs_grad)[:2]
+
+
+def _is_eager(*tensors: Tensor | None) -> bool:
+    """Return whether nobody but autograd is to see that operators run on these tensors.
+
+    Then their kernels are called directly: torch's dispatcher takes some 20 us for an operator that
+    is written in Python, for autograd as long again.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+        # A profile is to name the operators.
+        and not torch.autograd.profiler._is_profiler_enabled
+        and _PLAIN.issuperset(map(type, tensors))
+    )
+
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 @contextmanager
@@ -102,7 +127,8 @@ def _below_autograd_and_autocast(input: Tensor) -> Iterator[None]:
     cast once for the whole call. Matrix products follow torch's switch for RNNs.
     """
     device = input.device
-    with torch._C._AutoDispatchBelowADInplaceOrView(), products_as_in_rnn(device, input.dtype):
+    products = products_as_in_rnn(device, input.dtype) if input.is_cuda else nullcontext()
+    with torch._C._AutoDispatchBelowADInplaceOrView(), products:
         if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device.type):
             with torch.autocast(device.type, enabled=False):
                 yield
@@ -316,8 +342,11 @@ class _Elman(torch.autograd.Function):
         settings, (input, hx, seq_metadata, reset, *weights) = args[:4], args[4:]
         # What was true where a program was traced may be so no more.
         needs_grad = True in ctx.needs_input_grad
+        run: Callable[..., Sequence[Tensor]] = _elman
+        if _is_eager(input, hx, *weights):
+            run = _elman_kernel
         with torch._C._AutoDispatchBelowAutograd():
-            output, h_n, *reserve = _elman(
+            output, h_n, *reserve = run(
                 input, hx, weights, seq_metadata, reset, *settings, needs_grad
             )
         ctx.settings = settings
@@ -340,7 +369,11 @@ class _Elman(torch.autograd.Function):
         if grad_output is None and grad_h_n is None:
             return (None,) * len(ctx.needs_input_grad)
         cotangents = grad_output, grad_h_n
-        run = _backward_composite if is_batched(cotangents) else _elman_backward
+        run: Callable[..., list[Tensor]] = _elman_backward
+        if is_batched(cotangents):
+            run = _backward_composite
+        elif not torch.is_grad_enabled() and _is_eager(*cotangents, input, hx, *weights):
+            run = _elman_backward_kernel
         sources = input, hx, weights, output, seq_metadata, reset
         found = iter(run(*cotangents, *sources, *ctx.settings, needs, *reserve))
         grads = [next(found) if need else None for need in needs]
