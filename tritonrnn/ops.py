@@ -87,8 +87,8 @@ def elman(
     Returns:
         ``output``, shaped as the input with G * H features, and ``h_n [G, B, H]``.
     """
-    # torch.jit.trace without gradients is followed by calls with them, or the other way around.
-    needs_grad = torch.is_grad_enabled() or torch.jit.is_tracing()
+    # torch.jit.trace compares a trace with another one, made without gradients.
+    needs_grad = backend != "auto" or torch.is_grad_enabled() or torch.jit.is_tracing()
     settings = layout, nonlinearity, bidirectional, backend, needs_grad
     return _elman(input, hx, weights, seq_metadata, reset, *settings)[:2]
 
@@ -143,8 +143,6 @@ def _choose(
 
 # The back ends that programs took, in the order of their first use.
 _taken = ["torch"]
-# Of calls that name their back end: nobody reads their reserve.
-_unused: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
 
 def _empty_reserve(input: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
@@ -155,7 +153,13 @@ def _empty_reserve(input: Tensor, backend: str = "torch") -> tuple[Tensor, Tenso
     return input.new_empty(shape, dtype=torch.uint8), input.new_empty(0, dtype=torch.uint8)
 
 
+# Of calls that name their back end: nobody reads their reserve, and to make one takes 2 us.
+_unused: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
 def _unused_reserve(input: Tensor) -> tuple[Tensor, Tensor]:
+    if is_traced(input):
+        return _empty_reserve(input)
     if input.device not in _unused:
         with torch.inference_mode(False):
             _unused[input.device] = _empty_reserve(torch.empty(0, device=input.device))
