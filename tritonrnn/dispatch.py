@@ -276,8 +276,8 @@ def _is_traced() -> bool:
     )
 
 
-# Steps, of all directions, from which the in-place path is faster on a CPU than torch's own kernels:
-# by whether a gradient may be wanted. A step costs it less, and a call more. Measured on two cores
+# Steps of all directions from which the in-place path is faster on a CPU than torch's own kernels,
+# by whether a gradient may be wanted: a step costs it less, and a call more. Measured on two cores
 # of an AMD EPYC with torch 2.13, from B 1, H 32 to B 32, H 128 (python -m perf cpu --short).
 FEWEST_STEPS = {False: 32, True: 10}
 # https://github.com/pytorch/pytorch/issues/133751

@@ -87,12 +87,13 @@ def elman(
     Returns:
         ``output``, shaped as the input with G * H features, and ``h_n [G, B, H]``.
     """
-    # torch.jit.trace without gradients is followed by calls with them, or the other way around.
-    needs_grad = torch.is_grad_enabled() or torch.jit.is_tracing()
     settings = layout, nonlinearity, bidirectional, backend
     sources = input, hx, weights, seq_metadata, reset
+    needs_grad = torch.is_grad_enabled()
     if not _is_eager(input, hx, *weights):
-        return _elman(*sources, *settings, needs_grad)[:2]
+        # torch.jit.trace compares a trace with another one, made without gradients.
+        may_need_grad = backend != "auto" or needs_grad or torch.jit.is_tracing()
+        return _elman(*sources, *settings, may_need_grad)[:2]
     if needs_grad and any(x is not None and x.requires_grad for x in (input, hx, *weights)):
         return _Elman.apply(*settings, input, hx, seq_metadata, reset, *weights)[:2]
     return _elman_kernel(*sources, *settings, needs_grad)[:2]
@@ -169,8 +170,6 @@ def _choose(
 
 # The back ends that programs took, in the order of their first use.
 _taken = ["torch"]
-# Of calls that name their back end: nobody reads their reserve.
-_unused: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
 
 def _empty_reserve(input: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
@@ -181,7 +180,13 @@ def _empty_reserve(input: Tensor, backend: str = "torch") -> tuple[Tensor, Tenso
     return input.new_empty(shape, dtype=torch.uint8), input.new_empty(0, dtype=torch.uint8)
 
 
+# Of calls that name their back end: nobody reads their reserve, and to make one takes 2 us.
+_unused: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
 def _unused_reserve(input: Tensor) -> tuple[Tensor, Tensor]:
+    if is_traced(input):
+        return _empty_reserve(input)
     if input.device not in _unused:
         with torch.inference_mode(False):
             _unused[input.device] = _empty_reserve(torch.empty(0, device=input.device))

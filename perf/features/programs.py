@@ -130,7 +130,7 @@ def _opcheck(side: Side) -> str | None:
         weight.requires_grad_()
     torch.library.opcheck(
         torch.ops.tritonrnn.elman.with_reserve,
-        (data, hx, weights, None, None, "time_major", "tanh", False, "auto", True),
+        (data, hx, weights, None, None, "time_major", "tanh", False, "torch", True),
     )
     return None
 

@@ -9,7 +9,11 @@ from torch.library import opcheck
 from tests.support.cases import Case
 from tests.support.operators import OperatorCall
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    # The reserve tells of any other back end by a shape that no tracer can know.
+    pytest.mark.usefixtures("torch_back_end"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 CALLS = [
     OperatorCall(

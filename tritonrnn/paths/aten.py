@@ -132,7 +132,7 @@ def backward_with_reserve(
     arguments, is_transposed = _arguments(input, hx, weights, *settings)
     (grad_output, grad_h_n), (output, reserve, weight_buf) = cotangents, kept
     if is_transposed:
-        output = output.transpose(0, 1).contiguous()
+        output = output.transpose(0, 1)
         grad_output = None if grad_output is None else grad_output.transpose(0, 1)
     if torch.version.hip is None:
         run = torch.ops.aten._cudnn_rnn_backward
@@ -141,7 +141,7 @@ def backward_with_reserve(
     grad_input, grad_hx, _, grads = run(
         **arguments,
         weight_buf=weight_buf,
-        output=output,
+        output=output.contiguous(),
         grad_output=grad_output,
         grad_hy=grad_h_n,
         grad_cy=None,
