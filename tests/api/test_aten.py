@@ -238,16 +238,16 @@ def _compiles_in_this_process():
 
 @pytest.mark.usefixtures("_compiles_in_this_process")
 @pytest.mark.parametrize(
-    ("kernels", "how"),
+    ("case", "how", "kernels"),
     [
-        ("_cudnn_rnn", "exported"),
-        ("_cudnn_rnn", "aot_eager"),
-        ("miopen_rnn", "aot_eager"),
-        pytest.param("_cudnn_rnn", "inductor", marks=pytest.mark.slow),
+        *((case, "exported", "_cudnn_rnn") for case in CASES),
+        *((case, "aot_eager", "_cudnn_rnn") for case in (CASES[1], CASES[4])),
+        *((case, "aot_eager", "miopen_rnn") for case in (CASES[1], CASES[3])),
+        pytest.param(CASES[1], "inductor", "_cudnn_rnn", marks=pytest.mark.slow),
     ],
     indirect=["kernels"],
+    ids=str,
 )
-@aten_cases
 def test_program_takes_the_kernels_forward_and_backward(case, how, kernels, walks):
     theirs, ours = pair(case)
     got = run(case, program_of(ours, case, how), *case.tensors())
