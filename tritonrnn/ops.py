@@ -106,8 +106,9 @@ def _is_eager(*tensors: Tensor | None) -> bool:
     is written in Python, for autograd as long again.
     """
     return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and not torch.compiler.is_compiling()
+        # First, as a compiler does not know the others.
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
         # A profile is to name the operators.
