@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from dataclasses import replace
 
@@ -14,11 +15,16 @@ from tests.support.cases import Case
 from tests.support.exported import Model, arguments_of, dynamic_shapes_of
 from tests.support.implementations import implementations
 
-onnx = pytest.importorskip("onnx")
-onnxruntime = pytest.importorskip("onnxruntime")
-translation = pytest.importorskip("tritonrnn.onnx")
+NEEDED = ("onnx", "onnxruntime", "onnxscript")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+if not MISSING:
+    import onnx
+    import onnxruntime
+
+    import tritonrnn.onnx as translation
 
 pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}"),
     pytest.mark.slow,
     pytest.mark.usefixtures("torch_back_end"),
     # torch's exporter and onnxscript use what torch and Python deprecate.
