@@ -1,7 +1,7 @@
 """Make the table of features from the outcomes of the tests that prove them.
 
 A test under ``@pytest.mark.feature("...")`` proves a row of that name, and its fixture
-``implementation`` is the column. tests/conftest.py puts both into the report of the test.
+``implementation`` is the column. tests/api/conftest.py puts both into the report of the test.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ def test_skipped(implementation):
 @pytest.mark.slow
 def test_command_prints_the_outcomes_of_marked_tests_and_why(tmp_path):
     (tmp_path / "test_outcomes.py").write_text(OUTCOMES)
-    options = ["-c", str(CHECKOUT / "pyproject.toml"), "-p", "tests.conftest", "-n", "0"]
+    options = ["-c", str(CHECKOUT / "pyproject.toml"), "-n", "0"]
+    options += ["-p", "tests.conftest", "-p", "tests.api.conftest"]
     done = subprocess.run(
         [sys.executable, "-m", "perf", "features", str(tmp_path), "--", *options],
         cwd=CHECKOUT,
