@@ -53,6 +53,8 @@ _SEVERAL = {
     # A count, a prefix sum, a copy of its end to the host, the indices.
     "nonzero.default": 4,
 }
+# What torch has on CUDA only.
+_CUDA_ONLY = {"bmm.dtype": lambda a, b, dtype: torch.bmm(a.to(dtype), b.to(dtype))}
 _ALLOCATES = ("empty.", "new_empty.", "empty_like.", "empty_strided.")
 
 
@@ -82,16 +84,16 @@ class _Operations(TorchDispatchMode):
             return composed
         if name.startswith("is_pinned"):
             return True
-        result = func(*args, **kwargs)
+        result = _CUDA_ONLY.get(name, func)(*args, **kwargs)
         if not self.makes_on_gpu and not tree_any(_is_on_gpu, (args, kwargs)):
             return result
         returns = [one.alias_info for one in func._schema.returns]
         is_view = any(alias is not None and not alias.is_write for alias in returns)
         if not is_view and not name.startswith(_ALLOCATES):
             self.launches += [name] * _SEVERAL.get(name, 1)
-        if func._schema.is_mutable:
+        if func._schema.is_mutable and result is not None:
             return kwargs.get("out", args[0])
-        return tree_map(_to_gpu, result)
+        return tree_map(on_gpu, result)
 
 
 class _Devices(TorchFunctionMode):
@@ -120,7 +122,8 @@ def _is_on_gpu(value: Any) -> bool:
     return isinstance(value, _OnGPU)
 
 
-def _to_gpu(value: Any) -> Any:
+def on_gpu(value: Any) -> Any:
+    """Return a tensor that passes for a GPU's, or anything else as it is."""
     return value.as_subclass(_OnGPU) if isinstance(value, Tensor) else value
 
 
@@ -155,15 +158,15 @@ def launches(layout: str, dtype: str, hx: bool, D: int) -> dict[str, list[str]]:
     kind, numbers, device, has_reset = LAYOUTS[layout]
     shape = {"time_major": (T, B), "batch_major": (B, T)}.get(kind, (sum(LENGTHS),))
 
-    def on_gpu(*shape: int) -> Tensor:
-        return _to_gpu(torch.zeros(shape, dtype=DTYPES[dtype]))
+    def zeros(*shape: int) -> Tensor:
+        return on_gpu(torch.zeros(shape, dtype=DTYPES[dtype]))
 
     metadata = None if numbers is None else torch.tensor(numbers)
-    reset = _to_gpu(torch.eye(T, B, dtype=torch.bool)) if has_reset else None
+    reset = on_gpu(torch.eye(T, B, dtype=torch.bool)) if has_reset else None
     if metadata is not None and device == "cuda":
-        metadata = _to_gpu(metadata)
-    weights = [on_gpu(*shape) for shape in ((H, I), (H, H), (H,), (H,))] * D
-    state = on_gpu(D, B, H) if hx else None
+        metadata = on_gpu(metadata)
+    weights = [zeros(*shape) for shape in ((H, I), (H, H), (H,), (H,))] * D
+    state = zeros(D, B, H) if hx else None
     found = {}
     settings: Any = kind, "tanh", D == 2, "triton"
     needs = [False, False] + [True] * len(weights)
@@ -171,7 +174,7 @@ def launches(layout: str, dtype: str, hx: bool, D: int) -> dict[str, list[str]]:
         # A call takes the copies once, and all its layers and both its passes share them.
         described = [None if given is None else memo.take(given) for given in (metadata, reset)]
         for lengths in ("new", "seen"):
-            sources: Any = on_gpu(*shape, I), state, weights
+            sources: Any = zeros(*shape, I), state, weights
             output, h_n = ops._elman_kernel(*sources, *described, *settings)
             found[f"forward, {lengths}"] = [*listed]
             listed.clear()

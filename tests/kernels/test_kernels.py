@@ -79,12 +79,12 @@ def test_kernels_under_autocast_follow_torchs_rules(dtype):
 
 
 @pytest.mark.usefixtures("triton_back_end")
-def test_kernels_of_all_layers_and_passes_share_one_row_map(monkeypatch):
+def test_kernels_of_all_layers_and_passes_share_the_tensors_of_a_layout(monkeypatch):
     given = []
 
     def arguments(*args, **kwargs):
         made = kernel_arguments(*args, **kwargs)
-        given.append(made["row_map_ptr"])
+        given.append([made[f"{name}_ptr"] for name in ("time_base", "lengths")])
         return made
 
     kernel_arguments = launch.kernel_arguments
@@ -95,7 +95,8 @@ def test_kernels_of_all_layers_and_passes_share_one_row_map(monkeypatch):
     (output.data.sum() + h_n.sum()).backward()
     # A launch a layer, forward and backward.
     assert len(given) == 2 * 3
-    assert all(row_map is given[0] for row_map in given)
+    assert all(x is y for tensors in given for x, y in zip(tensors, given[0], strict=True))
+    assert None not in given[0]
 
 
 @pytest.mark.usefixtures("triton_back_end")

@@ -5,60 +5,42 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from perf.__main__ import app
 from perf.bench import launches
+from tritonrnn.ragged import RaggedLayout
 
 # For one direction and two, each without hx and with it: forward and backward with new lengths,
 # then with lengths seen before.
 EXPECTED = {
-    ("time-major", "fp32"): [(4, 8, 4, 8), (5, 10, 5, 10), (8, 14, 8, 14), (9, 18, 9, 18)],
-    ("time-major", "bf16"): [(4, 8, 4, 8), (7, 10, 7, 10), (8, 14, 8, 14), (11, 18, 11, 18)],
-    ("batch-first", "fp32"): [(4, 11, 4, 11), (5, 13, 5, 13), (8, 20, 8, 20), (9, 24, 9, 24)],
-    ("batch-first", "bf16"): [(4, 11, 4, 11), (7, 13, 7, 13), (8, 20, 8, 20), (11, 24, 11, 24)],
-    ("packed", "fp32"): [(7, 10, 5, 9), (8, 12, 6, 11), (11, 17, 9, 16), (12, 22, 10, 21)],
-    ("packed", "bf16"): [(7, 10, 5, 9), (10, 12, 8, 11), (11, 17, 9, 16), (14, 22, 12, 21)],
-    ("lengths on the GPU", "fp32"): [
-        (28, 22, 8, 14),
-        (28, 27, 8, 19),
-        (35, 31, 15, 23),
-        (34, 41, 14, 33),
-    ],
-    ("lengths on the GPU", "bf16"): [
-        (28, 22, 8, 14),
-        (30, 27, 10, 19),
-        (35, 31, 15, 23),
-        (36, 41, 16, 33),
-    ],
+    ("time-major", "fp32"): [(3, 7, 3, 7), (4, 8, 4, 8), (5, 10, 5, 10), (6, 12, 6, 12)],
+    ("time-major", "bf16"): [(3, 6, 3, 6), (4, 7, 4, 7), (5, 9, 5, 9), (6, 11, 6, 11)],
+    ("batch-first", "fp32"): [(3, 9, 3, 9), (4, 10, 4, 10), (5, 14, 5, 14), (6, 16, 6, 16)],
+    ("batch-first", "bf16"): [(3, 8, 3, 8), (4, 9, 4, 9), (5, 13, 5, 13), (6, 15, 6, 15)],
+    ("packed", "fp32"): [(5, 9, 3, 8), (6, 10, 4, 9), (7, 13, 5, 12), (8, 15, 6, 14)],
+    ("packed", "bf16"): [(5, 8, 3, 7), (6, 9, 4, 8), (7, 12, 5, 11), (8, 14, 6, 13)],
+    ("lengths on the GPU", "fp32"): [(6, 10, 4, 8), (7, 11, 5, 9), (8, 13, 6, 11), (9, 15, 7, 13)],
+    ("lengths on the GPU", "bf16"): [(6, 9, 4, 7), (7, 10, 5, 8), (8, 12, 6, 10), (9, 14, 7, 12)],
     ("lengths on the GPU, batch-first", "fp32"): [
-        (28, 22, 8, 14),
-        (28, 27, 8, 19),
-        (35, 31, 15, 23),
-        (34, 41, 14, 33),
+        (6, 12, 4, 10),
+        (7, 13, 5, 11),
+        (8, 17, 6, 15),
+        (9, 19, 7, 17),
     ],
     ("lengths on the GPU, batch-first", "bf16"): [
-        (28, 22, 8, 14),
-        (30, 27, 10, 19),
-        (35, 31, 15, 23),
-        (36, 41, 16, 33),
+        (6, 11, 4, 9),
+        (7, 12, 5, 10),
+        (8, 16, 6, 14),
+        (9, 18, 7, 16),
     ],
-    ("lengths on the CPU", "fp32"): [
-        (12, 16, 8, 14),
-        (12, 22, 8, 19),
-        (20, 25, 15, 23),
-        (19, 35, 14, 33),
-    ],
-    ("lengths on the CPU", "bf16"): [
-        (12, 16, 8, 14),
-        (14, 22, 10, 19),
-        (20, 25, 15, 23),
-        (21, 35, 16, 33),
-    ],
-    ("jagged", "fp32"): [(19, 19, 7, 11), (19, 24, 7, 16), (26, 28, 14, 20), (25, 38, 13, 30)],
-    ("jagged", "bf16"): [(19, 19, 7, 11), (21, 24, 9, 16), (26, 28, 14, 20), (27, 38, 15, 30)],
-    ("reset", "fp32"): [(42, 37, 8, 23), (51, 43, 17, 28), (50, 46, 15, 32), (58, 56, 23, 42)],
-    ("reset", "bf16"): [(42, 37, 8, 23), (53, 43, 19, 28), (50, 46, 15, 32), (60, 56, 25, 42)],
+    ("lengths on the CPU", "fp32"): [(5, 9, 4, 8), (6, 10, 5, 9), (7, 12, 6, 11), (8, 14, 7, 13)],
+    ("lengths on the CPU", "bf16"): [(5, 8, 4, 7), (6, 9, 5, 8), (7, 11, 6, 10), (8, 13, 7, 12)],
+    ("jagged", "fp32"): [(6, 14, 4, 9), (7, 15, 5, 10), (8, 19, 6, 14), (9, 21, 7, 16)],
+    ("jagged", "bf16"): [(6, 13, 4, 8), (7, 14, 5, 9), (8, 18, 6, 13), (9, 20, 7, 15)],
+    ("reset", "fp32"): [(37, 23, 7, 18), (46, 29, 16, 23), (43, 28, 12, 23), (51, 37, 20, 32)],
+    ("reset", "bf16"): [(37, 22, 7, 17), (46, 28, 16, 22), (43, 27, 12, 22), (51, 36, 20, 31)],
 }
 
 
@@ -71,6 +53,12 @@ def test_layer_launches_no_more_than_it_did(layout, dtype):
 
 def test_every_layout_and_dtype_is_counted():
     assert list(EXPECTED) == list(product(launches.LAYOUTS, launches.DTYPES))
+
+
+@pytest.mark.parametrize("length", [-1, launches.T + 1])
+def test_lengths_on_the_gpu_are_checked_there(length):
+    with launches.counting(), pytest.raises(RuntimeError, match=f"index {length} is out of bounds"):
+        RaggedLayout.padded(launches.T, 2, False, launches.on_gpu(torch.tensor([1, length])))
 
 
 @pytest.mark.slow
