@@ -173,13 +173,13 @@ def _drive(input: Tensor, groups: Sequence[GroupWeights]) -> Tensor:
     w_ih, _, b_ih, b_hh = groups[0]
     if len(groups) == 2:
         second = groups[1]
-        biases = [b for b in (b_ih, second.b_ih, b_hh, second.b_hh) if b is not None]
-        # One copy of all.
-        joined = torch.cat([w_ih.flatten(), second.w_ih.flatten(), *biases])
-        sizes = [2 * w_ih.numel(), *(2 * len(bias) for bias in biases[::2])]
-        weight, *biases = joined.split(sizes)
-        w_ih = weight.view(-1, w_ih.shape[1])
-        b_ih, b_hh = biases or (None, None)
+        parameters = [w_ih.flatten(), second.w_ih.flatten(), b_ih, second.b_ih, b_hh, second.b_hh]
+        # One copy of them all.
+        joined = torch.cat(parameters[: 2 if b_ih is None else 6])  # type: ignore[arg-type]
+        H, I = w_ih.shape  # noqa: E741
+        w_ih = joined.as_strided((2 * H, I), (I, 1))
+        if b_ih is not None:
+            b_ih, b_hh = joined[-4 * H : -2 * H], joined[-2 * H :]
     bias = None if b_ih is None or b_hh is None else b_ih + b_hh
     return torch.nn.functional.linear(input, w_ih, bias)
 
@@ -206,9 +206,12 @@ def _grad_biases(dz: Tensor, needs: Sequence[bool], each: int) -> dict[int, Tens
     wanted = [place for place, need in enumerate(needs) if need and place % each >= 2]
     if not wanted:
         return {}
-    sums = dz.sum(0).chunk(len(needs) // each)
+    total = dz.sum(0)
     # Each bias has storage of its own: gradient clipping scales every .grad in place, and a shared
     # one would be scaled twice.
+    if len(needs) == each:
+        return {place: total.clone() if i else total for i, place in enumerate(wanted)}
+    sums = total.chunk(len(needs) // each)
     grads = {place: torch.empty_like(sums[place // each]) for place in wanted}
     torch._foreach_copy_(list(grads.values()), [sums[place // each] for place in wanted])
     return grads

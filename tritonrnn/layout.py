@@ -223,11 +223,12 @@ class SequenceLayout:
             backwards: whether the last row is that of the first token.
             otherwise: ``[B, F]``, for the sequences without a token; None for zero.
         """
+        device = matrix.device
         if self.N == 0:
             states = matrix.new_zeros(self.B, matrix.shape[1])
         else:
-            states = matrix[(self.first_rows if backwards else self.last_rows)(matrix.device)]
-        empty = self.empty(matrix.device)
+            states = matrix[self.first_rows(device) if backwards else self.last_rows(device)]
+        empty = self.empty(device)
         if empty is None:
             return states
         if otherwise is None:
@@ -244,8 +245,9 @@ class SequenceLayout:
             reverse: for each group whether the last row is that of the first token.
             otherwise: ``[G, B, H]``, for the sequences without a token; None for zero.
         """
+        parent = self.parent
         states = [
-            self.parent.final_state(columns, backwards, None if otherwise is None else otherwise[g])
+            parent.final_state(columns, backwards, None if otherwise is None else otherwise[g])
             for g, (columns, backwards) in enumerate(zip(matrix.chunk(len(reverse), 1), reverse))
         ]
         # A copy: results may not be views of one another.
