@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from tritonrnn.layout import SequenceLayout
+from tritonrnn.layout import Rows, SequenceLayout
 
 # Of a back end; :func:`tritonrnn.paths.inplace.recurrence` says what it does.
 Recurrence: TypeAlias = Callable[..., Tensor | None]
@@ -137,21 +137,16 @@ def backward(
         # Padding of the input may hold NaN.
         input = _zero_unless(live, input)
     grad_biases = _grad_biases(dz, needs, each)
-    for g, (dz_g, output_g) in enumerate(
-        zip(dz.chunk(len(groups), 1), output.chunk(len(groups), 1))
-    ):
+    pairs = zip(dz.chunk(len(groups), 1), output.chunk(len(groups), 1))
+    for g, (dz_g, output_g) in enumerate(pairs):
         needs_w_ih, needs_w_hh = needs[g * each : g * each + 2]
         grads.append(dz_g.t() @ input if needs_w_ih else None)
-        initial = None
-        if needs_w_hh and hx is not None and dz_first is not None:
-            initial = dz_first[g].t() @ hx[g]
-        may_overflow = nonlinearity == "relu"
-        grads.append(
-            _grad_w_hh(dz_g, output_g, initial, layout, g == 1, may_overflow)
-            if needs_w_hh
-            else None
-        )
-        grads += [grad_biases.get(g * each + i) for i in range(2, each)]
+        grad = None
+        if needs_w_hh:
+            initial = None if dz_first is None or hx is None else dz_first[g].t() @ hx[g]
+            # Last, because it may overwrite rows of dz_g.
+            grad = _grad_w_hh(dz_g, output_g, initial, layout, g == 1, nonlinearity == "relu")
+        grads += [grad, *(grad_biases.get(g * each + i) for i in range(2, each))]
     return grads
 
 
@@ -225,7 +220,7 @@ def _grad_w_hh(
     backwards: bool,
     may_overflow: bool,
 ) -> Tensor:
-    """Return ``Σ dz_tᵀ output_{t-1}`` of one direction.
+    """Return ``Σ dz_tᵀ output_{t-1}`` of one direction. May overwrite rows of ``dz``.
 
     Args:
         dz, output: ``[N, H]``.
@@ -236,19 +231,24 @@ def _grad_w_hh(
     """
     earlier, later = layout.adjacent_rows(dz.device)
     before, after = (later, earlier) if backwards else (earlier, later)
-    states = output[before]
-    live = layout.live_rows(dz.device)
-    if may_overflow and live is not None:
-        # The dz of padding is 0, which would make NaN of infinity.
-        states = _zero_unless(live[after], states)
-    crossing = layout.crossing_pairs(dz.device)
-    if isinstance(crossing, slice):
-        states = states.clone()
-        states[crossing].zero_()
-    elif crossing is not None:
-        states = states.masked_fill(crossing[:, None], 0)
-    dz = dz[after].t()
-    return dz @ states if initial is None else initial.addmm_(dz, states)
+    dz, states = dz[after], output[before]
+    live, crossing = layout.live_rows(dz.device), layout.crossing_pairs(dz.device)
+    # Some pairs are of no two steps of one sequence: zeros drop them. The dz of padding is 0.
+    if not may_overflow:
+        _drop(dz, crossing)
+    elif live is not None or crossing is not None:
+        # A dz of 0 would make NaN of infinity.
+        states = states.clone() if live is None else _zero_unless(live[after], states)
+        _drop(states, crossing)
+    return dz.t() @ states if initial is None else initial.addmm_(dz.t(), states)
+
+
+def _drop(matrix: Tensor, rows: Rows | None) -> None:
+    """Overwrite rows of a matrix with 0."""
+    if isinstance(rows, slice):
+        matrix[rows].zero_()
+    elif rows is not None:
+        matrix.masked_fill_(rows[:, None], 0)
 
 
 def _zero_unless(live: Tensor, matrix: Tensor) -> Tensor:
