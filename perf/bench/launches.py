@@ -168,7 +168,7 @@ def launches(layout: str, dtype: str, hx: bool, D: int) -> dict[str, list[str]]:
     weights = [zeros(*shape) for shape in ((H, I), (H, H), (H,), (H,))] * D
     state = zeros(D, B, H) if hx else None
     found = {}
-    settings: Any = kind, "tanh", D == 2, "triton"
+    settings: Any = kind, "tanh", D == 2, "triton:resident"
     needs = [False, False] + [True] * len(weights)
     with counting() as listed:
         # A call takes the copies once, and all its layers and both its passes share them.
