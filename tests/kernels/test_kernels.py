@@ -84,7 +84,8 @@ def test_kernels_of_all_layers_and_passes_share_the_tensors_of_a_layout(monkeypa
 
     def arguments(*args, **kwargs):
         made = kernel_arguments(*args, **kwargs)
-        given.append([made[f"{name}_ptr"] for name in ("time_base", "lengths")])
+        terms = [made[f"{name}_ptr"] for name in ("time_base", "batch_base", "lengths")]
+        given.append([term.data_ptr() for term in terms])
         return made
 
     kernel_arguments = launch.kernel_arguments
@@ -95,8 +96,9 @@ def test_kernels_of_all_layers_and_passes_share_the_tensors_of_a_layout(monkeypa
     (output.data.sum() + h_n.sum()).backward()
     # A launch a layer, forward and backward.
     assert len(given) == 2 * 3
-    assert all(x is y for tensors in given for x, y in zip(tensors, given[0], strict=True))
-    assert None not in given[0]
+    assert given == len(given) * given[:1]
+    # Triton would compile anew for another alignment.
+    assert all(pointer % 16 == 0 for pointer in given[0])
 
 
 @pytest.mark.usefixtures("triton_back_end")
