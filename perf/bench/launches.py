@@ -145,6 +145,8 @@ def counting() -> Iterator[list[str]]:
             (torch.cuda, "is_current_stream_capturing", lambda: False),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
+        # What is kept for a device.
+        stack.enter_context(mock.patch.dict(ops._unused))
         for mode in (torch.no_grad(), operations, _Devices(operations)):
             stack.enter_context(mode)
         yield operations.launches
@@ -175,10 +177,11 @@ def launches(layout: str, dtype: str, hx: bool, D: int) -> dict[str, list[str]]:
         described = [None if given is None else memo.take(given) for given in (metadata, reset)]
         for lengths in ("new", "seen"):
             sources: Any = zeros(*shape, I), state, weights
-            output, h_n = ops._elman_kernel(*sources, *described, *settings)
+            call: Any = *sources, *described, *settings, True
+            output, h_n, *_ = ops._elman_kernel(*call)
             found[f"forward, {lengths}"] = [*listed]
             listed.clear()
-            call: Any = output, h_n, *sources, output, *described, *settings, needs
+            call = output, h_n, *sources, output, *described, *settings, needs
             ops._elman_backward_kernel(*call)
             found[f"backward, {lengths}"] = [*listed]
             listed.clear()
