@@ -343,6 +343,18 @@ def static(
 
 
 @app.command()
+def launches() -> None:
+    """Count what a layer launches on a GPU, forward and backward, in every layout.
+
+    No GPU need be there. D is the number of directions; lengths are new in every batch of real
+    data, and seen before in the layers above the first.
+    """
+    from perf.bench import launches
+
+    typer.echo(launches.table().to_markdown(index=False))
+
+
+@app.command()
 def adding(
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1_000,
     T: Annotated[int, typer.Option("--T", min=2, help="Steps of a sequence.")] = 50,
