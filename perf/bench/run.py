@@ -59,7 +59,7 @@ def run(
     _check_machine(out, facts)
     run_id = _new_run_id(out)
     tables.add_environment(out, run_id, facts)
-    known = roofline.find(str(facts["gpu"])) if "gpu" in facts else None
+    known = roofline.gpu_at(torch.device(device))
     calibration = tables.read_calibration(out)
     if known is not None and calibration.get("device") == known.name:
         known = known.measured(calibration["measured"])

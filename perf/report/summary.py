@@ -83,7 +83,7 @@ def _calibration(folder: Path) -> str:
     content = tables.read_calibration(folder)
     if not content:
         return "None was made for this folder (`python -m perf calibrate --out ...`)."
-    table = calibrate.table(content["measured"], content["missing"], content["published"])
+    table = calibrate.table(content)
     return f"{content['device']}\n\n{table.to_markdown(index=False, floatfmt='.4g')}"
 
 
