@@ -1,7 +1,10 @@
 """Parse the command line, ``python -m perf``; each command imports what it needs when it runs."""
 
 import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -35,13 +38,19 @@ def _device(name: str) -> str:
 
 
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...", callback=_device)]
-Axis = Annotated[
+Out = Annotated[
+    Path, typer.Option(file_okay=False, help="Folder for the results; what it holds is not rerun.")
+]
+KeptIn = Annotated[
+    Path | None,
+    typer.Option(file_okay=False, help="Folder for the results; what it holds is kept."),
+]
+Budget = Annotated[str, typer.Option(help="Stop after 90s, 9m or 2h; resume later.")]
+Run = Annotated[Path, typer.Argument(exists=True, help="A folder of a run, or its rows.")]
+Size = Annotated[
     str | None,
     typer.Option(help="Integers: 1,16 or 64:1024:x2 or 10:50:+10. In place of the preset's."),
 ]
-
-
-_LENGTHS = "equal, linear, uniform, words, lognormal"
 
 
 def _names(axis: str, names: str) -> typer.models.OptionInfo:
@@ -50,39 +59,41 @@ def _names(axis: str, names: str) -> typer.models.OptionInfo:
     )
 
 
-Run = Annotated[Path, typer.Argument(exists=True, help="A folder of a run, or its rows.")]
-OutFolder = Annotated[
-    Path | None,
-    typer.Option(
-        file_okay=False,
-        help="Folder for the rows, as CSV and Parquet; rows that it holds are kept.",
-    ),
-]
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Show an argument that can't be used as typer shows one that can't be parsed."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _exit_code(rows: Iterable[Mapping[str, object]]) -> int:
+    return int(any(row["status"] in ("wrong", "error", "timeout") for row in rows))
 
 
 @app.command()
 def run(
     preset: Annotated[str, typer.Option(help="smoke, cpu, headline, packed or full.")] = "smoke",
-    out: Annotated[
-        Path,
-        typer.Option(file_okay=False, help="Folder for the rows; cells with a row are not rerun."),
-    ] = Path("perf/results/latest"),
+    out: Out = Path("perf/results/latest"),
     device: Device = "cpu",
     peer_names: Annotated[
         str,
         typer.Option("--peers", help="Names after commas; module:Class for a peer of your own."),
     ] = "",
-    T: Axis = None,
-    B: Axis = None,
-    I: Axis = None,  # noqa: E741
-    H: Axis = None,
-    layers: Axis = None,
-    directions: Axis = None,
+    T: Size = None,
+    B: Size = None,
+    I: Size = None,  # noqa: E741
+    H: Size = None,
+    layers: Size = None,
+    directions: Size = None,
     mode: Annotated[str | None, _names("mode", "infer, fwd, bwd, fwdbwd")] = None,
     dtype: Annotated[str | None, _names("dtype", "fp32, bf16, fp16, fp64")] = None,
     fp32_mode: Annotated[str | None, _names("fp32-mode", "tf32, ieee")] = None,
     layout: Annotated[str | None, _names("layout", "padded, packed, jagged")] = None,
-    lengths: Annotated[str | None, _names("lengths", _LENGTHS)] = None,
+    lengths: Annotated[
+        str | None, _names("lengths", "equal, linear, uniform, words, lognormal")
+    ] = None,
     nonlinearity: Annotated[str | None, _names("nonlinearity", "tanh, relu")] = None,
     rounds: Rounds = 20,
     seconds: Seconds = 0.05,
@@ -90,7 +101,7 @@ def run(
     timeout: Annotated[
         str, typer.Option(help="A worker that sends nothing for longer is ended.")
     ] = "300s",
-    budget: Annotated[str, typer.Option(help="Stop after 90s, 9m or 2h; resume later.")] = "",
+    budget: Budget = "1000h",
     threads: Threads = 0,
     seed: Seed = 0,
 ) -> None:
@@ -104,24 +115,51 @@ def run(
     """
     from perf.bench import presets
     from perf.bench.measure import Settings
-    from perf.bench.run import OtherMachineError, run
+    from perf.bench.run import run
 
-    texts = {"T": T, "B": B, "I": I, "H": H, "layers": layers, "directions": directions}
-    texts |= {"modes": mode, "dtypes": dtype, "fp32_modes": fp32_mode, "layouts": layout}
-    texts |= {"lengths": lengths, "nonlinearities": nonlinearity}
-    try:
+    axes = {"T": T, "B": B, "I": I, "H": H, "layers": layers, "directions": directions}
+    axes |= {"mode": mode, "dtype": dtype, "fp32_mode": fp32_mode, "layout": layout}
+    axes |= {"lengths": lengths, "nonlinearity": nonlinearity}
+    names = [name for name in peer_names.split(",") if name]
+    with _refused():
         rows = run(
-            presets.units(preset, texts, [name for name in peer_names.split(",") if name], device),
+            presets.units(preset, axes, names, device),
             out,
             Settings(rounds, seconds, max_seconds, threads, seed),
             device=device,
             timeout_s=presets.seconds(timeout),
-            budget_s=presets.seconds(budget) if budget else float("inf"),
+            budget_s=presets.seconds(budget),
         )
-    except (ValueError, OtherMachineError) as error:
-        raise typer.BadParameter(str(error)) from error
-    failed = {"wrong", "error", "timeout"} & {row["status"] for row in rows}
-    raise typer.Exit(1 if failed else 0)
+    raise typer.Exit(_exit_code(rows))
+
+
+@app.command()
+def cpu(
+    rounds: Rounds = 20,
+    seconds: Seconds = 0.05,
+    threads: Threads = 2,
+    out: KeptIn = None,
+    seed: Seed = 0,
+) -> None:
+    """Judge tritonrnn.RNN against torch.nn.RNN on the CPU: training, packed training, inference.
+
+    Runs the preset ``cpu`` with torch.nn.RNN, torch.nn.RNN again (the noise) and tritonrnn.RNN, and
+    prints what ``report`` says of the speed. A missed target is no error.
+
+    Exits with 1 when a result was wrong, or a peer raised, crashed or hung.
+    """
+    from perf.bench import presets
+    from perf.bench.measure import Settings
+    from perf.bench.run import run
+    from perf.report import summary, tables
+
+    settings = Settings(rounds, seconds, threads=threads, seed=seed)
+    units = presets.units("cpu", {}, ("nn_aten", "nn_again", "tritonrnn"), "cpu")
+    with TemporaryDirectory() as scratch, _refused():
+        folder = out or Path(scratch)
+        rows = run(units, folder, settings, device="cpu", timeout_s=300.0)
+        typer.echo("\n\n".join(summary.speedups(tables.load(folder))))
+    raise typer.Exit(_exit_code(rows))
 
 
 @app.command()
@@ -142,10 +180,8 @@ def calibrate(
 
 @app.command()
 def accept(
-    out: Annotated[
-        Path, typer.Option(file_okay=False, help="Folder for all results and for the state.")
-    ],
-    budget: Annotated[str, typer.Option(help="Time for all steps: 90s, 9m or 2h.")] = "540s",
+    out: Out,
+    budget: Budget = "540s",
     device: Device = "cuda",
     again: Annotated[str, typer.Option(help="Names of steps to repeat, after commas.")] = "",
 ) -> None:
@@ -162,15 +198,9 @@ def accept(
     from perf.session import steps
     from perf.session.accept import accept
 
-    try:
-        records = accept(
-            out,
-            device,
-            presets.seconds(budget),
-            [name.strip() for name in again.split(",") if name],
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    names = [name.strip() for name in again.split(",") if name]
+    with _refused():
+        records = accept(out, device, presets.seconds(budget), names)
     typer.echo(steps.table(records))
     if any(record.status == "unfinished" for record in records.values()):
         typer.echo("\nNot everything is done; run the same command again to continue.")
@@ -179,10 +209,10 @@ def accept(
 
 @app.command()
 def tune(
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the rows and the table.")],
+    out: Out,
     preset: Annotated[str, typer.Option(help="Whose padded cases to time.")] = "headline",
     device: Device = "cuda",
-    budget: Annotated[str, typer.Option(help="Stop after 90s, 9m or 2h; resume later.")] = "540s",
+    budget: Budget = "540s",
 ) -> None:
     """Time every feasible plan of each shape, and print what the chosen plan loses to the best.
 
@@ -192,10 +222,8 @@ def tune(
     from perf.bench import presets
     from perf.session import tune
 
-    try:
+    with _refused():
         table = tune.run(out, preset, device, presets.seconds(budget))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(tune.summary(table))
     typer.echo(f"\n{out / tune.PAGE}")
 
@@ -274,7 +302,7 @@ def words(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training words.")] = 3,
     hidden: Annotated[int, typer.Option(min=1, help="Hidden units of each direction.")] = 128,
     device: Device = "cpu",
-    out: OutFolder = None,
+    out: KeptIn = None,
     try_words: Annotated[
         str, typer.Option("--try", help="Words of your own to classify at the end.")
     ] = "",
@@ -309,26 +337,6 @@ def words(
 
 
 @app.command()
-def cpu(
-    rounds: Rounds = 20,
-    seconds: Seconds = 0.05,
-    threads: Threads = 2,
-    out: OutFolder = None,
-    seed: Seed = 0,
-) -> None:
-    """Judge tritonrnn.RNN against torch.nn.RNN on the CPU: training, packed training, inference.
-
-    Measures the preset ``cpu`` with torch.nn.RNN, torch.nn.RNN again (the noise) and tritonrnn.RNN.
-    Exits with 1 when a result is wrong. A missed target is printed, and is no error.
-    """
-    from perf.bench import cpu
-    from perf.bench.measure import Settings
-
-    settings = Settings(rounds=rounds, sample_s=seconds, threads=threads, seed=seed)
-    raise typer.Exit(0 if cpu.run(settings, out) else 1)
-
-
-@app.command()
 def static(
     arch: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942.")] = "sm_90",
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file, too.")] = None,
@@ -339,7 +347,11 @@ def static(
     """Compile every plan for a GPU that need not be there, and show what the compiler made."""
     from perf.compile import static
 
-    static.static(arch, json, dtype, plan, size)
+    with _refused():
+        rows = static.run(arch, dtype, plan, size)
+    typer.echo(rows.to_string(index=False))
+    if json is not None:
+        rows.assign(**static.versions(arch)).to_json(json, orient="records", lines=True)
 
 
 @app.command()
@@ -349,7 +361,7 @@ def adding(
     hidden: Annotated[int, typer.Option(min=1, help="Hidden units.")] = 64,
     threads: Threads = 0,
     device: Device = "cpu",
-    out: OutFolder = None,
+    out: KeptIn = None,
     seed: Seed = 0,
 ) -> None:
     """Learn to add two marked numbers far apart, with torch.nn.RNN and with tritonrnn.

@@ -13,14 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from perf import peers
 from perf.bench import environment
-from perf.bench.measure import Row, Settings
+from perf.bench.failures import Row
+from perf.bench.measure import Settings
 from perf.bench.sweep import OutOfTimeError, Sweep, Unit
 from perf.report import tables
 from perf.roofline import model as roofline
-
-
-class OtherMachineError(Exception):
-    """The rows of a folder were measured on another machine."""
 
 
 def run(
@@ -48,8 +45,7 @@ def run(
         The rows of this run.
 
     Raises:
-        ValueError: a peer is not known.
-        OtherMachineError: ``out`` has rows of another machine.
+        ValueError: a peer is not known, or ``out`` has rows of another machine.
     """
     console = console or Console()
     for name in {name for unit in units for name, _ in unit.cells()}:
@@ -107,6 +103,4 @@ def _check_machine(out: Path, facts: dict[str, object]) -> None:
         # A CPU and a GPU of one machine may share a folder.
         there = environment.machine(before)
         if there["device"] == here["device"] and there != here:
-            raise OtherMachineError(
-                f"{out} has rows of {there}, measured in {run_id}; here it is {here}"
-            )
+            raise ValueError(f"{out} has rows of {there}, measured in {run_id}; here it is {here}")

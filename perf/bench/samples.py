@@ -7,6 +7,7 @@ every size and precision.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from perf import peers
 from perf.bench import presets
@@ -18,66 +19,55 @@ MODES = ("infer", "fwdbwd")
 STEPS = (128, 512, 2048)
 SEQUENCES = (1, 16, 64, 256)
 HIDDEN = (64, 128, 256, 512, 1024)
-PRECISIONS = (("bf16", "none"), ("fp16", "none"), ("fp32", "tf32"))
+BF16: dict[str, Any] = {"dtype": "bf16", "fp32_mode": "none"}
+FP16: dict[str, Any] = {"dtype": "fp16", "fp32_mode": "none"}
+TF32: dict[str, Any] = {"dtype": "fp32", "fp32_mode": "tf32"}
+PRECISIONS = (BF16, FP16, TF32)
 
 # Ragged batches: steps of the longest, sequences, hidden units, spread of the lengths, precision.
-RAGGED = (
-    (512, 64, 256, "lognormal", ("bf16", "none")),
-    (128, 256, 128, "words", ("fp32", "tf32")),
-    (2048, 16, 512, "uniform", ("bf16", "none")),
-    (512, 16, 128, "linear", ("fp16", "none")),
-    (128, 64, 1024, "uniform", ("bf16", "none")),
+RAGGED: tuple[tuple[int, int, int, str, dict[str, Any]], ...] = (
+    (512, 64, 256, "lognormal", BF16),
+    (128, 256, 128, "words", TF32),
+    (2048, 16, 512, "uniform", BF16),
+    (512, 16, 128, "linear", FP16),
+    (128, 64, 1024, "uniform", BF16),
 )
 
 # A case of FlashRNN's paper, and three more: steps, sequences, hidden units, in bf16.
 FLASH = ((1024, 16, 768), (1024, 16, 256), (1024, 64, 512), (256, 16, 1024))
 
 
+def _case(T: int, B: int, H: int, device: str, **more: Any) -> Case:
+    return Case(T=T, B=B, I=H, H=H, device=device, **more)
+
+
 def headline(device: str) -> list[Case]:
     """Return 20 of the 360 padded cases of a layer: each B with each H, the other axes cycled."""
-    cases = []
-    for index in range(len(SEQUENCES) * len(HIDDEN)):
-        # Each pair occurs once, because 4 and 5 have no common factor.
-        b, h = index % len(SEQUENCES), index % len(HIDDEN)
-        T, (dtype, fp32_mode) = STEPS[(index + index // 3) % 3], PRECISIONS[index % 3]
-        cases.append(
-            Case(
-                T=T,
-                B=SEQUENCES[b],
-                I=HIDDEN[h],
-                H=HIDDEN[h],
-                directions=1 + index // len(HIDDEN) % 2,
-                dtype=dtype,
-                fp32_mode=fp32_mode,
-                device=device,
-            )
+    return [
+        _case(
+            STEPS[(index + index // 3) % 3],
+            # Each pair of B and H occurs once, because 4 and 5 have no common factor.
+            SEQUENCES[index % len(SEQUENCES)],
+            HIDDEN[index % len(HIDDEN)],
+            device,
+            directions=1 + index // len(HIDDEN) % 2,
+            **PRECISIONS[index % 3],
         )
-    return cases
+        for index in range(len(SEQUENCES) * len(HIDDEN))
+    ]
 
 
 def ragged(device: str) -> list[Case]:
     """Return the packed cases, of one direction."""
     return [
-        Case(
-            T=T,
-            B=B,
-            I=H,
-            H=H,
-            layout="packed",
-            lengths=lengths,
-            dtype=dtype,
-            fp32_mode=fp32_mode,
-            device=device,
-        )
-        for T, B, H, lengths, (dtype, fp32_mode) in RAGGED
+        _case(T, B, H, device, layout="packed", lengths=lengths, **precision)
+        for T, B, H, lengths, precision in RAGGED
     ]
 
 
 def flash(device: str) -> list[Case]:
     """Return the cases to measure beside FlashRNN."""
-    return [
-        Case(T=T, B=B, I=H, H=H, dtype="bf16", fp32_mode="none", device=device) for T, B, H in FLASH
-    ]
+    return [_case(*sizes, device, **BF16) for sizes in FLASH]
 
 
 def acceptance(device: str) -> list[Unit]:

@@ -12,20 +12,18 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pandas as pd
 import torch
 import triton
-import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import track
 from triton.backends.compiler import GPUTarget
 
 from tritonrnn.kernels import launch
@@ -225,33 +223,20 @@ def compile_cases(
     return made
 
 
-def table(
-    wanted: Sequence[CompileCase],
-    *,
-    processes: int | None = None,
-    tick: Callable[[], object] | None = None,
-) -> pd.DataFrame:
-    """Compile every case and return one row each.
+def table(wanted: Sequence[CompileCase], *, processes: int | None = None) -> pd.DataFrame:
+    """Compile every case and return one row each, in their order.
 
     Args:
         wanted: what to compile.
         processes: that compile at the same time; as many as there are cores, if not given.
-        tick: called after each.
     """
     processes = processes or len(os.sched_getaffinity(0))
     # New processes: what a fork would copy has threads, and the driver of this one.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(wanted)), context) as pool:
-        futures = [pool.submit(_compile_row, case) for case in wanted]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                if tick is not None:
-                    tick()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return pd.DataFrame([future.result() for future in futures])
+        rows = pool.map(_compile_row, wanted)
+        progress = track(rows, "compiling", len(wanted), console=Console(stderr=True))
+        return pd.DataFrame(list(progress))
 
 
 def _compile_row(case: CompileCase) -> dict[str, Any]:
@@ -313,36 +298,29 @@ def versions(arch: str) -> dict[str, str]:
     return made_with | {"ptxas": tool.version}
 
 
-def static(
-    arch: Annotated[str, typer.Option(help=f"One of {', '.join(ARCHS)}.")] = "sm_90",
-    json: Annotated[Path | None, typer.Option(help="Write the rows to this file, too.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="Only bf16, fp16, tf32, fp32.")] = None,
-    plan: Annotated[list[str] | None, typer.Option(help="Only plans of this name.")] = None,
-    size: Annotated[list[int] | None, typer.Option(help="Only this many hidden units.")] = None,
-) -> None:
-    """Compile every plan for a GPU that need not be there, and show what the compiler made."""
+def run(
+    arch: str,
+    dtypes: Sequence[str] | None = None,
+    plans: Sequence[str] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> pd.DataFrame:
+    """Run ``python -m perf static``: compile the cases of some dtypes, plans and sizes.
+
+    Raises:
+        ValueError: an argument is not known, no plan fits, or Triton is set to interpret.
+    """
     if triton.knobs.runtime.interpret:
-        raise typer.BadParameter("Nothing is compiled where TRITON_INTERPRET is set.")
-    for option, chosen, known in (
-        ("--arch", [arch], ARCHS),
-        ("--dtype", dtype or [], list(DTYPES)),
-        ("--plan", plan or [], list(PLANS)),
+        raise ValueError("Nothing is compiled where TRITON_INTERPRET is set.")
+    for name, chosen, known in (
+        ("arch", [arch], ARCHS),
+        ("dtype", dtypes or [], list(DTYPES)),
+        ("plan", plans or [], list(PLANS)),
     ):
         if not set(chosen) <= set(known):
-            raise typer.BadParameter(f"Expected {option} to be one of {', '.join(known)}.")
+            raise ValueError(f"Expected {name} to be one of {', '.join(known)}.")
     wanted = compile_cases(
-        arch, dtypes=dtype or tuple(DTYPES), plans=plan or tuple(PLANS), sizes=size or HIDDEN_SIZES
+        arch, dtypes=dtypes or DTYPES, plans=plans or PLANS, sizes=sizes or HIDDEN_SIZES
     )
     if not wanted:
-        raise typer.BadParameter("No plan fits.")
-    columns = (TextColumn("compiled"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=len(wanted))
-        rows = table(wanted, tick=lambda: progress.advance(bar))
-    typer.echo(rows.to_string(index=False))
-    if json is not None:
-        rows.assign(**versions(arch)).to_json(json, orient="records", lines=True)
-
-
-if __name__ == "__main__":
-    typer.run(static)
+        raise ValueError("No plan fits.")
+    return table(wanted)

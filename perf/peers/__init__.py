@@ -13,7 +13,7 @@ from perf.peers.ours import Cooperative, OnTorch, Ours, Registers, Resident, Ste
 from perf.peers.peer import Peer, Runner
 from perf.peers.torch_rnn import NNAgain, NNAten, NNCudnn, NNNoCudnn
 
-__all__ = ["BASELINE", "PEERS", "Peer", "Runner", "baseline", "defaults", "find"]
+__all__ = ["BASELINE", "OURS", "PEERS", "Peer", "Runner", "baseline", "defaults", "find"]
 
 PEERS: dict[str, Peer] = {
     peer.name: peer
@@ -36,6 +36,8 @@ PEERS: dict[str, Peer] = {
     )
 }
 
+# tritonrnn as a user gets it: the subject of every comparison.
+OURS = "tritonrnn"
 # nn.RNN at its default on each device; every speedup is relative to it.
 BASELINE = {"cpu": "nn_aten", "cuda": "nn_cudnn"}
 _ON_CPU = ("tritonrnn", "nn_aten", "nn_again", "loop")

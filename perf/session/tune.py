@@ -63,7 +63,7 @@ def units(preset: str, device: str) -> list[Unit]:
     """Return the cases of a preset, forward and forward+backward, with every plan as a peer."""
     names = (OURS, *plans(device))
     modes = ",".join(MODES)
-    found = presets.units(preset, {"modes": modes, "layouts": "padded"}, names, device)
+    found = presets.units(preset, {"mode": modes, "layout": "padded"}, names, device)
     # Shuffled, so that the cells measured so far are a sample of all.
     Random(0).shuffle(found)
     return found
@@ -90,7 +90,6 @@ def regrets(rows: pd.DataFrame) -> pd.DataFrame:
         own peer, which is forced as the others are; if the plan has no peer, it is tritonrnn's.
     """
     timed = rows[rows["status"] == "ok"].astype({"peer": "string"})
-    timed = timed.assign(us=timed["event_us_p50"].fillna(timed["wall_us_p50"]))
     found = []
     for key, cell in timed.groupby(_KEYS, observed=True):
         assert isinstance(key, tuple)
@@ -101,7 +100,7 @@ def regrets(rows: pd.DataFrame) -> pd.DataFrame:
         names = [name for name in plans(device.split(":")[0]) if name in by_peer.index]
         chosen = chosen_peer(str(by_peer["plan"][OURS]), device)
         chosen = chosen if chosen in names else OURS
-        us = {name: float(by_peer["us"][name]) for name in {*names, chosen}}
+        us = {name: float(by_peer["us_p50"][name]) for name in {*names, chosen}}
         best = min(us, key=lambda name: (us[name], name))
         found.append(
             dict(zip(_KEYS, key))

@@ -15,7 +15,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from perf.bench import environment
-from perf.report import loss_curves, plots, tables
+from perf.report import plots, tables
+from perf.training import loss_curves
 from perf.training.paired_training import (
     OURS,
     REFERENCE,

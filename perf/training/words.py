@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 import tritonrnn
 from perf.bench import environment
-from perf.report import loss_curves, tables
+from perf.report import tables
+from perf.training import loss_curves
 from perf.training.paired_training import (
     CHUNK_STEPS,
     MakeRNN,

@@ -163,7 +163,7 @@ def test_command_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
 @pytest.mark.slow
 def test_acceptance_on_a_cpu_resumes_and_names_what_needs_a_gpu(tmp_path, monkeypatch):
     assert samples.acceptance("cpu") == presets.units("smoke", {}, (), "cpu")
-    few = presets.units("smoke", {"modes": "infer", "layouts": "padded"}, (), "cpu")
+    few = presets.units("smoke", {"mode": "infer", "layout": "padded"}, (), "cpu")
     monkeypatch.setattr(samples, "acceptance", lambda device: few)
     monkeypatch.setattr(accept, "SETTINGS", Settings(rounds=2, sample_s=0))
     # Calibrate in this process and with small sizes.

@@ -216,6 +216,26 @@ def test_committed_runs_can_be_compared_and_reported(tmp_path):
     assert "torch, walk" not in text
 
 
+def test_targets_of_the_cpu_are_judged_if_every_case_is_there():
+    def judged(rows: pd.DataFrame) -> dict[str, str]:
+        *_, last = report.speedups(rows)
+        return dict(line.split(": ") for line in last.splitlines() if "the target of" in line)
+
+    rows = perf.load(RESULTS / "cpu-2026-11-24")
+    # As README has them.
+    for kind, mean in {"infer": "1.18", "fwdbwd": "1.95"}.items():
+        assert judged(rows)[f"- {kind}, padded"].startswith(mean)
+    assert all(said.endswith("is met.") for said in judged(rows).values())
+    assert len(judged(rows)) == 3
+    one = (rows["peer"] == "tritonrnn") & (rows["mode"] == "infer") & (rows["B"] == 1)
+    assert one.sum() == 1
+    assert judged(rows[~one]) == {}
+    # A case that was not timed misses its target, and no other.
+    rows.loc[one, "speedup_vs_nn"] = float("nan")
+    assert judged(rows)["- infer, padded"].endswith("is NOT met.")
+    assert judged(rows)["- fwdbwd, padded"].endswith("is met.")
+
+
 def test_static_rows_have_the_names_of_today():
     path = RESULTS / "static/sm_90.jsonl"
     [*rows] = tables.read_lines(path)

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import tritonrnn
 from perf.__main__ import app
-from perf.report import loss_curves, tables
-from perf.training import paired_training, word_lists
+from perf.report import tables
+from perf.training import loss_curves, paired_training, word_lists
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
