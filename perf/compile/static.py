@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from triton.backends.compiler import GPUTarget
 
+from perf.compile import listing
+from perf.compile.listing import count, listing_of, time_loop
 from tritonrnn.kernels import launch
 from tritonrnn.kernels.devices import DEVICES, Device
 from tritonrnn.kernels.plan import PLANS, LaunchPlan, Problem
@@ -100,15 +99,8 @@ class Compiled:
     def resources(self) -> tuple[int, int]:
         """Return the registers of a thread, and the bytes that a thread spills to memory."""
         if self.plan.device.is_amd:
-            listing = self.assembly["amdgcn"]
-            spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", listing)
-            return _number(r"\.vgpr_count:\s+(\d+)", listing), 4 * spilled
-        return _number(r"REG:(\d+)", self._listing), _number(r"STACK:(\d+)", self._listing)
-
-    @property
-    def sass(self) -> list[str]:
-        """Return the instructions of the kernel, each with its address."""
-        return re.findall(r"^\s+/\*([0-9a-f]{4,}\*/\s+.*?);", self._listing, re.MULTILINE)
+            return listing.amd_resources(self.assembly["amdgcn"])
+        return listing.nvidia_resources(self._listing)
 
     @property
     def step_sass(self) -> list[str]:
@@ -117,19 +109,14 @@ class Compiled:
             return self.sass
         return time_loop(self.sass, nested=self.plan.name == "cooperative")
 
+    @property
+    def sass(self) -> list[str]:
+        """Return the instructions of the kernel, each with its address."""
+        return listing.instructions(self._listing)
+
     @cached_property
     def _listing(self) -> str:
         return listing_of(self.assembly["cubin"])
-
-
-def listing_of(cubin: bytes) -> str:
-    """Return what NVIDIA's ``cuobjdump`` prints of a kernel: its resources and instructions."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        command = [tool, "--dump-resource-usage", "-sass", file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def compile_case(case: CompileCase) -> Compiled:
@@ -172,33 +159,6 @@ def compile_case(case: CompileCase) -> Compiled:
         time.perf_counter() - started,
         kernel.asm,
     )
-
-
-def time_loop(sass: list[str], nested: bool = False) -> list[str]:
-    """Return the instructions of the time loop.
-
-    A loop is a branch to a lower address. The time loop is the longest of them or, nested in
-    the loop over batch blocks of a cooperative plan, the shortest that has all MMAs of the kernel.
-    """
-    spans = [(0, 0)]
-    addresses = [int(line.split("*/")[0], 16) for line in sass]
-    for position, line in enumerate(sass):
-        branch = re.search(r"\bBRA(?:\.\w+)*\s+(?:\S+,\s*)*`?\(?(?:\.L_x_\d+|0x([0-9a-f]+))", line)
-        if branch and branch[1] and int(branch[1], 16) < addresses[position]:
-            spans.append((addresses.index(int(branch[1], 16)), position + 1))
-    if nested:
-        products = count(sass, r"H(?:G?)MMA")
-        whole = [span for span in spans if count(sass[slice(*span)], r"H(?:G?)MMA") == products]
-        start, end = min(whole, key=lambda span: span[1] - span[0])
-    else:
-        start, end = max(spans, key=lambda span: span[1] - span[0])
-    return sass[start:end]
-
-
-def count(instructions: list[str], mnemonic: str) -> int:
-    """Return how many of the instructions are of one kind."""
-    pattern = re.compile(rf"\*/\s+(?:@!?\w+\s+)?{mnemonic}\b")
-    return sum(bool(pattern.search(line)) for line in instructions)
 
 
 def compile_cases(
@@ -278,12 +238,6 @@ def row(case: CompileCase, compiled: Compiled) -> dict[str, Any]:
             "bar": count(loop, "BAR") // steps,
         }
     return made | {"compile_s": round(compiled.compile_s, 2)}
-
-
-def _number(pattern: str, text: str) -> int:
-    match = re.search(pattern, text)
-    assert match is not None, pattern
-    return int(match[1])
 
 
 def versions(arch: str) -> dict[str, str]:

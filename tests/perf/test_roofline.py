@@ -214,7 +214,7 @@ def probe_instructions() -> dict[str, list[str]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
     from perf.roofline import probes
-    from perf.compile.static import listing_of
+    from perf.compile.listing import listing_of
 
     found = {}
     for name, signature, constants, warps in (
