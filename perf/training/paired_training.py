@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 import tritonrnn
 from perf.bench import environment
-from perf.bench.timing import synchronize
+from perf.bench.timing import synchronized_time
 from perf.report import tables
 from perf.training import loss_curves
 
@@ -82,11 +81,10 @@ class Trainee(Generic[Model]):
         """Return the time of all training steps."""
         return sum(self.chunk_seconds)
 
-    def train(self, batches: Sequence[Any], device: torch.device) -> None:
+    def train(self, batches: Sequence[Any]) -> None:
         """Train on the batches, one step each, and record losses and time."""
         losses = []
-        synchronize(device)
-        start = time.perf_counter()
+        start = synchronized_time()
         for batch in batches:
             self.optimizer.zero_grad()
             loss = self.task.loss(self.model, batch)
@@ -95,8 +93,7 @@ class Trainee(Generic[Model]):
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.task.clip_norm)
             self.optimizer.step()
             losses.append(loss.detach())
-        synchronize(device)
-        self.chunk_seconds.append(time.perf_counter() - start)
+        self.chunk_seconds.append(synchronized_time() - start)
         self.losses += torch.stack(losses).tolist()
 
 
@@ -126,11 +123,11 @@ def train(task: Task[Model], *, seed: int, device: torch.device) -> list[Trainee
                 # With copies, so that no start-up cost is timed.
                 for one in trainees:
                     copied = Trainee(one.name, copy.deepcopy(one.model), task)
-                    copied.train(batches[:WARM_UP_STEPS], device)
+                    copied.train(batches[:WARM_UP_STEPS])
             for start in range(0, len(batches), CHUNK_STEPS):
                 chunk = batches[start : start + CHUNK_STEPS]
                 for one, bar in random.sample(list(zip(trainees, bars)), len(bars)):
-                    one.train(chunk, device)
+                    one.train(chunk)
                     progress.update(bar, advance=len(chunk), loss=one.losses[-1])
     return trainees
 
