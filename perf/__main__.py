@@ -142,37 +142,43 @@ def calibrate(
 
 @app.command()
 def accept(
+    pieces: Annotated[
+        list[str] | None, typer.Argument(help="Any of right, fast, why; by default all.")
+    ] = None,
     out: Annotated[
         Path, typer.Option(file_okay=False, help="Folder for all results and for the state.")
-    ],
+    ] = Path("out/accept"),
+    archive: Annotated[
+        Path | None, typer.Option(help="File that takes all results; by default in --out.")
+    ] = None,
     budget: Annotated[str, typer.Option(help="Time for all steps: 90s, 9m or 2h.")] = "540s",
     device: Device = "cuda",
     again: Annotated[str, typer.Option(help="Names of steps to repeat, after commas.")] = "",
 ) -> None:
-    """Check on a GPU, in one command, that the kernels are right and safe, and how fast they are.
+    """Find out on a GPU whether the kernels are right, how fast they are, and why.
 
-    Compiles in parallel, runs the GPU tests, runs each plan under compute-sanitizer, measures the
-    constants of the roofline model and a balanced sample of cells, reports, and packs one archive.
-    Stop it at any moment, and run it again to continue. On a CPU, the steps that need a GPU are
-    reported as unavailable.
+    Runs what is not done yet: tests, sanitizer, calibration, cells, plans, profiles; perf/GPU.md
+    lists the steps. Stop it at any moment, and run it again to continue. On a CPU, the steps that
+    need a GPU are unavailable.
 
     Exits with 1 when a step failed.
     """
     from perf.bench import presets
-    from perf.session import steps
-    from perf.session.accept import accept
+    from perf.session import accept as session
 
     try:
-        records = accept(
+        records = session.accept(
             out,
             device,
             presets.seconds(budget),
+            pieces or session.PIECES,
             [name.strip() for name in again.split(",") if name],
+            archive,
         )
-    except ValueError as error:
+    except (ValueError, session.OtherMachineError) as error:
         raise typer.BadParameter(str(error)) from error
-    typer.echo(steps.table(records))
-    if any(record.status == "unfinished" for record in records.values()):
+    typer.echo(session.table(records))
+    if any(record.status not in session.FINAL for record in records.values()):
         typer.echo("\nNot everything is done; run the same command again to continue.")
     raise typer.Exit(1 if any(record.status == "failed" for record in records.values()) else 0)
 

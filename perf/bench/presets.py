@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 
 from perf import peers
 from perf.bench.cases import DTYPES, LAYOUTS, LENGTHS, MODES, Case
@@ -199,7 +200,7 @@ NAMED_AXES: dict[str, Sequence[str]] = {
 def units(
     preset: str, axes: Mapping[str, str | None], names: Sequence[str], device: str
 ) -> list[Unit]:
-    """Return the units of a sweep, each case once.
+    """Return the units of a sweep, each case once, in an order of chance that is always the same.
 
     Args:
         preset: One of ``PRESETS``.
@@ -228,4 +229,7 @@ def units(
             wanted = replace(wanted, fp32_modes=("ieee",))
         for case in wanted.cases(device):
             found.setdefault(case, {}).update(dict.fromkeys(wanted.modes, names))
-    return [Unit(case, modes) for case, modes in found.items()]
+    units = [Unit(case, modes) for case, modes in found.items()]
+    # What a run that is stopped has measured is then a sample of all.
+    Random(0).shuffle(units)
+    return units

@@ -6,10 +6,8 @@ regret of a cell is the time of the chosen plan divided by that of the best one,
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pandas as pd
@@ -22,7 +20,6 @@ from perf.bench.run import run as run_units
 from perf.bench.run import waiting
 from perf.bench.sweep import Unit
 from perf.report import tables
-from perf.session import precompile
 
 REGRET, PAGE = "regret", "tune.md"
 OURS = "tritonrnn"
@@ -32,8 +29,6 @@ TARGET = 0.05
 WORST = 10
 SETTINGS = Settings(rounds=9, sample_s=0.02, max_s=15.0)
 TIMEOUT_S = 120.0
-# The share of the budget that may go into compiling in parallel.
-COMPILING = 0.3
 
 # The peer that runs a plan of the torch path, by the device and by the name of the plan in
 # ``tritonrnn.explain``; a Triton plan has the peer "tritonrnn-" and its name. On a GPU, the plan
@@ -63,10 +58,7 @@ def units(preset: str, device: str) -> list[Unit]:
     """Return the cases of a preset, forward and forward+backward, with every plan as a peer."""
     names = (OURS, *plans(device))
     modes = ",".join(MODES)
-    found = presets.units(preset, {"modes": modes, "layouts": "padded"}, names, device)
-    # Shuffled, so that the cells measured so far are a sample of all.
-    Random(0).shuffle(found)
-    return found
+    return presets.units(preset, {"modes": modes, "layouts": "padded"}, names, device)
 
 
 def chosen_peer(plan: str, device: str) -> str | None:
@@ -167,20 +159,14 @@ def run(
         The table of :func:`regrets` for all rows of ``out``.
     """
     console = console or Console()
-    started = time.monotonic()
     wanted: Sequence[Unit] = units(preset, device)
-    if device != "cpu":
-        before = tables.read_lines(out / tables.ROWS)
-        todo = precompile.tasks(unit.left(before) for unit in wanted)
-        compiled = list(precompile.compile_all(todo, COMPILING * budget_s))
-        console.print(f"{len(compiled)} of {len(todo)} compiled beforehand.")
     run_units(
         wanted,
         out,
         SETTINGS,
         device=device,
         timeout_s=TIMEOUT_S,
-        budget_s=budget_s - (time.monotonic() - started),
+        budget_s=budget_s,
         console=console,
     )
     lines = tables.read_lines(out / tables.ROWS)
