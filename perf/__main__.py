@@ -175,7 +175,7 @@ def accept(
             [name.strip() for name in again.split(",") if name],
             archive,
         )
-    except (ValueError, session.OtherMachineError) as error:
+    except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(session.table(records))
     if any(record.status not in session.FINAL for record in records.values()):

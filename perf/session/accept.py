@@ -37,8 +37,9 @@ from tritonrnn.kernels.plan import PLANS
 LIMITS_S = {"right": 240.0, "fast": 300.0, "why": 200.0}
 PIECES = tuple(LIMITS_S)
 STATE, ARCHIVE = "steps.json", "accept.tar.gz"
-# Folder in which torch builds FlashRNN's kernels.
-EXTENSIONS = "extensions"
+# Folders of what is compiled: FlashRNN by torch, all else by Triton, which holds the records of
+# trials too. Only these are packed.
+EXTENSIONS, TRITON, TRIALS = "extensions", "triton", "triton/tritonrnn"
 
 # Of the other states, "unfinished" is a step whose time the budget cut, "timeout" one that took all
 # of its own: it continues when all others had their turn.
@@ -62,10 +63,6 @@ TOOL_FOLDERS = (
     "/usr/local/cuda/compute-sanitizer",
     "/opt/nvidia/nsight-compute/*",
 )
-
-
-class OtherMachineError(Exception):
-    """The steps of a folder ran on another machine."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +172,7 @@ class Session:
         console: Shows the progress.
 
     Raises:
-        OtherMachineError: the steps of ``out`` ran on another machine.
+        ValueError: the steps of ``out`` ran on another machine.
     """
 
     def __init__(self, out: Path, archive: Path, device: str, console: Console) -> None:
@@ -183,14 +180,17 @@ class Session:
         # A build that was killed left its lock behind, for which the next would wait.
         for lock in (out / EXTENSIONS).glob("**/lock"):
             lock.unlink()
-        self._environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(out / EXTENSIONS)}
+        self._environment = os.environ | {
+            "TORCH_EXTENSIONS_DIR": str(out / EXTENSIONS),
+            "TRITON_CACHE_DIR": str(out / TRITON),
+        }
         if device == "cpu":
             self._environment["TRITON_INTERPRET"] = "1"
         self._machine = environment.machine(environment.describe(torch.device(device)))
         path = out / STATE
         known = json.loads(path.read_text()) if path.exists() else {}
         if known and known["machine"] != self._machine:
-            raise OtherMachineError(f"{out} is of {known['machine']}; here it is {self._machine}")
+            raise ValueError(f"{out} is of {known['machine']}; here it is {self._machine}")
         records = known.get("steps", {})
         self.records = {name: Record(**record) for name, record in records.items()}
         out.mkdir(parents=True, exist_ok=True)
@@ -261,13 +261,14 @@ class Session:
         unfinished.replace(self._out / STATE)
 
     def pack(self) -> None:
-        """Pack the folder into one file."""
+        """Pack the folder into one file, but for what is compiled."""
         unfinished = self._archive.with_suffix(".part")
         unfinished.parent.mkdir(parents=True, exist_ok=True)
+        left_out = {self._archive, unfinished, self._out / EXTENSIONS, self._out / TRITON}
         with tarfile.open(unfinished, "w:gz") as packed:
-            for path in sorted(self._out.iterdir()):
-                if path not in (self._archive, unfinished) and path.name != EXTENSIONS:
-                    packed.add(path, arcname=f"{self._out.name}/{path.name}")
+            for path in (*self._out.iterdir(), self._out / TRIALS):
+                if path.exists() and path not in left_out:
+                    packed.add(path, Path(self._out.name) / path.relative_to(self._out))
         unfinished.replace(self._archive)
 
 
@@ -295,8 +296,7 @@ def accept(
         The record of each step of the pieces.
 
     Raises:
-        ValueError: a name is not known.
-        OtherMachineError: the steps of ``out`` ran on another machine.
+        ValueError: a name is not known, or the steps of ``out`` ran on another machine.
     """
     out, deadline = out.resolve(), time.monotonic() + budget_s
     wanted = [step for step in steps(out, device) if step.piece in pieces]
