@@ -26,7 +26,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from rich.console import Console
 
 from perf import peers
 from perf.bench import environment
@@ -169,14 +168,13 @@ class Session:
         out: Folder for all results.
         archive: File into which they are packed.
         device: Where the steps run.
-        console: Shows the progress.
 
     Raises:
         ValueError: the steps of ``out`` ran on another machine.
     """
 
-    def __init__(self, out: Path, archive: Path, device: str, console: Console) -> None:
-        self._out, self._archive, self._console = out, archive, console
+    def __init__(self, out: Path, archive: Path, device: str) -> None:
+        self._out, self._archive = out, archive
         # A build that was killed left its lock behind, for which the next would wait.
         for lock in (out / EXTENSIONS).glob("**/lock"):
             lock.unlink()
@@ -211,7 +209,7 @@ class Session:
                     step = waiting.pop(0)
                     limit_s = min(step.seconds, deadline - time.monotonic())
                     if limit_s >= SHORTEST_S:
-                        self._console.print(f"{step.name}, for {limit_s:.0f} s at most")
+                        print(f"{step.name}, for {limit_s:.0f} s at most", flush=True)
                         self._write(step, replace(self.record(step), status="running"))
                         running[step] = time.monotonic(), limit_s, self._start(step, limit_s)
                 for step in [step for step in running if running[step][-1].poll() is not None]:
@@ -279,7 +277,6 @@ def accept(
     pieces: Sequence[str] = PIECES,
     again: Sequence[str] = (),
     archive: Path | None = None,
-    console: Console | None = None,
 ) -> dict[str, Record]:
     """Run the steps that are not done in ``out`` yet, report, and pack all into one archive.
 
@@ -290,7 +287,6 @@ def accept(
         pieces: The pieces whose steps to run.
         again: Names of steps to repeat.
         archive: File of the archive; by default in ``out``.
-        console: Shows the progress.
 
     Returns:
         The record of each step of the pieces.
@@ -302,7 +298,7 @@ def accept(
     wanted = [step for step in steps(out, device) if step.piece in pieces]
     _check_names(pieces, PIECES)
     _check_names(again, [step.name for step in wanted])
-    session = Session(out, (archive or out / ARCHIVE).resolve(), device, console or Console())
+    session = Session(out, (archive or out / ARCHIVE).resolve(), device)
     for name in again:
         session.records.pop(name, None)
     todo = [step for step in wanted if session.record(step).status not in FINAL]

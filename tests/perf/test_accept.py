@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 import torch
 import typer
-from rich.console import Console
 from typer.testing import CliRunner
 
 from perf import peers
@@ -65,9 +64,7 @@ def small_steps(tmp_path, monkeypatch) -> Path:
 
 def session(folder: Path, *pieces: str, budget_s: float = 100.0, **more) -> dict[str, Record]:
     pieces = pieces or accept.PIECES
-    return accept.accept(
-        folder / "out", "cpu", budget_s, pieces, console=Console(quiet=True), **more
-    )
+    return accept.accept(folder / "out", "cpu", budget_s, pieces, **more)
 
 
 def ran(folder: Path) -> list[str]:
