@@ -55,13 +55,11 @@ class CooperativeConstants(Constants):
     BLOCK_K         columns of M, and hidden units of the previous state, of one product
     BLOCK_READ      hidden units of the previous state that a program reads at once
     INTERLEAVE      batch blocks that a program walks at the same time: 1 or 2
-    MAX_SPINS       polls after which a program gives up waiting for its CTA group
     """
 
     BLOCK_K: int
     BLOCK_READ: int
     INTERLEAVE: int
-    MAX_SPINS: int
 
     # Tiles of M are consecutive columns.
     STRIDE_K = 1
@@ -94,7 +92,7 @@ class PipelineState(NamedTuple):
     next_row: Any
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "max_spins"])
 def cooperative_kernel(
     a_ptr,
     v_0_ptr,
@@ -102,6 +100,7 @@ def cooperative_kernel(
     aux_ptr,
     row_map_ptr,
     counters_ptr,
+    max_spins,
     T,
     B,
     stride_time,
@@ -120,6 +119,7 @@ def cooperative_kernel(
     counters_ptr    int32 [1 + INTERLEAVE * CTA groups, 32] of ones. The first word becomes 0 if a
                     wait timed out; each other row begins with a counter, 128 bytes apart so that
                     no two share a cache line.
+    max_spins       polls after which a program gives up waiting for its CTA group.
     """
     batch = Batch(
         a_ptr=a_ptr,
@@ -145,7 +145,6 @@ def cooperative_kernel(
     counter_ptr = counters_ptr + 32 * (1 + counter)
     target = 1
     other_target = 1
-    max_spins = C.MAX_SPINS
     num_blocks = tl.cdiv(B, C.BLOCK_B)
     for index in tl.range(cta_group, num_blocks, C.INTERLEAVE * num_cta_groups, num_stages=1):
         block = make_block(index, range_h, range_b, batch, C)
