@@ -165,6 +165,7 @@ def accept(
     """
     from perf.bench import presets
     from perf.session import accept as session
+    from perf.session import tune
 
     try:
         records = session.accept(
@@ -177,7 +178,7 @@ def accept(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    typer.echo(session.table(records))
+    typer.echo(f"{tune.summary(tune.read(out))}\n\n{session.table(records)}")
     if any(record.status not in session.FINAL for record in records.values()):
         typer.echo("\nNot everything is done; run the same command again to continue.")
     raise typer.Exit(1 if any(record.status == "failed" for record in records.values()) else 0)
@@ -185,25 +186,31 @@ def accept(
 
 @app.command()
 def tune(
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the rows and the table.")],
-    preset: Annotated[str, typer.Option(help="Whose padded cases to time.")] = "headline",
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the tables.")],
+    preset: Annotated[str, typer.Option(help="Whose cases to try.")] = "headline",
+    plan: Annotated[str | None, typer.Option(help="The only plan to try.")] = None,
     device: Device = "cuda",
-    budget: Annotated[str, typer.Option(help="Stop after 90s, 9m or 2h; resume later.")] = "540s",
 ) -> None:
-    """Time every feasible plan of each shape, and print what the chosen plan loses to the best.
+    """Try every plan on the GPU at hand: is it right, and is it faster than cuDNN?
 
-    Run the same command again to measure what the budget left. On a CPU, the plans of the torch
-    path are timed.
+    The trials are those that a first call makes, and serve every later process. What has been tried
+    is not tried again: stop the command at any moment, and run it again to continue. With
+    TRITONRNN_AUTOTUNE=verify, nothing is timed.
+
+    Exits with 1 when a plan is wrong or fails, with 5 when there was nothing to try.
     """
-    from perf.bench import presets
     from perf.session import tune
 
     try:
-        table = tune.run(out, preset, device, presets.seconds(budget))
+        trials, beside = tune.run(out, preset, device, plan)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    typer.echo(tune.summary(table))
-    typer.echo(f"\n{out / tune.PAGE}")
+    typer.echo(f"{tune.summary(trials)}\n\n{tune.verdict(beside)}")
+    if not beside.empty:
+        typer.echo("\n" + beside.head(10).to_markdown(index=False, floatfmt=".3g"))
+    if trials.empty:
+        raise typer.Exit(5)
+    raise typer.Exit(int(trials["verdict"].isin(["wrong", "failed"]).any()))
 
 
 @app.command()

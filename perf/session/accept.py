@@ -113,8 +113,13 @@ def steps(out: Path, device: str) -> list[Step]:
     launches = f"{python} -m perf.session.launches"
     # Warnings of versions that are not pinned here are no failures.
     pytest = f"{python} -m pytest --tb=short --maxfail=20 -W default::DeprecationWarning"
+    padded, packed = ("headline", "packed") if on_gpu else ("smoke", "smoke")
+    tune = f"{python} -m perf tune {to} --preset {padded}"
     for plan in PLANS:
         add("right", f"launches {plan}", f"{launches} {plan}")
+    for plan in PLANS:
+        trials = f"env TRITONRNN_AUTOTUNE=verify {tune} --plan {plan}"
+        add("right", f"trials {plan}", trials, needs_gpu)
     for plan in (*PLANS, f"not ({' or '.join(PLANS)})"):
         name = f"tests {plan if plan in PLANS else 'of all plans'}"
         add("right", name, f"{pytest} {KERNEL_TESTS} -k '{plan}'")
@@ -131,11 +136,12 @@ def steps(out: Path, device: str) -> list[Step]:
         checked = f"env PYTORCH_NO_CUDA_MEMORY_CACHING=1 {checked}"
         add("right", f"{tool} {plan}", checked, needs_gpu or missing)
 
-    # A few rounds of short samples, so that many cells fit into a few minutes.
+    # Trials of all plans, then whole calls: a few rounds of short samples, so that many cells fit
+    # into a few minutes.
     run = f"{python} -m perf run {to} --rounds 7 --seconds 0.02 --max-seconds 10"
-    padded, packed = ("headline", "packed") if on_gpu else ("smoke", "smoke")
     rivals = f"tritonrnn,{peers.baseline(device)}"
     add("fast", "calibrate", f"{python} -m perf calibrate {to}")
+    add("fast", "tune", tune, needs_gpu)
     add("fast", "padded", f"{run} --preset {padded} --layout padded --peers {rivals},loop_graphed")
     add("fast", "packed", f"{run} --preset {packed} --layout packed --peers {rivals}")
     sizes = "--T 1024 --B 16 --H 256,512,768 --dtype bf16"
@@ -145,7 +151,8 @@ def steps(out: Path, device: str) -> list[Step]:
     add("fast", "flashrnn", flash, needs_gpu or missing)
 
     # The plans beside each other, and what a profiler says of each; the clocks stay as they are.
-    add("why", "tune", f"{python} -m perf tune {to} --preset {padded}")
+    plans = ",".join(name for name in peers.PEERS if name.startswith("tritonrnn"))
+    add("why", "plans", f"{run} --preset {padded} --layout padded --peers {plans}")
     ncu, missing = find_tool("ncu")
     for plan in PLANS:
         profile = f"{ncu} --set full --clock-control none -k regex:{plan} -c 4 --page details -f"
