@@ -180,29 +180,36 @@ def calibrate(
 
 @app.command()
 def accept(
-    out: Out,
+    pieces: Annotated[
+        list[str] | None, typer.Argument(help="Any of right, fast, why; by default all.")
+    ] = None,
+    out: Out = Path("out/accept"),
+    archive: Annotated[
+        Path | None, typer.Option(help="File that takes all results; by default in --out.")
+    ] = None,
     budget: Budget = "540s",
     device: Device = "cuda",
     again: Annotated[str, typer.Option(help="Names of steps to repeat, after commas.")] = "",
 ) -> None:
-    """Check on a GPU, in one command, that the kernels are right and safe, and how fast they are.
+    """Find out on a GPU whether the kernels are right, how fast they are, and why.
 
-    Compiles in parallel, runs the GPU tests, runs each plan under compute-sanitizer, measures the
-    constants of the roofline model and a balanced sample of cells, reports, and packs one archive.
-    Stop it at any moment, and run it again to continue. On a CPU, the steps that need a GPU are
-    reported as unavailable.
+    Runs what is not done yet: tests, sanitizer, calibration, cells, plans, profiles; perf/GPU.md
+    lists the steps. Stop it at any moment, and run it again to continue. On a CPU, the steps that
+    need a GPU are unavailable.
 
     Exits with 1 when a step failed.
     """
     from perf.bench import presets
-    from perf.session import steps
-    from perf.session.accept import accept
+    from perf.session import accept as session
+    from perf.session import tune
 
     names = [name.strip() for name in again.split(",") if name]
     with _refused():
-        records = accept(out, device, presets.seconds(budget), names)
-    typer.echo(steps.table(records))
-    if any(record.status == "unfinished" for record in records.values()):
+        records = session.accept(
+            out, device, presets.seconds(budget), pieces or session.PIECES, names, archive
+        )
+    typer.echo(f"{tune.summary(tune.read(out))}\n\n{session.table(records)}")
+    if any(record.status not in session.FINAL for record in records.values()):
         typer.echo("\nNot everything is done; run the same command again to continue.")
     raise typer.Exit(1 if any(record.status == "failed" for record in records.values()) else 0)
 
@@ -210,22 +217,28 @@ def accept(
 @app.command()
 def tune(
     out: Out,
-    preset: Annotated[str, typer.Option(help="Whose padded cases to time.")] = "headline",
+    preset: Annotated[str, typer.Option(help="Whose cases to try.")] = "headline",
+    plan: Annotated[str | None, typer.Option(help="The only plan to try.")] = None,
     device: Device = "cuda",
-    budget: Budget = "540s",
 ) -> None:
-    """Time every feasible plan of each shape, and print what the chosen plan loses to the best.
+    """Try every plan on the GPU at hand: is it right, and is it faster than cuDNN?
 
-    Run the same command again to measure what the budget left. On a CPU, the plans of the torch
-    path are timed.
+    The trials are those that a first call makes, and serve every later process. What has been tried
+    is not tried again: stop the command at any moment, and run it again to continue. With
+    TRITONRNN_AUTOTUNE=verify, nothing is timed.
+
+    Exits with 1 when a plan is wrong or fails, with 5 when there was nothing to try.
     """
-    from perf.bench import presets
     from perf.session import tune
 
     with _refused():
-        table = tune.run(out, preset, device, presets.seconds(budget))
-    typer.echo(tune.summary(table))
-    typer.echo(f"\n{out / tune.PAGE}")
+        trials, beside = tune.run(out, preset, device, plan)
+    typer.echo(f"{tune.summary(trials)}\n\n{tune.verdict(beside)}")
+    if not beside.empty:
+        typer.echo("\n" + beside.head(10).to_markdown(index=False, floatfmt=".3g"))
+    if trials.empty:
+        raise typer.Exit(5)
+    raise typer.Exit(int(trials["verdict"].isin(["wrong", "failed"]).any()))
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from random import Random
 from typing import Any
 
 from perf import peers
@@ -110,7 +111,7 @@ PRESETS: dict[str, tuple[Grid, ...]] = {
 def units(
     preset: str, axes: Mapping[str, str | None], names: Sequence[str], device: str
 ) -> list[Unit]:
-    """Return the units of a sweep, each case once.
+    """Return the units of a sweep, each case once, in an order of chance that is always the same.
 
     Args:
         preset: One of ``PRESETS``.
@@ -130,7 +131,10 @@ def units(
         wanted = {**one, **given}
         for case in _cases(wanted, device):
             found.setdefault(case, {}).update(dict.fromkeys(wanted["mode"], names))
-    return [Unit(case, modes) for case, modes in found.items()]
+    units = [Unit(case, modes) for case, modes in found.items()]
+    # What a run that is stopped has measured is then a sample of all.
+    Random(0).shuffle(units)
+    return units
 
 
 def _cases(wanted: Grid, device: str) -> Iterator[Case]:

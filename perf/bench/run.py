@@ -72,16 +72,18 @@ def run(
             for unit in units:
                 sweep.run(unit, lambda what: progress.update(bar, description=what))
                 progress.advance(bar)
-        except OutOfTimeError:
+        except (OutOfTimeError, KeyboardInterrupt):
             console.print(
-                f"Stopped after {time.monotonic() - started:.0f} s with "
-                f"{waiting(units, file.rows)} of {len(units)} cases to go; run the same command "
-                "again to continue."
+                f"Stopped after {time.monotonic() - started:.0f} s; run the same command again to "
+                "continue."
             )
         rows = file.rows[before:]
     counts = Counter(str(row["status"]) for row in rows)
     summary = ", ".join(f"{count} {status}" for status, count in counts.items()) or "nothing new"
-    console.print(f"{out}: {summary}; {len(file.rows)} rows in all.")
+    console.print(
+        f"{out}: {summary}; {len(file.rows)} rows in all, "
+        f"{waiting(units, file.rows)} of {len(units)} cases to go."
+    )
     return rows
 
 

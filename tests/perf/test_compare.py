@@ -14,7 +14,6 @@ from perf.__main__ import app
 from perf.bench.cases import Case
 from perf.report import compare, schema, tables
 from perf.report import summary as report
-from perf.session import tune
 
 GPU = {"device": "cuda", "gpu": "NVIDIA H200", "cpu": "any", "threads": 8, "torch": "2"}
 CASE = Case(T=1024, B=16, I=256, H=256, dtype="bf16", fp32_mode="none", device="cuda")
@@ -202,7 +201,6 @@ def test_committed_rows_load_with_the_names_of_today(run, name):
     assert "torch, walk" in (RESULTS / run / "rows.jsonl").read_text()
     ours = perf.load(RESULTS / run / name).set_index("peer").loc["tritonrnn"]
     assert ours["plan"].eq("torch, in-place").all()
-    assert {tune.chosen_peer(plan, "cpu") for plan in ours["plan"]} == {"tritonrnn-torch"}
 
 
 def test_committed_runs_can_be_compared_and_reported(tmp_path):

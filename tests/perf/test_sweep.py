@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -188,8 +189,11 @@ def test_killed_sweep_goes_on_where_it_was(tmp_path):
     assert len({row["run_id"] for row in rows}) == 2
 
 
-def test_budget_stops_cleanly(tmp_path):
-    result = sweep(tmp_path, "--budget", "0s")
+@pytest.mark.parametrize("budget", ["0s", "9m"])
+def test_sweep_stops_cleanly(tmp_path, monkeypatch, budget):
+    if budget != "0s":
+        monkeypatch.setattr(Sweep, "_attempt", Mock(side_effect=KeyboardInterrupt))
+    result = sweep(tmp_path, "--budget", budget)
     assert result.exit_code == 0
     assert "2 of 2 cases to go" in result.output
 

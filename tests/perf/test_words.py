@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import wordfreq
 from torch import nn
 from torch.nn.utils.rnn import pad_packed_sequence
 from typer.testing import CliRunner
@@ -18,6 +17,7 @@ from perf.__main__ import app
 from perf.report import tables
 from perf.training import loss_curves, paired_training, word_lists
 
+wordfreq = pytest.importorskip("wordfreq")
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
 TOP = 400
