@@ -217,6 +217,17 @@ class Tuner:
                 # One launch a pass. More are for where torch's kernels can't serve.
                 candidates = [plan for plan in plans if plan.name != "stepwise"]
             candidates = candidates[:MAX_TRIALS]
+        return self.choose_among(candidates, call, plans, asked, may_try)
+
+    def choose_among(
+        self,
+        candidates: Sequence[LaunchPlan],
+        call: Call,
+        plans: Sequence[LaunchPlan],
+        asked: Mode,
+        may_try: bool,
+    ) -> Decision:
+        """Return the first of some of the plans that is right and not slower."""
         decision = self._look(call, plans, candidates, asked)
         if decision.missing is None or not may_try or not self.bench.may_try():
             return decision
