@@ -18,7 +18,7 @@ import tritonrnn
 from tests.support.imitation import PLANS, Imitation, imitate, on_launch, spoiled
 from tests.support.processes import run_alone
 from tritonrnn import autotune, validation
-from tritonrnn.autotune import timing, verification
+from tritonrnn.autotune import calls, tuner, verification
 from tritonrnn.kernels import launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="has a device of its own")
@@ -110,7 +110,7 @@ def test_slow_plan_yields_to_the_next_that_is_not(bench, verified):
 
 
 def test_at_most_three_plans_are_tried(bench, verified, monkeypatch):
-    monkeypatch.setattr(autotune, "MAX_TRIALS", 2)
+    monkeypatch.setattr(tuner, "MAX_TRIALS", 2)
     bench.us = {"resident": 200.0, "cooperative": 200.0}
     assert served(*a_call()) == "in-place"
     assert {kernel.plan for kernel in verified} == {"resident", "cooperative"}
@@ -129,7 +129,7 @@ def test_a_tie_is_tritons_in_this_process_only(bench, restart, verified):
 
 
 def test_one_class_of_shapes_is_timed_once(bench, verified, monkeypatch):
-    monkeypatch.setattr(timing, "MOST_STEPS", 4)
+    monkeypatch.setattr(calls, "MOST_STEPS", 4)
     module, _ = a_call()
     served(module, torch.randn(4, 7, 3))
     timed = len(bench.timed)
@@ -315,7 +315,7 @@ def test_ragged_batch_is_never_walked_in_torch_because_a_plan_is_refused(bench, 
 def test_ragged_batch_takes_the_plan_that_waits_where_it_is_faster(bench, verified, monkeypatch):
     bench.us = {"cooperative": 50.0, "stepwise": 100.0}
     monkeypatch.setattr(
-        autotune, "rank_plans", lambda *of: [p for p in rank_plans(*of) if p.name != "resident"]
+        tuner, "rank_plans", lambda *of: [p for p in rank_plans(*of) if p.name != "resident"]
     )
     module, x = a_call()
     arguments = {"reset": torch.zeros(4, 2, dtype=torch.bool)}
@@ -323,7 +323,7 @@ def test_ragged_batch_takes_the_plan_that_waits_where_it_is_faster(bench, verifi
     assert served(module, x, **arguments) == "cooperative"
 
 
-rank_plans = autotune.rank_plans
+rank_plans = tuner.rank_plans
 
 
 def test_no_trial_is_made_while_a_stream_is_captured(bench, verified):
@@ -383,7 +383,7 @@ def test_deterministic_mode_takes_many_launches_for_ragged_batches_only(
 ):
     monkeypatch.setenv("TRITONRNN_AUTOTUNE", "verify")
     monkeypatch.setattr(
-        autotune, "rank_plans", lambda *of: [p for p in rank_plans(*of) if p.name == "stepwise"]
+        tuner, "rank_plans", lambda *of: [p for p in rank_plans(*of) if p.name == "stepwise"]
     )
     module, x = a_call()
     assert served(module, x) == "in-place"
@@ -508,8 +508,8 @@ def test_trials_are_logged_with_their_seconds(bench, verified, caplog):
 def test_standing_record_is_not_looked_up_again(bench, verified, monkeypatch):
     module, x = a_call()
     served(module, x)
-    monkeypatch.setattr(autotune, "rank_plans", None)
-    monkeypatch.setattr(autotune, "_tuners", None)
+    monkeypatch.setattr(tuner, "rank_plans", None)
+    monkeypatch.setattr(tuner.Store, "get", None)
     assert served(module, x) == "resident"
 
 

@@ -21,8 +21,6 @@ from tritonrnn.paths import aten
 ROUNDS, LEAST_ROUNDS, LONGEST_US = 15, 5, 400_000.0
 # Of a sample: calls are repeated that are shorter.
 SAMPLE_US = 1000.0
-# Steps that are timed: a step costs what it costs.
-MOST_STEPS = 128
 
 Quartiles = tuple[float, float, float]
 
