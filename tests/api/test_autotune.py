@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -356,25 +357,39 @@ def test_compiled_program_makes_the_trial_when_it_runs(bench, verified):
     assert {kernel.epilogue for kernel in verified} == {"tanh", "tanh_grad"}
 
 
-@pytest.mark.parametrize("how", ["algorithms", "cudnn", "verify"])
-def test_deterministic_mode_times_nothing_and_ignores_times(how, bench, verified, monkeypatch):
-    module, x = a_call()
-    assert served(module, x) == "resident"
-    bench.us = {"resident": 200.0, "cooperative": 50.0}
-    slower = torch.randn(4, 3, 3)
-    assert served(module, slower) == "cooperative"
-    timed = len(bench.timed)
-    if how == "verify":
-        monkeypatch.setenv("TRITONRNN_AUTOTUNE", "verify")
-    elif how == "cudnn":
-        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    else:
-        torch.use_deterministic_algorithms(True)
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
     try:
-        assert served(module, slower) == "resident"
-        assert served(module, torch.randn(4, 7, 3)) == "resident"
+        yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def verify_only() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITONRNN_AUTOTUNE", "verify")
+        yield
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        deterministic_algorithms,
+        lambda: torch.backends.cudnn.flags(deterministic=True),
+        verify_only,
+    ],
+    ids=["algorithms", "cudnn", "verify"],
+)
+def test_deterministic_mode_times_nothing_and_ignores_times(mode, bench, verified):
+    module, x = a_call()
+    bench.us["resident"] = 200.0
+    assert served(module, x) == "cooperative"
+    timed = len(bench.timed)
+    with mode():
+        assert served(module, x) == "resident"
+        assert served(module, torch.randn(4, 7, 3)) == "resident"
     assert len(bench.timed) == timed
 
 

@@ -27,6 +27,7 @@ LEVELS = [
     {"autotune.calls", "autotune.timing"},
     {"autotune.verification"},
     {"autotune.bench"},
+    {"autotune.store"},
     {"autotune.records"},
     {"paths.aten"},
     {"paths.composite", "paths.onnx"},

@@ -2,7 +2,7 @@
 
 A plan serves a class of calls if its kernels compute the right numbers on this device
 (``verification.py``), and if it is not slower than torch's own path (``timing.py``). What a trial
-finds is remembered on disk (``records.py``), and decides (``tuner.py``).
+finds is remembered on disk (``records.py``, ``store.py``), and decides (``tuner.py``).
 
 Import this package only where Triton is to be used: the rest of tritonrnn works without it.
 """
@@ -17,7 +17,8 @@ import torch
 
 from tritonrnn.autotune.bench import Bench
 from tritonrnn.autotune.calls import Call
-from tritonrnn.autotune.records import Kernel, stored_rows
+from tritonrnn.autotune.records import Kernel
+from tritonrnn.autotune.store import stored_rows
 from tritonrnn.autotune.tuner import SERVING, Decision, Mode, Tuner
 from tritonrnn.kernels.cost import rank_plans
 from tritonrnn.kernels.devices import device_of

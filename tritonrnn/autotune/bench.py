@@ -11,7 +11,7 @@ import triton
 from torch.utils._python_dispatch import _disable_current_modes
 
 import tritonrnn.kernels
-from tritonrnn.autotune.records import source_digest
+from tritonrnn.autotune.store import source_digest
 from tritonrnn.kernels.devices import device_of
 
 

@@ -17,7 +17,8 @@ import torch
 from tritonrnn.autotune import timing, verification
 from tritonrnn.autotune.bench import Bench
 from tritonrnn.autotune.calls import Call
-from tritonrnn.autotune.records import Kernel, Key, Record, Store, log
+from tritonrnn.autotune.records import Kernel, Key, Record
+from tritonrnn.autotune.store import Store, log
 from tritonrnn.kernels.cost import rank_plans
 from tritonrnn.kernels.devices import device_of
 from tritonrnn.kernels.launch import is_plan_forced
