@@ -20,6 +20,7 @@ from tritonrnn.autotune.calls import Call
 from tritonrnn.autotune.records import Kernel
 from tritonrnn.autotune.store import stored_rows
 from tritonrnn.autotune.tuner import SERVING, Decision, Mode, Tuner
+from tritonrnn.autotune.tuner import standing as standing
 from tritonrnn.kernels.cost import rank_plans
 from tritonrnn.kernels.devices import device_of
 from tritonrnn.kernels.plan import LaunchPlan, Problem
@@ -28,24 +29,10 @@ from tritonrnn.kernels.plan import LaunchPlan, Problem
 BENCHES: dict[str, Callable[[torch.device], Bench]] = {"cuda": Bench}
 
 
-def decide(call: Call, *, forced: bool = False, may_try: bool = False) -> Decision:
-    """Decide what serves a call, after trials on its device where some are missing.
-
-    Args:
-        call: the call.
-        forced: whether torch's own path is out of the question, and no trial is to be made.
-        may_try: whether trials may be made here and now.
-
-    Raises:
-        RuntimeError: ``forced``, and every plan is known to be wrong or to fail here; or a trial
-            has left the device unusable for this process.
-        ValueError: TRITONRNN_AUTOTUNE is none of "on", "verify" and "off".
-    """
-    tuner = tuner_of(call.device)
-    if tuner is None:
-        plans = rank_plans(call.problem, device_of(call.device), call.training)
-        return Decision(plans[0], "the kernels have a plan for it.")
-    return tuner.serve(call, forced, mode(), may_try)
+# Read once: every call asks for it.
+_asked = os.environ.get("TRITONRNN_AUTOTUNE") or "on"
+if _asked not in get_args(Mode):
+    raise ValueError(f"TRITONRNN_AUTOTUNE: expected one of {get_args(Mode)}, got {_asked!r}")
 
 
 def mode() -> Mode:
@@ -53,14 +40,32 @@ def mode() -> Mode:
 
     A time is never the same twice, and so would a choice by it be, and the rounding of its plan.
     """
-    asked = os.environ.get("TRITONRNN_AUTOTUNE") or "on"
-    if asked not in get_args(Mode):
-        raise ValueError(f"TRITONRNN_AUTOTUNE: expected one of {get_args(Mode)}, got {asked!r}")
-    if asked == "on" and (
-        torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
-    ):
-        return "verify"
-    return asked  # type: ignore[return-value]
+    is_repeatable = (
+        torch.are_deterministic_algorithms_enabled() or torch._C._get_cudnn_deterministic()
+    )
+    return "verify" if is_repeatable and _asked == "on" else _asked  # type: ignore[return-value]
+
+
+def decide(call: Call, asked: Mode, *, forced: bool = False, may_try: bool = False) -> Decision:
+    """Decide what serves a call, after trials on its device where some are missing.
+
+    Args:
+        call: the call.
+        asked: the :func:`mode`.
+        forced: whether torch's own path is out of the question, and no trial is to be made.
+        may_try: whether trials may be made here and now.
+
+    Raises:
+        RuntimeError: ``forced``, and every plan is known to be wrong or to fail here; or a trial
+            has left the device unusable for this process.
+    """
+    tuner = tuner_of(call.device)
+    if tuner is not None and forced:
+        return tuner.first_possible(call)
+    plans = rank_plans(call.problem, device_of(call.device), call.training)
+    if tuner is None:
+        return Decision(plans[0], "the kernels have a plan for it.")
+    return tuner.decide(call, plans, asked, may_try)
 
 
 _tuners: dict[torch.device, Tuner] = {}

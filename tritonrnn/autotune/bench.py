@@ -88,6 +88,15 @@ class Bench:
                     torch.cuda.empty_cache()
 
 
+def is_traced() -> bool:
+    """Return whether a tracer sees each operator of this thread, and not what it computes."""
+    modes = torch._C._TorchDispatchModeKey
+    return torch._C._get_tracing_state() is not None or any(
+        torch._C._get_dispatch_mode(mode) is not None
+        for mode in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL)
+    )
+
+
 @contextmanager
 def neutral(device: torch.device) -> Iterator[None]:
     """Switch off, in this thread, every mode that a caller may have set.

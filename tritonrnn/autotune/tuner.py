@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from tritonrnn.autotune import timing, verification
-from tritonrnn.autotune.bench import Bench
+from tritonrnn.autotune.bench import Bench, is_traced
 from tritonrnn.autotune.calls import Call
 from tritonrnn.autotune.records import Kernel, Key, Record
 from tritonrnn.autotune.store import Store, log
@@ -33,7 +33,10 @@ SERVING = ("right", "faster", "tie")
 # What does not tell that a plan can't serve another process.
 PASSING = (torch.OutOfMemoryError, MemoryError, OSError)
 MOST_COMPILERS = 8
-MOST_DECISIONS = 4096
+
+# What ``dispatch`` made of decisions that no trial can change, by what it was asked: so that a call
+# for which all is known costs a look-up.
+standing: dict[Any, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -59,30 +62,17 @@ class Tuner:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.store = Store(bench.identity())
-        # By what they were made for, so that a call for which all is known costs a look-up.
-        self._decisions: dict[tuple[Call, bool, Mode], Decision] = {}
         # Trials of two threads would spoil each other's times. The second thread waits.
         self._lock = threading.Lock()
 
-    def serve(self, call: Call, forced: bool, asked: Mode, may_try: bool) -> Decision:
-        """Decide what serves a call, see :func:`tritonrnn.autotune.decide`."""
-        known = self._decisions.get((call, forced, asked))
-        if known is not None:
-            return known
-        plans = rank_plans(call.problem, device_of(call.device), call.training)
-        if forced:
-            decision = self._first_possible(call, plans)
-        else:
-            decision = self.decide(call, plans, asked, may_try)
-        if decision.missing is None:
-            if len(self._decisions) >= MOST_DECISIONS:
-                self._decisions.clear()
-            self._decisions[call, forced, asked] = decision
-        return decision
+    def first_possible(self, call: Call) -> Decision:
+        """Return the first plan that is not known to be wrong.
 
-    def _first_possible(self, call: Call, plans: Sequence[LaunchPlan]) -> Decision:
+        Raises:
+            RuntimeError: all are.
+        """
         refusals = []
-        for plan in plans:
+        for plan in rank_plans(call.problem, device_of(call.device), call.training):
             refusal = self._refusal(call, plan)
             if refusal is None:
                 return Decision(plan, "triton was asked for.")
@@ -123,7 +113,9 @@ class Tuner:
     ) -> Decision:
         """Return the first of some of the plans that is right and not slower."""
         decision = self._look(call, plans, candidates, asked)
-        if decision.missing is None or not may_try or is_plan_forced() or not self.bench.may_try():
+        if decision.missing is None or not may_try:
+            return decision
+        if is_plan_forced() or is_traced() or not self.bench.may_try():
             return decision
         # Within a backward pass this thread does not wait: the other one's trial may wait for it.
         if not self._lock.acquire(blocking=torch._C._current_graph_task_id() == -1):
@@ -141,8 +133,8 @@ class Tuner:
                         decision = self._look(call, plans, candidates, asked)
         finally:
             self._lock.release()
-            # They are from before there were these records.
-            self._decisions.clear()
+            # What was decided before there were these records.
+            standing.clear()
         # Last, as a warning may be an error to the caller.
         for record in wrong:
             warnings.warn(
