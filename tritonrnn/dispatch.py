@@ -164,12 +164,12 @@ def choose_now(
     # torch's own kernels are as fast as any for a single step, and on CUDA they are cuDNN's.
     is_aten = not ragged and (T == 1 or (device.type == "cuda" and T <= _MAX_STEPS_OF_CUDNN))
     path = "aten" if is_aten else "in-place"
+    if composite:
+        return _torchs_choice("composite", composite)
     if asked == "torch":
-        return _torchs_choice(
-            "composite" if composite else path, composite or "torch was asked for."
-        )
+        return _torchs_choice(path, "torch was asked for.")
     if obstacle:
-        return _torchs_choice("composite" if composite else path, obstacle)
+        return _torchs_choice(path, obstacle)
     # Imported only here: Triton may not be installed.
     from tritonrnn import autotune
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -19,7 +20,9 @@ import tritonrnn
 from tests.support.imitation import PLANS, Imitation, imitate, on_launch, spoiled
 from tests.support.processes import run_alone
 from tritonrnn import autotune, validation
-from tritonrnn.autotune import calls, tuner, verification
+from tritonrnn.autotune import calls, timing, tuner, verification
+from tritonrnn.autotune.bench import neutral
+from tritonrnn.autotune.records import Shapes
 from tritonrnn.kernels import launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="has a device of its own")
@@ -336,6 +339,35 @@ def test_seeds_that_rounding_decides_are_no_fault(seeds_that_fail, bench, monkey
     assert served(*a_call()) == "resident"
     # Two right ones are enough, of each of two batches.
     assert len(seen) == seeds_that_fail + 4
+
+
+SHAPES = Shapes(
+    "resident", "tanh", "fp32", False, 1, 5, mapped=False, hx=False, ragged=False, training=True,
+    T=4, B=2, I=4, L=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training": False},
+        {"G": 2, "L": 2, "hx": True},
+        {"mapped": True, "nonlinearity": "relu"},
+        {"mapped": True, "ragged": True, "G": 2},
+    ],
+    ids=str,
+)
+def test_paths_are_timed_on_the_same_call(change):
+    shapes = replace(SHAPES, **change)
+    with neutral(torch.device("cpu")):
+        stack = timing.Stack.draw(shapes, torch.device("cpu"))
+        expected = stack.runner("in-place")()
+        paths = ["stepwise"] if shapes.ragged else ["stepwise", "aten"]
+        for path in paths:
+            for got, value in zip(stack.runner(path)(), expected):
+                assert (value is not None) == (shapes.training or value is expected[0])
+                if value is not None:
+                    torch.testing.assert_close(got, value)
 
 
 # Where and when

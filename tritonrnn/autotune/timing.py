@@ -116,32 +116,36 @@ class Stack:
             normal(L * G, B, H),
         )
 
-    def runner(self, path: str) -> Callable[[], object]:
+    def runner(self, path: str) -> Callable[[], tuple[Tensor, Tensor | None]]:
         """Return a function that runs the call: forward, and backward in training.
+
+        It returns the output, and the gradient of the input in training.
 
         Args:
             path: "aten", "in-place" or the name of a plan.
         """
         if path == "aten":
-            return self._train_on_aten if self.shapes.training else self._run_aten
+            return self._run_aten
         backend = f"triton:{path}" if path in PLANS else "torch"
         return lambda: self._run_operators(backend)
 
-    def _run_aten(self) -> tuple[Tensor, Tensor]:
+    def _run_aten(self) -> tuple[Tensor, Tensor | None]:
         settings = self.layout, self.shapes.nonlinearity, self.shapes.G == 2
-        return aten.forward(self.input, self.hx, self.layers, self.seq_metadata, *settings)
-
-    def _train_on_aten(self) -> None:
         sources = [self.input, *(weight for layer in self.layers for weight in layer)]
         if self.hx is not None:
             sources.append(self.hx)
-        with torch.enable_grad():
+        with torch.set_grad_enabled(self.shapes.training):
             for source in sources:
-                source.requires_grad_()
-            results = self._run_aten()
-            torch.autograd.grad(results, sources, (self.grad_output, self.grad_h_n))
+                source.requires_grad_(self.shapes.training)
+            output, h_n = aten.forward(
+                self.input, self.hx, self.layers, self.seq_metadata, *settings
+            )
+            if not self.shapes.training:
+                return output, None
+            cotangents = self.grad_output, self.grad_h_n
+            return output, torch.autograd.grad((output, h_n), sources, cotangents)[0]
 
-    def _run_operators(self, backend: str) -> None:
+    def _run_operators(self, backend: str) -> tuple[Tensor, Tensor | None]:
         # The package's operators, by the names under which its upper layers register them.
         operators = torch.ops.tritonrnn
         G = self.shapes.G
@@ -153,10 +157,11 @@ class Stack:
             saved.append((data, h_0, weights, output))
             data = output
         if not self.shapes.training:
-            return
+            return data, None
         grad = self.grad_output
         for index, sources in reversed(list(enumerate(saved))):
             _, h_0, weights, _ = sources
             needs = [True, h_0 is not None, *[True] * len(weights)]
             grad_h_n = self.grad_h_n[index * G : (index + 1) * G]
             grad, *_ = operators.elman_backward(grad, grad_h_n, *sources, *settings, needs)
+        return data, grad
