@@ -326,6 +326,15 @@ def test_error_share_is_1_at_twice_the_mean_and_four_times_the_largest_error():
     assert verification.error_share(exact + rounding, exact, exact, 2**-8) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_tf32_is_held_to_tf32(plan, bench):
+    """Also where torch's own products take fp32, as they do here."""
+    kernel = autotune.Kernel(plan, "tanh", "fp32", True, 1, 37, mapped=True, v_0=True)
+    is_right, why, error = verification.verify(kernel, bench)
+    assert is_right, why
+    assert error > 0.1
+
+
 @pytest.mark.parametrize("seeds_that_fail", [1, 2])
 def test_seeds_that_rounding_decides_are_no_fault(seeds_that_fail, bench, monkeypatch):
     """One unit of relu that rounding moves across 0 changes a gradient by more than it does."""

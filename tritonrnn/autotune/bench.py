@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -84,8 +84,10 @@ class Bench:
                 with neutral(self.device):
                     yield
             finally:
-                if torch.cuda.memory_reserved(self.device) > reserved:
-                    torch.cuda.empty_cache()
+                # A fault that has left the device unusable is raised already.
+                with suppress(RuntimeError):
+                    if torch.cuda.memory_reserved(self.device) > reserved:
+                        torch.cuda.empty_cache()
 
 
 def is_traced() -> bool:
@@ -109,6 +111,7 @@ def neutral(device: torch.device) -> Iterator[None]:
         modes.enter_context(_disable_current_modes())
         # Among the modes of this kind is torch's default device.
         modes.enter_context(torch._C.DisableTorchFunction())
+        # It brings autograd back, too, which an operator has left out.
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.no_grad())
         for kind in {device.type, "cpu"}:
