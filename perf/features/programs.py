@@ -129,8 +129,8 @@ def _opcheck(side: Side) -> str | None:
     for weight in weights:
         weight.requires_grad_()
     torch.library.opcheck(
-        torch.ops.tritonrnn.elman.default,
-        (data, hx, weights, None, None, "time_major", "tanh", False, "auto"),
+        torch.ops.tritonrnn.elman.with_reserve,
+        (data, hx, weights, None, None, "time_major", "tanh", False, "torch", True),
     )
     return None
 
