@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonrnn
+from tests.support.cudnn import imitated_kernels
 from tests.support.imitation import PLANS, Imitation, imitate, on_launch, spoiled
 from tests.support.processes import run_alone
 from tritonrnn import autotune, validation
@@ -24,6 +25,7 @@ from tritonrnn.autotune import calls, timing, tuner, verification
 from tritonrnn.autotune.bench import neutral
 from tritonrnn.autotune.records import Shapes
 from tritonrnn.kernels import launch
+from tritonrnn.paths import aten
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="has a device of its own")
 
@@ -366,17 +368,23 @@ SHAPES = Shapes(
     ],
     ids=str,
 )
-def test_paths_are_timed_on_the_same_call(change):
+def test_paths_are_timed_on_the_same_call(change, monkeypatch):
     shapes = replace(SHAPES, **change)
-    with neutral(torch.device("cpu")):
+    with neutral(torch.device("cpu")), imitated_kernels("_cudnn_rnn") as cudnn:
         stack = timing.Stack.draw(shapes, torch.device("cpu"))
         expected = stack.runner("in-place")()
-        paths = ["stepwise"] if shapes.ragged else ["stepwise", "aten"]
-        for path in paths:
-            for got, value in zip(stack.runner(path)(), expected):
-                assert (value is not None) == (shapes.training or value is expected[0])
-                if value is not None:
-                    torch.testing.assert_close(got, value)
+        found = [stack.runner("stepwise")()]
+        if not shapes.ragged:
+            found.append(stack.runner("aten")())
+            assert cudnn.backwards == 0
+            monkeypatch.setattr(aten, "has_reserve", lambda input: True)
+            found.append(stack.runner("aten")())
+            assert cudnn.backwards == shapes.training
+    for output, grad_input in found:
+        torch.testing.assert_close(output, expected[0])
+        assert (grad_input is not None) == shapes.training
+        if shapes.training:
+            torch.testing.assert_close(grad_input, expected[1])
 
 
 # Where and when

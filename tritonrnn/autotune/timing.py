@@ -130,20 +130,31 @@ class Stack:
         return lambda: self._run_operators(backend)
 
     def _run_aten(self) -> tuple[Tensor, Tensor | None]:
-        settings = self.layout, self.shapes.nonlinearity, self.shapes.G == 2
-        sources = [self.input, *(weight for layer in self.layers for weight in layer)]
-        if self.hx is not None:
-            sources.append(self.hx)
-        with torch.set_grad_enabled(self.shapes.training):
-            for source in sources:
-                source.requires_grad_(self.shapes.training)
-            output, h_n = aten.forward(
-                self.input, self.hx, self.layers, self.seq_metadata, *settings
-            )
-            if not self.shapes.training:
-                return output, None
-            cotangents = self.grad_output, self.grad_h_n
-            return output, torch.autograd.grad((output, h_n), sources, cotangents)[0]
+        settings = self.seq_metadata, self.layout, self.shapes.nonlinearity, self.shapes.G == 2
+        if not self.shapes.training:
+            return aten.forward(self.input, self.hx, self.layers, *settings)[0], None
+        weights = [weight for layer in self.layers for weight in layer]
+        sources = [tensor for tensor in (self.input, self.hx, *weights) if tensor is not None]
+        if not aten.has_reserve(self.input):
+            with torch.enable_grad():
+                for source in sources:
+                    source.requires_grad_()
+                results = aten.forward(self.input, self.hx, self.layers, *settings)
+                cotangents = self.grad_output, self.grad_h_n
+                grad, *_ = torch.autograd.grad(results, sources, cotangents)
+            return results[0], grad
+        # Not by autograd, which would call the hooks that the caller has set.
+        call = self.input, self.hx, weights, *settings
+        L = self.shapes.L
+        output, _, *kept = aten.forward_with_reserve(*call, num_layers=L)
+        grad, *_ = aten.backward_with_reserve(
+            (self.grad_output, self.grad_h_n),
+            (output, *kept),
+            [True, self.hx is not None, *[True] * len(weights)],
+            *call,
+            num_layers=L,
+        )
+        return output, grad
 
     def _run_operators(self, backend: str) -> tuple[Tensor, Tensor | None]:
         # The package's operators, by the names under which its upper layers register them.
