@@ -429,11 +429,13 @@ def test_no_trial_is_made_while_a_stream_is_captured(bench, verified):
     assert served(module, x) == "resident"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_no_trial_is_made_for_a_tracer(bench, verified):
     module, x = a_call()
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         module(torch.randn(4, 2, 3))
     torch.fx.experimental.proxy_tensor.make_fx(lambda x: module(x)[0])(x)
+    torch.jit.trace(module, (x,), check_trace=False)
     torch.func.vmap(lambda x: module(x)[0])(x[None])
     module.to("meta")(x.to("meta"))
     assert rows() == []
