@@ -189,6 +189,7 @@ def test_spoiled_kernel_is_warned_of_once_and_never_serves(bench, restart, monke
     (warning,) = caught
     assert "the plan resident computes wrong numbers" in str(warning.message)
     assert "on Imitation" in str(warning.message)
+    assert "for tanh, fp32, G=1 H=5." in str(warning.message)
     assert "tritonrnn.trials()" in str(warning.message)
     for _ in range(2):
         launched.clear()

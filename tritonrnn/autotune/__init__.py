@@ -110,4 +110,5 @@ def first_possible(
 
 def trials() -> list[dict[str, Any]]:
     """Return all records as rows, see :func:`tritonrnn.trials`."""
-    return [*stored_rows(), *(row for tuner in _tuners.values() for row in tuner.store.rows())]
+    found = [*stored_rows(), *(row for tuner in _tuners.values() for row in tuner.store.rows())]
+    return sorted(found, key=lambda row: row["when"])

@@ -138,8 +138,8 @@ class Tuner:
         # Last, as a warning may be an error to the caller.
         for record in wrong:
             warnings.warn(
-                f"tritonrnn: {record.cause}, on {self.store.device['name']}. This plan will not "
-                "be used here. Please report this, with the rows of tritonrnn.trials()",
+                f"tritonrnn: on {self.store.device['name']}, {record.cause} for {record.key}. It "
+                "will not serve there. Please report this, with the rows of tritonrnn.trials()",
                 RuntimeWarning,
                 stacklevel=2,
             )
