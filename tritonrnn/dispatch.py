@@ -163,46 +163,61 @@ def choose_now(
         raise RuntimeError(f"the triton back end can't serve this call: {obstacle}")
     # On CUDA torch's own kernels are cuDNN's, which take any number of steps up to a limit.
     limit = _MAX_STEPS_OF_CUDNN if device.type == "cuda" else (FEWEST_STEPS[needs_grad] - 1) // G
-    is_aten = not ragged and T <= max(limit, 1)
-    torch_path = "aten" if is_aten else "in-place"
-    record = None
-    if asked != "torch" and not obstacle:
-        # Imported only here: Triton may not be installed.
-        from tritonrnn import autotune
-
-        call = autotune.Call(
-            device,
-            dtype,
-            rounds_to_tf32(device, dtype),
-            T,
-            B,
-            I,
-            G,
-            H,
-            L,
-            nonlinearity,
-            mapped or ragged,
-            ragged or T > _MAX_STEPS_OF_CUDNN,
-            hx,
-            needs_grad,
-            torch_path,
-        )
-        decision = autotune.decide(
-            call, forced=asked == "triton", may_try=may_try and not _is_traced()
-        )
-        if decision.plan is not None:
-            return Choice("triton", decision.plan, decision.reason, decision.record)
-        obstacle, record = decision.reason, decision.record
+    path = "aten" if not ragged and T <= max(limit, 1) else "in-place"
     if composite:
-        return Choice("torch", "composite", composite)
-    reason = "torch was asked for." if asked == "torch" else obstacle
-    return _torchs_choice(torch_path, reason or "", record)
+        return _torchs_choice("composite", composite)
+    if asked == "torch":
+        return _torchs_choice(path, "torch was asked for.")
+    if obstacle:
+        return _torchs_choice(path, obstacle)
+    # Imported only here: Triton may not be installed.
+    from tritonrnn import autotune
+
+    tf32 = rounds_to_tf32(device, dtype)
+    mode = autotune.mode()
+    key = (
+        *(asked, device, dtype, T, B, I, G, H, L, nonlinearity, mapped, ragged, hx, needs_grad),
+        *(tf32, mode),
+    )
+    known: Choice | None = autotune.standing.get(key)
+    if known is not None:
+        return known
+    call = autotune.Call(
+        device,
+        dtype,
+        tf32,
+        T=T,
+        B=B,
+        I=I,
+        G=G,
+        H=H,
+        L=L,
+        nonlinearity=nonlinearity,
+        mapped=mapped or ragged,
+        ragged=ragged or T > _MAX_STEPS_OF_CUDNN,
+        hx=hx,
+        training=needs_grad,
+        torch_path=path,
+    )
+    decision = autotune.decide(call, mode, forced=asked == "triton", may_try=may_try)
+    if decision.plan is None:
+        choice = Choice("torch", path, decision.reason, decision.record)
+    else:
+        choice = Choice("triton", decision.plan, decision.reason, decision.record)
+    if decision.missing is None:
+        if len(autotune.standing) >= _MOST_STANDING:
+            autotune.standing.clear()
+        autotune.standing[key] = choice
+    return choice
+
+
+_MOST_STANDING = 4096
 
 
 # Made once: on a CPU most calls have one of two.
 @functools.lru_cache(maxsize=64)
-def _torchs_choice(path: str, reason: str, record: Record | None) -> Choice:
-    return Choice("torch", path, reason, record)
+def _torchs_choice(path: str, reason: str) -> Choice:
+    return Choice("torch", path, reason)
 
 
 def asked_where_sizes_decide(device: torch.device, dtype: torch.dtype) -> Backend | None:
@@ -265,15 +280,6 @@ def _by_first_plan(
     )
     return launch.recurrence(
         a, v_0, M, aux, layout, epilogue=epilogue, reverse=reverse, tf32=tf32, plan=plan, **ends
-    )
-
-
-def _is_traced() -> bool:
-    """Return whether a tracer sees every operator of this thread, and not what it computes."""
-    modes = torch._C._TorchDispatchModeKey
-    return torch._C._get_tracing_state() is not None or any(
-        torch._C._get_dispatch_mode(mode) is not None
-        for mode in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL)
     )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -91,12 +92,25 @@ def elman(
     sources = input, hx, weights, seq_metadata, reset
     needs_grad = torch.is_grad_enabled()
     if not _is_eager(input, hx, *weights):
-        # torch.jit.trace compares a trace with another one, made without gradients.
-        may_need_grad = backend != "auto" or needs_grad or torch.jit.is_tracing()
-        return _elman(*sources, *settings, may_need_grad)[:2]
+        if torch.jit.is_tracing():
+            # torch.jit.trace compares a trace with another one, made without gradients.
+            return _elman_of_trace(*sources, *settings, True)[:2]
+        return _elman(*sources, *settings, backend != "auto" or needs_grad)[:2]
     if needs_grad and any(x is not None and x.requires_grad for x in (input, hx, *weights)):
         return _Elman.apply(*settings, input, hx, seq_metadata, reset, *weights)[:2]
     return _elman_kernel(*sources, *settings, needs_grad)[:2]
+
+
+def _elman_of_trace(*arguments: Any) -> Any:
+    """Run while ``torch.jit.trace`` records, which the operator's kernel can't see."""
+    token = _is_of_trace.set(True)
+    try:
+        return _elman(*arguments)
+    finally:
+        _is_of_trace.reset(token)
+
+
+_is_of_trace: ContextVar[bool] = ContextVar("tritonrnn_is_of_trace", default=False)
 
 
 def _is_eager(*tensors: Tensor | None) -> bool:
@@ -223,7 +237,7 @@ def _elman_kernel(
                 nonlinearity,
                 bidirectional,
                 needs_grad,
-                may_try=True,
+                may_try=not _is_of_trace.get(),
             )
             if backend == "aten" and needs_grad and not aten.has_reserve(input):
                 # Without a graph, torch's kernels leave nothing for a backward pass of their own.

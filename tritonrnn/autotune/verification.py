@@ -142,22 +142,27 @@ def _error(kernel: Kernel, sample: Sample, got: Tensor) -> float:
 
 def torchs_result(kernel: Kernel, sample: Sample, dtype: torch.dtype) -> Tensor:
     """Return the torch path's result, computed in ``dtype``."""
-    a = sample.a.to(dtype, copy=True)
-    v_0 = sample.v_0
-    if v_0 is not None:
-        v_0 = v_0.to(torch.promote_types(dtype, v_0.dtype))
-    aux = None if sample.aux is None else sample.aux.to(dtype)
+    a, M, v_0, aux = sample.a.to(dtype, copy=True), sample.M.to(dtype), sample.v_0, sample.aux
+    if kernel.tf32 and dtype == torch.float32:
+        # torch's products may use TF32, and for some sizes they do not.
+        M = _round_to_tf32(M)
     with products_as_in_rnn(a.device, dtype):
         inplace.recurrence(
             a,
-            v_0,
-            sample.M.to(dtype),
-            aux,
+            None if v_0 is None else v_0.to(torch.promote_types(dtype, v_0.dtype)),
+            M,
+            None if aux is None else aux.to(dtype),
             sample.layout,
             epilogue=kernel.epilogue,
             reverse=_reverse(kernel),
         )
     return a
+
+
+def _round_to_tf32(x: Tensor) -> Tensor:
+    """Round to 10 fraction bits of 23."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + (1 << 12)) & -(1 << 13)).view(torch.float32)
 
 
 def _run(kernel: Kernel, sample: Sample) -> tuple[Tensor, Tensor] | None:

@@ -198,6 +198,11 @@ def forced_plan(name: str) -> Iterator[None]:
         _forced = before
 
 
+def is_plan_forced() -> bool:
+    """Return whether :func:`forced_plan` holds."""
+    return _forced is not None
+
+
 def problem_of(a: Tensor, layout: SequenceLayout, *, G: int, epilogue: str, tf32: bool) -> Problem:
     """Return what a plan needs to know of a call."""
     H = a.shape[1] // G

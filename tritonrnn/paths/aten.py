@@ -88,16 +88,21 @@ def has_reserve(input: Tensor) -> bool:
 
 
 def forward_with_reserve(
-    input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], *settings: Any
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *settings: Any,
+    num_layers: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run one layer where :func:`has_reserve`, without a graph.
+    """Run a stack of layers where :func:`has_reserve`, without a graph.
 
-    Takes the arguments of :func:`tritonrnn.ops.elman`, but no reset and no back end.
+    Takes the arguments of :func:`tritonrnn.ops.elman`, but no reset and no back end, and of
+    ``num_layers`` the weights and initial states one after the other.
 
     Returns:
         ``output``, ``h_n``, the reserve, and the buffer in which the kernels have the weights.
     """
-    arguments, is_transposed = _arguments(input, hx, weights, *settings)
+    arguments, is_transposed = _arguments(input, hx, weights, num_layers, *settings)
     with _ignoring_scattered_weights():
         if torch.version.hip is None:
             results = torch.ops.aten._cudnn_rnn(**arguments, weight_buf=None)
@@ -117,6 +122,7 @@ def backward_with_reserve(
     hx: Tensor | None,
     weights: Sequence[Tensor],
     *settings: Any,
+    num_layers: int = 1,
 ) -> list[Tensor]:
     """Differentiate :func:`forward_with_reserve`.
 
@@ -124,12 +130,12 @@ def backward_with_reserve(
         cotangents: of ``output`` and ``h_n``, not both None.
         kept: ``output``, the reserve and the buffer of the weights.
         needs: for ``input``, ``hx`` and each of ``weights`` whether its gradient is wanted.
-        input, hx, weights, settings: as given to :func:`forward_with_reserve`.
+        input, hx, weights, settings, num_layers: as given to :func:`forward_with_reserve`.
 
     Returns:
         The gradients that are wanted.
     """
-    arguments, is_transposed = _arguments(input, hx, weights, *settings)
+    arguments, is_transposed = _arguments(input, hx, weights, num_layers, *settings)
     (grad_output, grad_h_n), (output, reserve, weight_buf) = cotangents, kept
     if is_transposed:
         output = output.transpose(0, 1)
@@ -160,28 +166,29 @@ def _arguments(
     input: Tensor,
     hx: Tensor | None,
     weights: Sequence[Tensor],
+    num_layers: int,
     seq_metadata: Tensor | None,
     layout: str,
     nonlinearity: str,
     bidirectional: bool,
 ) -> tuple[dict[str, Any], bool]:
     """Return what both passes of the kernels take, and whether the input was transposed for it."""
-    G, H = 2 if bidirectional else 1, weights[1].shape[0]
+    groups, H = num_layers * (2 if bidirectional else 1), weights[1].shape[0]
     is_transposed = layout == "batch_major"
     if is_transposed:
         input = input.transpose(0, 1)
     batch_sizes = [] if seq_metadata is None else seq_metadata.tolist()
     if hx is None:
-        hx = input.new_zeros(G, batch_sizes[0] if batch_sizes else input.shape[1], H)
+        hx = input.new_zeros(groups, batch_sizes[0] if batch_sizes else input.shape[1], H)
     arguments = {
         "input": input,
         "weight": list(weights),
-        "weight_stride0": len(weights) // G,
+        "weight_stride0": len(weights) // groups,
         "hx": hx.contiguous(),
         "cx": None,
         "mode": ["relu", "tanh"].index(nonlinearity),
         "hidden_size": H,
-        "num_layers": 1,
+        "num_layers": num_layers,
         "batch_first": False,
         "dropout": 0.0,
         "train": True,
