@@ -144,6 +144,8 @@ class Measurement:
             runner = peers.find(name).build(self._case, module, self._workload)
             with runner.context():
                 results = runner.results(self._workload, trains=trains)
+                with torch.set_grad_enabled(trains):
+                    plan = runner.plan()
             error = self._check.error(results, trains)
         except Exception as exception:
             raise_if_gpu_is_lost(exception)
@@ -154,7 +156,7 @@ class Measurement:
             "max_rel_err": error,
             "tolerance": tolerance,
             "compile_s": time.perf_counter() - started,
-            "plan": runner.plan or None,
+            "plan": plan or None,
         }
         if not error <= tolerance:
             columns |= {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -34,20 +35,20 @@ class Ours(Peer):
         return None
 
     def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
-        """Convert the module, and ask for the plan that will serve it."""
+        """Convert the module."""
         ours = tritonrnn.convert(module)
         assert isinstance(ours, tritonrnn.RNN)
-        with self._context():
+
+        def plan() -> str:
             choice = tritonrnn.explain(ours, workload.input_of(workload.tokens))
+            return f"{choice.backend}, {choice.plan}"
+
         return Runner(
             lambda tokens: workload.run(ours, tokens),
             list(ours.parameters()),
-            plan=self._plan(choice),
+            plan=plan,
             context=self._context,
         )
-
-    def _plan(self, choice: tritonrnn.Explanation) -> str:
-        return f"{choice.backend}, {choice.plan}"
 
 
 class Forced(Ours):
@@ -61,8 +62,10 @@ class Forced(Ours):
         """Return None on a GPU; a launch raises if the plan does not fit."""
         return None if case.on_gpu else "the interpreter is not timed"
 
-    def _plan(self, choice: tritonrnn.Explanation) -> str:
-        return f"triton, {self._forced} (forced)"
+    def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
+        """Convert the module."""
+        runner = super().build(case, module, workload)
+        return replace(runner, plan=lambda: f"triton, {self._forced} (forced)")
 
 
 @contextmanager

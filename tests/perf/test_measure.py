@@ -24,6 +24,7 @@ from perf.peers import PEERS, find
 from perf.peers.loops import WrittenOut
 from perf.peers.ours import forced_plan
 from perf.peers.peer import Runner
+from tests.support.imitation import imitate
 from tests.support.recurrence import PLANS_HERE
 from tritonrnn.kernels.plan import PLANS
 
@@ -99,6 +100,14 @@ def measure_case(case: Case, *names: str) -> dict[tuple[str, str], Row]:
     modes = dict.fromkeys(("infer", "fwdbwd"), names)
     Measurement(case, settings, None, begin=begin, emit=rows.append).run(modes)
     return {(str(row["peer"]), str(row["mode"])): row for row in rows}
+
+
+@pytest.mark.slow
+def test_row_names_the_plan_that_its_own_run_has_tried(tmp_path, monkeypatch):
+    imitate(tmp_path, monkeypatch, {"resident": 50.0})
+    rows = measure_case(Case(T=2, B=2, I=3, H=4), "tritonrnn")
+    for mode in ("infer", "fwdbwd"):
+        assert rows["tritonrnn", mode]["plan"].startswith("triton, resident")
 
 
 def test_jagged_batch_is_checked_and_timed_where_it_is_taken(monkeypatch):
