@@ -1,13 +1,27 @@
 """Parse the command line, ``python -m perf``; each command imports what it needs when it runs."""
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
+
+from perf.options import (
+    Budget,
+    Device,
+    KeptIn,
+    Out,
+    Rounds,
+    Run,
+    Seconds,
+    Seed,
+    Size,
+    Threads,
+    names,
+    refused,
+)
+from perf.training.commands import adding, words
 
 app = typer.Typer(
     help="Measure tritonrnn against its peers. Run from a checkout, with the extra 'perf'.",
@@ -15,57 +29,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Rounds = Annotated[int, typer.Option(min=1, help="Samples of each peer.")]
-Seconds = Annotated[float, typer.Option(min=0.0, help="Shortest time of a sample.")]
-Threads = Annotated[int, typer.Option(min=0, help="Threads of torch on the CPU; 0: its choice.")]
-Seed = Annotated[int, typer.Option(help="Seed of the inputs, the weights and the order.")]
-
-
-def _device(name: str) -> str:
-    """Return the name of a device after checking that it exists."""
-    if name == "cpu":
-        return name
-    # Imported here, so that --help does not wait for torch.
-    import torch
-
-    if not re.fullmatch(r"cuda(:\d+)?", name):
-        raise typer.BadParameter(f"Expected cpu, cuda or cuda:1, got {name!r}")
-    if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise typer.BadParameter(f"There is no {name}: torch {torch.__version__} sees {found} GPUs")
-    return name
-
-
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...", callback=_device)]
-Out = Annotated[
-    Path, typer.Option(file_okay=False, help="Folder for the results; what it holds is not rerun.")
-]
-KeptIn = Annotated[
-    Path | None,
-    typer.Option(file_okay=False, help="Folder for the results; what it holds is kept."),
-]
-Budget = Annotated[str, typer.Option(help="Stop after 90s, 9m or 2h; resume later.")]
-Run = Annotated[Path, typer.Argument(exists=True, help="A folder of a run, or its rows.")]
-Size = Annotated[
-    str | None,
-    typer.Option(help="Integers: 1,16 or 64:1024:x2 or 10:50:+10. In place of the preset's."),
-]
-
-
-def _names(axis: str, names: str) -> typer.models.OptionInfo:
-    return typer.Option(
-        f"--{axis}", help=f"Any of {names}; after commas, in place of the preset's."
-    )
-
-
-@contextmanager
-def _refused() -> Iterator[None]:
-    """Show an argument that can't be used as typer shows one that can't be parsed."""
-    try:
-        yield
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def _exit_code(rows: Iterable[Mapping[str, object]]) -> int:
@@ -87,14 +50,14 @@ def run(
     H: Size = None,
     layers: Size = None,
     directions: Size = None,
-    mode: Annotated[str | None, _names("mode", "infer, fwd, bwd, fwdbwd")] = None,
-    dtype: Annotated[str | None, _names("dtype", "fp32, bf16, fp16, fp64")] = None,
-    fp32_mode: Annotated[str | None, _names("fp32-mode", "tf32, ieee")] = None,
-    layout: Annotated[str | None, _names("layout", "padded, packed, jagged")] = None,
+    mode: Annotated[str | None, names("mode", "infer, fwd, bwd, fwdbwd")] = None,
+    dtype: Annotated[str | None, names("dtype", "fp32, bf16, fp16, fp64")] = None,
+    fp32_mode: Annotated[str | None, names("fp32-mode", "tf32, ieee")] = None,
+    layout: Annotated[str | None, names("layout", "padded, packed, jagged")] = None,
     lengths: Annotated[
-        str | None, _names("lengths", "equal, linear, uniform, words, lognormal")
+        str | None, names("lengths", "equal, linear, uniform, words, lognormal")
     ] = None,
-    nonlinearity: Annotated[str | None, _names("nonlinearity", "tanh, relu")] = None,
+    nonlinearity: Annotated[str | None, names("nonlinearity", "tanh, relu")] = None,
     rounds: Rounds = 20,
     seconds: Seconds = 0.05,
     max_seconds: Annotated[float, typer.Option(help="Most time for a case and mode.")] = 60.0,
@@ -120,10 +83,10 @@ def run(
     axes = {"T": T, "B": B, "I": I, "H": H, "layers": layers, "directions": directions}
     axes |= {"mode": mode, "dtype": dtype, "fp32_mode": fp32_mode, "layout": layout}
     axes |= {"lengths": lengths, "nonlinearity": nonlinearity}
-    names = [name for name in peer_names.split(",") if name]
-    with _refused():
+    peers = [name for name in peer_names.split(",") if name]
+    with refused():
         rows = run(
-            presets.units(preset, axes, names, device),
+            presets.units(preset, axes, peers, device),
             out,
             Settings(rounds, seconds, max_seconds, threads, seed),
             device=device,
@@ -155,7 +118,7 @@ def cpu(
 
     settings = Settings(rounds, seconds, threads=threads, seed=seed)
     units = presets.units("cpu", {}, ("nn_aten", "nn_again", "tritonrnn"), "cpu")
-    with TemporaryDirectory() as scratch, _refused():
+    with TemporaryDirectory() as scratch, refused():
         folder = out or Path(scratch)
         rows = run(units, folder, settings, device="cpu", timeout_s=300.0)
         typer.echo("\n\n".join(summary.speedups(tables.load(folder))))
@@ -211,10 +174,10 @@ def accept(
     from perf.session import accept as session
     from perf.session import tune
 
-    names = [name.strip() for name in again.split(",") if name]
-    with _refused():
+    repeated = [name.strip() for name in again.split(",") if name]
+    with refused():
         records = session.accept(
-            out, device, presets.seconds(budget), pieces or session.PIECES, names, archive
+            out, device, presets.seconds(budget), pieces or session.PIECES, repeated, archive
         )
     typer.echo(f"{tune.summary(tune.read(out))}\n\n{session.table(records)}")
     if any(record.status not in session.FINAL for record in records.values()):
@@ -239,7 +202,7 @@ def tune(
     """
     from perf.session import tune
 
-    with _refused():
+    with refused():
         trials, beside = tune.run(out, preset, device, plan)
     typer.echo(f"{tune.summary(trials)}\n\n{tune.verdict(beside)}")
     if not beside.empty:
@@ -319,45 +282,6 @@ def schema() -> None:
 
 
 @app.command()
-def words(
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training words.")] = 3,
-    hidden: Annotated[int, typer.Option(min=1, help="Hidden units of each direction.")] = 128,
-    device: Device = "cpu",
-    out: KeptIn = None,
-    try_words: Annotated[
-        str, typer.Option("--try", help="Words of your own to classify at the end.")
-    ] = "",
-    seed: Annotated[int, typer.Option(help="Seed of the split, the weights and the batches.")] = 0,
-    top: Annotated[
-        int, typer.Option(min=20, help="How far down each language's word list to go.")
-    ] = 9_200,
-) -> None:
-    """Learn a word's language from its spelling, with torch.nn.RNN and with tritonrnn.
-
-    A bidirectional RNN reads the letters of 87,000 words of 14 languages, in packed batches. It is
-    trained on the same batches from the same seed with torch.nn.RNN, with tritonrnn.RNN, and with
-    a twin of torch.nn.RNN that starts one unit in the last place away: the drift between the twins
-    shows how much of a difference between the loss curves is rounding.
-
-    Exits with 1 when the loss curves of torch.nn.RNN and tritonrnn.RNN disagree.
-    """
-    import torch
-
-    from perf.training.words import run
-
-    agrees = run(
-        epochs=epochs,
-        hidden_size=hidden,
-        device=torch.device(device),
-        out=out,
-        own_words=try_words.split(),
-        seed=seed,
-        top=top,
-    )
-    raise typer.Exit(0 if agrees else 1)
-
-
-@app.command()
 def static(
     arch: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942.")] = "sm_90",
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file, too.")] = None,
@@ -368,42 +292,11 @@ def static(
     """Compile every plan for a GPU that need not be there, and show what the compiler made."""
     from perf.compile import static
 
-    with _refused():
+    with refused():
         rows = static.run(arch, dtype, plan, size)
     typer.echo(rows.to_string(index=False))
     if json is not None:
         rows.assign(**static.versions(arch)).to_json(json, orient="records", lines=True)
-
-
-@app.command()
-def adding(
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1_000,
-    T: Annotated[int, typer.Option("--T", min=2, help="Steps of a sequence.")] = 50,
-    hidden: Annotated[int, typer.Option(min=1, help="Hidden units.")] = 64,
-    threads: Threads = 0,
-    device: Device = "cpu",
-    out: KeptIn = None,
-    seed: Seed = 0,
-) -> None:
-    """Learn to add two marked numbers far apart, with torch.nn.RNN and with tritonrnn.
-
-    A relu RNN that starts at the identity (Le, Jaitly & Hinton 2015, arXiv:1504.00941) reads T
-    numbers, two of them marked, and outputs their sum. It is trained as in ``words``: on the same
-    batches with torch.nn.RNN, tritonrnn.RNN and a perturbed twin of torch.nn.RNN. With --out, the
-    learning curves are drawn there as well.
-
-    Exits with 1 when the loss curves of torch.nn.RNN and tritonrnn.RNN disagree.
-    """
-    import torch
-
-    from perf.training.adding import run
-
-    if threads:
-        torch.set_num_threads(threads)
-    agrees = run(
-        steps=steps, T=T, hidden_size=hidden, device=torch.device(device), out=out, seed=seed
-    )
-    raise typer.Exit(0 if agrees else 1)
 
 
 @app.command()
@@ -428,6 +321,9 @@ def features(
     typer.echo(outcomes.markdown(differences))
     raise typer.Exit(0 if outcomes.are_as_said else 1)
 
+
+app.command()(words)
+app.command()(adding)
 
 if __name__ == "__main__":
     app(prog_name="python -m perf")

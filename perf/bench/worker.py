@@ -20,7 +20,7 @@ from perf.bench.failures import Row, failure
 from perf.bench.measure import Measurement, Settings
 from perf.roofline.model import GPU
 
-# Unset, so that Triton's interpreter is never timed and each peer chooses its own back end.
+# Not for workers: Triton's interpreter is never timed, and each peer chooses its own back end.
 UNSET = ("TRITON_INTERPRET", "TRITONRNN_BACKEND")
 
 
@@ -66,8 +66,6 @@ def serve(pipe: Connection, request: Request) -> None:
     output = os.open(request.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(output, stream.fileno())
-    for name in UNSET:
-        os.environ.pop(name, None)
     if request.settings.threads:
         torch.set_num_threads(request.settings.threads)
     columns: Row = {"status": "error", "error": "the worker left it out"}
@@ -98,7 +96,10 @@ def worker(request: Request) -> Iterator[tuple[Connection, BaseProcess]]:
     context = get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=serve, args=(sending, request))
+    # Before it starts, because tritonrnn and Triton read them when they are imported.
+    unset = {name: os.environ.pop(name) for name in UNSET if name in os.environ}
     process.start()
+    os.environ.update(unset)
     sending.close()
     try:
         yield receiving, process

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perf.bench.oracle import assert_as_accurate
 from tests.support.distributed import Tagger, Training, train, train_in_two
 from tests.support.implementations import implementations
+from tests.support.oracle import assert_as_accurate
 
 pytestmark = pytest.mark.slow
 

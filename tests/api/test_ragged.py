@@ -14,9 +14,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import tritonrnn
-from perf.bench.oracle import assert_as_accurate, elman
 from tests.support.cases import DTYPE_NAMES, assert_same_results
 from tests.support.implementations import implementations
+from tests.support.oracle import assert_as_accurate, elman
 
 pytestmark = [
     pytest.mark.usefixtures("torch_back_end"),

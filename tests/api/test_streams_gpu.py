@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import tritonrnn
-from perf.bench.oracle import assert_as_accurate
 from tests.support.cases import Case, assert_accurate_over, exact, plain, run
 from tests.support.implementations import implementations
+from tests.support.oracle import assert_as_accurate
 
 pytestmark = [
     pytest.mark.gpu,

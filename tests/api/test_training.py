@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from perf.bench.oracle import assert_as_accurate
 from tests.support.cases import DTYPE_NAMES, Case, assert_same_results, plain, run, with_gradients
 from tests.support.implementations import implementations
+from tests.support.oracle import assert_as_accurate
 
 pytestmark = [
     # cuDNN warns of weights that torch.nn.RNN no longer keeps in one buffer.

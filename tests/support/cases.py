@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonrnn
-from perf.bench.oracle import assert_as_accurate, elman
+from tests.support.oracle import assert_as_accurate, elman
 
 DTYPE_NAMES = {
     torch.float64: "fp64",
