@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import nn
 
 import tritonrnn
@@ -59,8 +60,17 @@ class Forced(Ours):
         self._forced = plan
 
     def supports(self, case: Case) -> str | None:
-        """Return None on a GPU; a launch raises if the plan does not fit."""
-        return None if case.on_gpu else "the interpreter is not timed"
+        """Return why the plan does not run a case, forward and backward, or None if it does."""
+        if not case.on_gpu:
+            return "the interpreter is not timed"
+        from tritonrnn.kernels import cost, devices, plan
+
+        sizes = case.T, case.B, case.directions, case.H
+        is_tf32 = case.fp32_mode == "tf32"
+        problem = plan.Problem(*sizes, case.dtype, is_tf32, case.nonlinearity)
+        device = devices.device_of(torch.device(case.device))
+        fitting = cost.rank_plans(problem, device, training=True)
+        return None if self._forced in [one.name for one in fitting] else "it does not fit"
 
     def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
         """Convert the module."""
