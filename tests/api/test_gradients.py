@@ -159,9 +159,10 @@ def test_backward_keeps_input_and_output_of_each_layer_only(case, measure, imple
     assert grown <= more_tokens * (case.I + case.L * case.D * case.H) * 4 + row_maps
 
 
+@pytest.mark.parametrize("lengths", [False, True], ids=["padded", "lengths"])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("D", [1, 2])
-def test_infinite_output_of_one_sequence_stays_out_of_the_next(batch_first, D):
+def test_infinite_output_of_one_sequence_stays_out_of_the_next(batch_first, D, lengths):
     """The last output of the first sequence overflows; it is no step's previous state."""
     data = torch.ones(2, 3, 1)
     data[0, -1], data[1, 0] = torch.inf, torch.inf
@@ -171,7 +172,12 @@ def test_infinite_output_of_one_sequence_stays_out_of_the_next(batch_first, D):
         module = module_class(1, 1, 1, "relu", False, batch_first, bidirectional=D == 2)
         for name, parameter in module.named_parameters():
             torch.nn.init.constant_(parameter, float("ih" in name))
-        output, _ = module(data)
+        input, given = data, {}
+        if lengths and module_class is tritonrnn.RNN:
+            # Padding behind each sequence.
+            input = torch.cat([data, torch.full_like(data, torch.nan)], 1 if batch_first else 0)
+            given["lengths"] = torch.tensor([3, 3])
+        output, _ = module(input, **given)
         output[output.isfinite()].sum().backward()
         gradients.append([parameter.grad for parameter in module.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0], equal_nan=True)

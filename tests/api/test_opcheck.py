@@ -12,7 +12,11 @@ from tests.support.cases import Case
 from tests.support.implementations import implementations
 from tests.support.operators import OperatorCall
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    # The reserve tells of any other back end by a shape that no tracer can know.
+    pytest.mark.usefixtures("torch_back_end"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 CALLS = [
     OperatorCall(
@@ -24,6 +28,7 @@ CALLS = [
     )
     for layout, D, nonlinearity, hx, backend, *ragged in [
         ("time_major", 1, "tanh", False, "torch"),
+        ("time_major", 2, "tanh", True, "auto"),
         ("time_major", 2, "relu", True, "torch", "lengths"),
         ("time_major", 2, "relu", True, "triton"),
         ("batch_major", 2, "tanh", True, "torch"),
@@ -47,11 +52,11 @@ CALLS = [
 )
 def test_elman_passes_opcheck(call, implementation):
     call = replace(call, case=implementation.of(call.case))
-    opcheck(torch.ops.tritonrnn.elman.default, call.forward(requires_grad=True))
+    opcheck(torch.ops.tritonrnn.elman.with_reserve, call.forward(requires_grad=True))
 
 
 def test_elman_passes_opcheck_where_nothing_is_trained():
-    opcheck(torch.ops.tritonrnn.elman.default, CALLS[0].forward())
+    opcheck(torch.ops.tritonrnn.elman.with_reserve, CALLS[0].forward())
 
 
 @pytest.mark.slow

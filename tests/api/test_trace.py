@@ -66,7 +66,7 @@ def test_traced_model_chooses_its_back_end_when_it_runs():
     with torch.no_grad():
         traced = torch.jit.trace(rnn, torch.randn(4, 2, 3))
     (call,) = (node for node in traced.graph.nodes() if node.kind() == "tritonrnn::elman")
-    assert [*call.inputs()][-1].toIValue() == "auto"
+    assert [*call.inputs()][-2].toIValue() == "auto"
 
 
 class Called(torch.nn.Module):
