@@ -133,12 +133,20 @@ def calibrate(
         typer.Option(file_okay=False, help="Takes calibration.json, for runs with the same --out."),
     ] = None,
 ) -> None:
-    """Measure the constants of the roofline model, and show them beside the published ones."""
+    """Measure the constants of the roofline model, and show them beside the published ones.
+
+    Exits with 1 when one could not be measured on a GPU.
+    """
     import torch
 
     from perf.roofline import calibrate
 
-    typer.echo(calibrate.run(torch.device(device), out).to_markdown(index=False, floatfmt=".4g"))
+    table = calibrate.run(torch.device(device), out)
+    typer.echo(table.to_markdown(index=False, floatfmt=".4g"))
+    missing = table.loc[table["not measured because"].notna(), "constant"]
+    counted = f"{table['measured'].count()} constants measured"
+    typer.echo(f"\n{counted}; missing: {', '.join(missing) or 'none'}.")
+    raise typer.Exit(int(device != "cpu" and not missing.empty))
 
 
 @app.command()

@@ -141,11 +141,11 @@ class Measurement:
         module = module.to(self._case.device, DTYPES[self._case.dtype])
         started = time.perf_counter()
         try:
-            # A plan may depend on whether a gradient may be wanted.
-            with torch.set_grad_enabled(trains):
-                runner = peers.find(name).build(self._case, module, self._workload)
+            runner = peers.find(name).build(self._case, module, self._workload)
             with runner.context():
                 results = runner.results(self._workload, trains=trains)
+                with torch.set_grad_enabled(trains):
+                    plan = runner.plan()
             error = self._check.error(results, trains)
         except Exception as exception:
             raise_if_gpu_is_lost(exception)
@@ -156,7 +156,7 @@ class Measurement:
             "max_rel_err": error,
             "tolerance": tolerance,
             "compile_s": time.perf_counter() - started,
-            "plan": runner.plan or None,
+            "plan": plan or None,
         }
         if not error <= tolerance:
             columns |= {

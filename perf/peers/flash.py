@@ -81,7 +81,7 @@ class FlashRNN(Peer):
             shape = (-1, case.B, case.H)
             return output.reshape(shape), final.reshape(shape)
 
-        return Runner(forward, parameters, plan=self._backend)
+        return Runner(forward, parameters, plan=lambda: self._backend)
 
 
 def find_nvcc() -> str | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import nn
 
 import tritonrnn
@@ -34,20 +36,20 @@ class Ours(Peer):
         return None
 
     def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
-        """Convert the module, and ask for the plan that will serve it."""
+        """Convert the module."""
         ours = tritonrnn.convert(module)
         assert isinstance(ours, tritonrnn.RNN)
-        with self._context():
+
+        def plan() -> str:
             choice = tritonrnn.explain(ours, workload.input_of(workload.tokens))
+            return f"{choice.backend}, {choice.plan}"
+
         return Runner(
             lambda tokens: workload.run(ours, tokens),
             list(ours.parameters()),
-            plan=self._plan(choice),
+            plan=plan,
             context=self._context,
         )
-
-    def _plan(self, choice: tritonrnn.Explanation) -> str:
-        return f"{choice.backend}, {choice.plan}"
 
 
 class Forced(Ours):
@@ -58,11 +60,22 @@ class Forced(Ours):
         self._forced = plan
 
     def supports(self, case: Case) -> str | None:
-        """Return None on a GPU; a launch raises if the plan does not fit."""
-        return None if case.on_gpu else "the interpreter is not timed"
+        """Return why the plan does not run a case, forward and backward, or None if it does."""
+        if not case.on_gpu:
+            return "the interpreter is not timed"
+        from tritonrnn.kernels import cost, devices, plan
 
-    def _plan(self, choice: tritonrnn.Explanation) -> str:
-        return f"triton, {self._forced} (forced)"
+        sizes = case.T, case.B, case.directions, case.H
+        is_tf32 = case.fp32_mode == "tf32"
+        problem = plan.Problem(*sizes, case.dtype, is_tf32, case.nonlinearity)
+        device = devices.device_of(torch.device(case.device))
+        fitting = cost.rank_plans(problem, device, training=True)
+        return None if self._forced in [one.name for one in fitting] else "it does not fit"
+
+    def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
+        """Convert the module."""
+        runner = super().build(case, module, workload)
+        return replace(runner, plan=lambda: f"triton, {self._forced} (forced)")
 
 
 @contextmanager

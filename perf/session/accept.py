@@ -105,14 +105,19 @@ def steps(out: Path, device: str) -> list[Step]:
     def add(piece: str, name: str, command: str, unavailable: str | None = None) -> None:
         found.append(Step(piece, name, tuple(shlex.split(command)), LIMITS_S[piece], unavailable))
 
+    def test(name: str, arguments: str, unavailable: str | None = None) -> None:
+        # When they are repeated, those that failed come first.
+        cache = shlex.quote(f"cache_dir={out / 'pytest' / name}")
+        # Warnings of versions that are not pinned here are no failures.
+        options = f"--tb=short --maxfail=20 -W default::DeprecationWarning --ff -o {cache}"
+        add("right", name, f"{python} -m pytest {options} {arguments}", unavailable)
+
     on_gpu = device != "cpu"
     needs_gpu = None if on_gpu else "it needs a GPU"
     python, to = shlex.quote(sys.executable), f"--device {device} --out {shlex.quote(str(out))}"
 
     # The kernels compile for this GPU, side by side, and their results are right.
     launches = f"{python} -m perf.session.launches"
-    # Warnings of versions that are not pinned here are no failures.
-    pytest = f"{python} -m pytest --tb=short --maxfail=20 -W default::DeprecationWarning"
     padded, packed = ("headline", "packed") if on_gpu else ("smoke", "smoke")
     tune = f"{python} -m perf tune {to} --preset {padded}"
     for plan in PLANS:
@@ -121,12 +126,11 @@ def steps(out: Path, device: str) -> list[Step]:
         trials = f"env TRITONRNN_AUTOTUNE=verify {tune} --plan {plan}"
         add("right", f"trials {plan}", trials, needs_gpu)
     for plan in (*PLANS, f"not ({' or '.join(PLANS)})"):
-        name = f"tests {plan if plan in PLANS else 'of all plans'}"
-        add("right", name, f"{pytest} {KERNEL_TESTS} -k '{plan}'")
+        test(f"tests {plan if plan in PLANS else 'of all plans'}", f"{KERNEL_TESTS} -k '{plan}'")
     for path in sorted((environment.CHECKOUT / "tests").glob("*/test_*.py")):
         if "mark.gpu" in path.read_text():
-            tests = f"{pytest} {path.relative_to(environment.CHECKOUT)} -m gpu"
-            add("right", f"gpu {path.stem.removeprefix('test_')}", tests, needs_gpu)
+            arguments = f"{path.relative_to(environment.CHECKOUT)} -m gpu"
+            test(f"gpu {path.stem.removeprefix('test_')}", arguments, needs_gpu)
 
     # Neither an access out of bounds nor a race. Without a cache of memory, what lies beyond a
     # tensor belongs to no other tensor.

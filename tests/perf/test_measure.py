@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 from typing import ClassVar
@@ -24,7 +25,9 @@ from perf.peers import PEERS, find
 from perf.peers.loops import WrittenOut
 from perf.peers.ours import forced_plan
 from perf.peers.peer import Runner
+from tests.support.imitation import imitate
 from tests.support.recurrence import PLANS_HERE
+from tritonrnn.kernels import devices
 from tritonrnn.kernels.plan import PLANS
 
 TINY = Case(T=8, B=4, I=2, H=3)
@@ -99,6 +102,14 @@ def measure_case(case: Case, *names: str) -> dict[tuple[str, str], Row]:
     modes = dict.fromkeys(("infer", "fwdbwd"), names)
     Measurement(case, settings, None, begin=begin, emit=rows.append).run(modes)
     return {(str(row["peer"]), str(row["mode"])): row for row in rows}
+
+
+@pytest.mark.slow
+def test_row_names_the_plan_that_its_own_run_has_tried(tmp_path, monkeypatch):
+    imitate(tmp_path, monkeypatch, {"resident": 50.0})
+    rows = measure_case(Case(T=2, B=2, I=3, H=4), "tritonrnn")
+    for mode in ("infer", "fwdbwd"):
+        assert rows["tritonrnn", mode]["plan"].startswith("triton, resident")
 
 
 def test_jagged_batch_is_checked_and_timed_where_it_is_taken(monkeypatch):
@@ -387,16 +398,21 @@ def test_event_clock_times_each_call_alone_with_a_cold_cache(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_peers_decline_what_they_cannot_do(device):
-    padded = Case(T=5, B=3, I=2, H=4, device=device)
+def test_peers_decline_what_they_cannot_do(device, monkeypatch):
+    monkeypatch.setattr(devices, "device_of", lambda device: devices.DEVICES["sm_90"])
+    sizes = {"T": 5, "B": 3, "I": 2, "H": 4, "dtype": "bf16", "fp32_mode": "none"}
+    padded = Case(**sizes, device=device)
     declined = {name for name, peer in PEERS.items() if peer.supports(padded)}
     flash = {"flashrnn", "flashrnn-alternating"}
     on_gpu = {"nn_cudnn", "nn_no_cudnn", "loop_graphed"}
     on_gpu |= {f"tritonrnn-{plan}" for plan in PLANS}
     assert declined == (on_gpu if device == "cpu" else {"nn_aten"}) | flash
-    jagged = Case(T=5, B=3, I=2, H=4, device=device, layout="jagged")
+    jagged = replace(padded, layout="jagged")
     takers = {name for name, peer in PEERS.items() if not peer.supports(jagged)}
     assert takers == {name for name in PEERS if name.startswith("tritonrnn")} - declined
+    large = replace(padded, H=2048)
+    assert bool(PEERS["tritonrnn-resident"].supports(large))
+    assert bool(PEERS["tritonrnn-stepwise"].supports(large)) == (device == "cpu")
 
 
 def test_long_loops_are_not_compiled():

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from perf.__main__ import app
 from perf.bench.cases import Case
 from perf.roofline import calibrate
 from perf.roofline import model as roofline
@@ -199,6 +201,13 @@ def test_calibration_on_a_cpu_names_what_does_not_apply(monkeypatch, tmp_path):
         assert math.isnan(table["measured"][constant])
         assert "a CPU" in table["not measured because"][constant]
     assert table["published"].isna().all()
+    # On a GPU, where all apply, the command fails.
+    monkeypatch.setattr(calibrate, "run", lambda device, out: table.reset_index())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device, exit_code in (("cpu", 0), ("cuda", 1)):
+        result = CliRunner().invoke(app, ["calibrate", "--device", device])
+        assert result.exit_code == exit_code
+        assert "; missing: chain_clk, " in result.output
 
 
 def test_calibration_measures_what_the_model_uses():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import tritonrnn
 from perf.__main__ import app
 from perf.bench import presets
 from perf.session import tune
@@ -44,9 +46,14 @@ def test_tuning_tries_every_plan_once_and_shows_what_the_choice_loses(tmp_path, 
     assert beside["serves"].eq("resident").all()
     assert beside["regret"].tolist() == pytest.approx([90 / 50 - 1] * 2, rel=0.1)
     assert "80.0 % longer than the best in the geometric mean over 2 classes" in result.output
-    # All are remembered.
+    # All are remembered, and are those that the calls themselves would make.
     timed = len(bench.timed)
     assert invoke("--out", tmp_path).exit_code == 0
+    for trains in (False, True):
+        module, input = tritonrnn.RNN(4, 8), torch.randn(8, 3, 4)
+        with torch.set_grad_enabled(trains):
+            module(input)
+            assert tritonrnn.explain(module, input).plan.startswith("resident")
     assert len(bench.timed) == timed
 
 
