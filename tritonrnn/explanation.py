@@ -112,13 +112,13 @@ def trials() -> list[dict[str, Any]]:
     (``TRITON_CACHE_DIR``); remove that folder to have everything tried again.
 
     Returns:
-        Rows with ``kind``, ``verdict``, what was tried (``plan``, sizes, ...), ``reason``,
-        ``error`` (the largest, as a share of what is allowed), quartiles of the time of a call in
-        microseconds (``plan_us_p25``, ..., ``other_us_p75``, the latter of what ``against`` names),
-        ``seconds`` that the trial took, where and when (``host``, ``pid``, ``when`` in seconds
-        since 1970), and what the record depends on (``device_name``, ..., ``device_source``). A
-        verdict of "started" is a trial that runs, or has ended its process. No rows where Triton is
-        not installed.
+        Rows in the order of time, with ``kind``, ``verdict``, what was tried (``plan``, sizes,
+        ...), ``reason``, and ``seconds`` that the trial took, where and when (``host``, ``pid``,
+        ``when`` in seconds since 1970). Of a kernel ``error``, the largest, as a share of what is
+        allowed; of a time ``against``, and the quartiles of a call in microseconds by the plan and
+        by that (``plan_us_p25``, ..., ``other_us_p75``). Then what the record depends on:
+        ``device_name``, ..., ``device_source``. A verdict of "started" is a trial that runs, or has
+        ended its process. No rows where Triton is not installed.
     """
     if find_spec("triton") is None:
         return []

@@ -23,7 +23,8 @@ class Runner:
     Attributes:
         forward: Takes the tokens, returns the output, or its rows, and ``h_n``.
         parameters: In the order of ``nn.RNN``; they get gradients.
-        plan: The plan by which it runs the case.
+        plan: Returns the plan by which it runs the case. It is asked after a run, which may have
+            made trials, and as that ran: in the context, with or without gradients.
         context: Switches that are set during the calls, forward and backward. It is entered for
             each sample, not for each call, because entering takes time.
         uncaptured: Does the same as ``forward``, if that replays a CUDA graph.
@@ -31,7 +32,7 @@ class Runner:
 
     forward: Forward
     parameters: list[Tensor]
-    plan: str = ""
+    plan: Callable[[], str] = str
     context: Callable[[], AbstractContextManager[object]] = nullcontext
     uncaptured: Forward | None = None
 
@@ -58,7 +59,7 @@ class Peer(ABC):
         compiles: Whether its kernels are compiled at first use, and then kept on disk.
     """
 
-    name: ClassVar[str]
+    name: str
     compiles: ClassVar[bool] = False
 
     @abstractmethod
@@ -75,8 +76,3 @@ class Peer(ABC):
                 peer may keep it and change it.
             workload: The input, in the same dtype and on the same device.
         """
-
-
-def jagged(case: Case) -> str | None:
-    """Return why most peers decline a jagged case."""
-    return "it takes no nested tensors" if case.layout == "jagged" else None

@@ -1,8 +1,11 @@
 """What surrounds a launch on the host."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 
+from tests.support.recurrence import LAYOUTS, make_case
 from tritonrnn.kernels import launch
 from tritonrnn.kernels.devices import DEVICES
 from tritonrnn.kernels.plan import Problem, cooperative_plan
@@ -27,3 +30,23 @@ def test_check_barrier_has_a_message_that_cuda_takes(monkeypatch):
         plan = cooperative_plan(problem, DEVICES["sm_90"])
         launch.check_barrier(torch.ones(1, 1), plan)
     assert max(map(len, messages)) < 255
+
+
+def test_wait_in_vain_in_a_trial_raises_here_and_soon(monkeypatch):
+    """Counters begin too low, so that every program waits for one addition more than there is."""
+    make = launch.barrier_counters
+
+    def too_low(*arguments):
+        counters = make(*arguments)
+        counters[1:] -= 1
+        return counters
+
+    case = make_case(LAYOUTS["packed"], 5, "tanh")
+    right = case.run("cooperative")
+    with launch.trial():
+        assert torch.equal(case.run("cooperative"), right)
+    monkeypatch.setattr(launch, "barrier_counters", too_low)
+    monkeypatch.setattr(launch, "MAX_SPINS", None)
+    monkeypatch.setattr(launch, "MAX_SPINS_IN_TRIAL", 3)
+    with pytest.raises(launch.BarrierTimeoutError), launch.trial():
+        case.run("cooperative")

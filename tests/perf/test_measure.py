@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 from typing import ClassVar
@@ -13,16 +14,20 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import tritonrnn
-from perf.bench import memory, timing
+from perf.bench import memory, telemetry, timing
 from perf.bench.cases import LENGTHS, Case, Workload
-from perf.bench.measure import Measurement, Row, Settings, failure, gpu_is_lost, make_job
+from perf.bench.check import max_relative_error
+from perf.bench.failures import Row, failure, raise_if_gpu_is_lost
+from perf.bench.measure import Measurement, Settings, make_job
 from perf.bench.switches import cudnn_off, set_precision
 from perf.bench.timing import EventClock, Job, WallClock, time_in_rounds
 from perf.peers import PEERS, find
 from perf.peers.loops import WrittenOut
 from perf.peers.ours import forced_plan
 from perf.peers.peer import Runner
+from tests.support.imitation import imitate
 from tests.support.recurrence import PLANS_HERE
+from tritonrnn.kernels import devices
 from tritonrnn.kernels.plan import PLANS
 
 TINY = Case(T=8, B=4, I=2, H=3)
@@ -99,6 +104,14 @@ def measure_case(case: Case, *names: str) -> dict[tuple[str, str], Row]:
     return {(str(row["peer"]), str(row["mode"])): row for row in rows}
 
 
+@pytest.mark.slow
+def test_row_names_the_plan_that_its_own_run_has_tried(tmp_path, monkeypatch):
+    imitate(tmp_path, monkeypatch, {"resident": 50.0})
+    rows = measure_case(Case(T=2, B=2, I=3, H=4), "tritonrnn")
+    for mode in ("infer", "fwdbwd"):
+        assert rows["tritonrnn", mode]["plan"].startswith("triton, resident")
+
+
 def test_jagged_batch_is_checked_and_timed_where_it_is_taken(monkeypatch):
     case = Case(T=5, B=3, I=2, H=4, directions=2, layout="jagged", lengths="linear")
     take_nested(monkeypatch)
@@ -109,7 +122,7 @@ def test_jagged_batch_is_checked_and_timed_where_it_is_taken(monkeypatch):
         assert rows["tritonrnn-torch", mode].get("error") is None
         # There is nothing to be faster than.
         assert "speedup_vs_nn" not in rows["tritonrnn-torch", mode]
-    # Its tolerance is of nn.RNN on the same batch, packed.
+    # Its tolerance is that of nn.RNN on the same batch, packed.
     assert rows["tritonrnn-torch", "infer"]["tolerance"] >= 8 * 2.0**-23
 
 
@@ -239,6 +252,45 @@ def test_peers_compute_what_float64_does(name, nonlinearity, layout):
     assert len(runner.results(workload, trains=True)) == 2 + 1 + 16
 
 
+def test_largest_error_shows_one_wrong_element():
+    exact = [torch.ones(3, dtype=torch.float64)]
+    assert max_relative_error([torch.ones(4)], exact) == float("inf")
+    assert max_relative_error([torch.full((3,), torch.nan)], exact) == float("inf")
+    assert max_relative_error([torch.tensor([1.0, 1.0, 1.5])], exact) == 0.5
+
+
+def test_twice_the_error_of_nn_is_allowed_whichever_peers_run(monkeypatch):
+    case = Case(T=5, B=3, I=2, H=4)
+    alone = measure_case(case, "tritonrnn-torch")["tritonrnn-torch", "infer"]
+    beside = measure_case(case, "nn_aten", "tritonrnn-torch")
+    assert alone["tolerance"] == beside["nn_aten", "infer"]["tolerance"]
+    forward = nn.RNN.forward
+
+    def coarse(rnn, *arguments):
+        output, h_n = forward(rnn, *arguments)
+        return (output, h_n) if output.dtype == torch.float64 else (output, 1.01 * h_n)
+
+    monkeypatch.setattr(nn.RNN, "forward", coarse)
+    allowed = measure_case(case, "tritonrnn-torch")["tritonrnn-torch", "infer"]["tolerance"]
+    largest = measure_case(case, "nn_aten")["nn_aten", "infer"]["max_rel_err"]
+    assert allowed == pytest.approx(2 * largest)
+    assert largest > 1e-3
+
+
+def test_rounding_is_allowed_where_nn_cannot_run_the_case(monkeypatch):
+    forward = nn.RNN.forward
+
+    def refuse(rnn, input, *arguments):
+        if input.dtype == torch.float32:
+            raise NotImplementedError
+        return forward(rnn, input, *arguments)
+
+    monkeypatch.setattr(nn.RNN, "forward", refuse)
+    rows = measure_case(Case(T=5, B=3, I=2, H=4), "loop")
+    assert rows["loop", "infer"]["tolerance"] == 8 * 2.0**-23
+    assert rows["loop", "infer"]["status"] == "ok"
+
+
 @pytest.mark.parametrize(
     ("dtype", "fp32_mode", "eps"),
     [("fp32", "ieee", 2.0**-23), ("fp32", "tf32", 2.0**-10), ("bf16", "none", 2.0**-7)],
@@ -253,17 +305,35 @@ def test_not_implemented_is_unsupported_and_not_an_error():
     assert failure(RuntimeError("bad"))["status"] == "error"
 
 
-def test_gpu_is_lost_only_if_it_says_so(monkeypatch):
-    assert not gpu_is_lost()
+def test_error_is_raised_again_only_if_the_gpu_is_lost(monkeypatch):
+    raised = ArithmeticError("no good")
+    raise_if_gpu_is_lost(raised)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert not gpu_is_lost()
+    raise_if_gpu_is_lost(raised)
 
     def fault() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", fault)
-    assert gpu_is_lost()
+    with pytest.raises(ArithmeticError):
+        raise_if_gpu_is_lost(raised)
+
+
+def test_sensors_that_fail_are_left_out(monkeypatch):
+    def fails(device: torch.device) -> float:
+        raise RuntimeError("no such sensor")
+
+    readings = iter([10.0, 30.0, 20.0])
+    sensors = {"sm_MHz": lambda device: next(readings), "power_W": fails}
+    monkeypatch.setattr(telemetry, "SENSORS", sensors)
+    on_gpu = telemetry.Telemetry(torch.device("cuda"))
+    for _ in range(3):
+        on_gpu.sample()
+    assert on_gpu.columns() == {"sm_MHz": 20.0}
+    on_cpu = telemetry.Telemetry(torch.device("cpu"))
+    on_cpu.sample()
+    assert on_cpu.columns() == {}
 
 
 @pytest.fixture
@@ -328,16 +398,21 @@ def test_event_clock_times_each_call_alone_with_a_cold_cache(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_peers_decline_what_they_cannot_do(device):
-    padded = Case(T=5, B=3, I=2, H=4, device=device)
+def test_peers_decline_what_they_cannot_do(device, monkeypatch):
+    monkeypatch.setattr(devices, "device_of", lambda device: devices.DEVICES["sm_90"])
+    sizes = {"T": 5, "B": 3, "I": 2, "H": 4, "dtype": "bf16", "fp32_mode": "none"}
+    padded = Case(**sizes, device=device)
     declined = {name for name, peer in PEERS.items() if peer.supports(padded)}
     flash = {"flashrnn", "flashrnn-alternating"}
     on_gpu = {"nn_cudnn", "nn_no_cudnn", "loop_graphed"}
     on_gpu |= {f"tritonrnn-{plan}" for plan in PLANS}
     assert declined == (on_gpu if device == "cpu" else {"nn_aten"}) | flash
-    jagged = Case(T=5, B=3, I=2, H=4, device=device, layout="jagged")
+    jagged = replace(padded, layout="jagged")
     takers = {name for name, peer in PEERS.items() if not peer.supports(jagged)}
     assert takers == {name for name in PEERS if name.startswith("tritonrnn")} - declined
+    large = replace(padded, H=2048)
+    assert bool(PEERS["tritonrnn-resident"].supports(large))
+    assert bool(PEERS["tritonrnn-stepwise"].supports(large)) == (device == "cpu")
 
 
 def test_long_loops_are_not_compiled():

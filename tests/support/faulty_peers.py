@@ -103,4 +103,4 @@ class Interpreted(Loop):
 
     def build(self, case, module, workload):
         plan = os.environ.get("TRITON_INTERPRET", "not set")
-        return replace(super().build(case, module, workload), plan=plan)
+        return replace(super().build(case, module, workload), plan=lambda: plan)

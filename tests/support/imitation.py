@@ -77,7 +77,8 @@ def imitate(folder: Path, patch: Any, us: dict[str, float] | None = None) -> Imi
     patch.setenv("TRITON_CACHE_DIR", str(folder))
     patch.setattr(autotune, "BENCHES", {"cpu": lambda device: bench})
     patch.setattr(autotune, "_tuners", {})
-    patch.setattr(autotune, "_decisions", {})
+    patch.setattr(autotune, "_asked", "on")
+    autotune.standing.clear()
     return bench
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ import triton
 from torch.utils._python_dispatch import _disable_current_modes
 
 import tritonrnn.kernels
-from tritonrnn.autotune.records import source_digest
+from tritonrnn.autotune.store import source_digest
 from tritonrnn.kernels.devices import device_of
 
 
@@ -84,8 +84,19 @@ class Bench:
                 with neutral(self.device):
                     yield
             finally:
-                if torch.cuda.memory_reserved(self.device) > reserved:
-                    torch.cuda.empty_cache()
+                # A fault that has left the device unusable is raised already.
+                with suppress(RuntimeError):
+                    if torch.cuda.memory_reserved(self.device) > reserved:
+                        torch.cuda.empty_cache()
+
+
+def is_traced() -> bool:
+    """Return whether a tracer sees each operator of this thread, and not what it computes."""
+    modes = torch._C._TorchDispatchModeKey
+    return torch._C._get_tracing_state() is not None or any(
+        torch._C._get_dispatch_mode(mode) is not None
+        for mode in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL)
+    )
 
 
 @contextmanager
@@ -100,6 +111,7 @@ def neutral(device: torch.device) -> Iterator[None]:
         modes.enter_context(_disable_current_modes())
         # Among the modes of this kind is torch's default device.
         modes.enter_context(torch._C.DisableTorchFunction())
+        # It brings autograd back, too, which an operator has left out.
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.no_grad())
         for kind in {device.type, "cpu"}:

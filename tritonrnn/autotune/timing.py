@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,20 +10,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tritonrnn import layer
 from tritonrnn.autotune.bench import Bench
 from tritonrnn.autotune.records import Shapes
 from tritonrnn.autotune.verification import DTYPES
 from tritonrnn.kernels import launch
-from tritonrnn.kernels.plan import PLANS
+from tritonrnn.layer import Recurrence
 from tritonrnn.memo import take
-from tritonrnn.paths import aten
+from tritonrnn.paths import aten, inplace
+from tritonrnn.precision import products_as_in_rnn
+from tritonrnn.ragged import rows_of
 
 # Rounds of one sample of each, as many as fit the time, and at least a few.
 ROUNDS, LEAST_ROUNDS, LONGEST_US = 15, 5, 400_000.0
 # Of a sample: calls are repeated that are shorter.
 SAMPLE_US = 1000.0
-# Steps that are timed: a step costs what it costs.
-MOST_STEPS = 128
 
 Quartiles = tuple[float, float, float]
 
@@ -104,8 +106,8 @@ class Stack:
                 seq_metadata = take((lengths > steps[:, None]).sum(1))
                 lead, layout = (int(lengths.sum()),), "packed"
         layers = []
-        for layer in range(L):
-            shapes_of_weights = [(H, G * H if layer else I), (H, H), (H,), (H,)] * G
+        for index in range(L):
+            shapes_of_weights = [(H, G * H if index else I), (H, H), (H,), (H,)] * G
             layers.append([normal(*shape, scale=0.5 * H**-0.5) for shape in shapes_of_weights])
         return cls(
             shapes,
@@ -118,47 +120,70 @@ class Stack:
             normal(L * G, B, H),
         )
 
-    def runner(self, path: str) -> Callable[[], object]:
+    def runner(self, path: str) -> Callable[[], tuple[Tensor, Tensor | None]]:
         """Return a function that runs the call: forward, and backward in training.
+
+        It returns the output, and the gradient of the input in training.
 
         Args:
             path: "aten", "in-place" or the name of a plan.
         """
         if path == "aten":
-            return self._train_on_aten if self.shapes.training else self._run_aten
-        backend = f"triton:{path}" if path in PLANS else "torch"
-        return lambda: self._run_operators(backend)
+            return self._run_aten
+        recurrence: Recurrence = inplace.recurrence
+        if path != "in-place":
+            recurrence = functools.partial(launch.recurrence, tf32=self.shapes.tf32, plan=path)
+        return lambda: self._run_layers(recurrence)
 
-    def _run_aten(self) -> tuple[Tensor, Tensor]:
-        settings = self.layout, self.shapes.nonlinearity, self.shapes.G == 2
-        return aten.forward(self.input, self.hx, self.layers, self.seq_metadata, *settings)
-
-    def _train_on_aten(self) -> None:
-        sources = [self.input, *(weight for layer in self.layers for weight in layer)]
-        if self.hx is not None:
-            sources.append(self.hx)
-        with torch.enable_grad():
-            for source in sources:
-                source.requires_grad_()
-            results = self._run_aten()
-            torch.autograd.grad(results, sources, (self.grad_output, self.grad_h_n))
-
-    def _run_operators(self, backend: str) -> None:
-        # The package's operators, by the names under which its upper layers register them.
-        operators = torch.ops.tritonrnn
-        G = self.shapes.G
-        settings = self.seq_metadata, None, self.layout, self.shapes.nonlinearity, G == 2, backend
-        data, saved = self.input, []
-        for index, weights in enumerate(self.layers):
-            h_0 = None if self.hx is None else self.hx[index * G : (index + 1) * G]
-            output, _ = operators.elman(data, h_0, weights, *settings)
-            saved.append((data, h_0, weights, output))
-            data = output
+    def _run_aten(self) -> tuple[Tensor, Tensor | None]:
+        settings = self.seq_metadata, self.layout, self.shapes.nonlinearity, self.shapes.G == 2
         if not self.shapes.training:
-            return
-        grad = self.grad_output
-        for index, sources in reversed(list(enumerate(saved))):
-            _, h_0, weights, _ = sources
-            needs = [True, h_0 is not None, *[True] * len(weights)]
-            grad_h_n = self.grad_h_n[index * G : (index + 1) * G]
-            grad, *_ = operators.elman_backward(grad, grad_h_n, *sources, *settings, needs)
+            return aten.forward(self.input, self.hx, self.layers, *settings)[0], None
+        weights = [weight for of_layer in self.layers for weight in of_layer]
+        sources = [tensor for tensor in (self.input, self.hx, *weights) if tensor is not None]
+        if not aten.has_reserve(self.input):
+            with torch.enable_grad():
+                for source in sources:
+                    source.requires_grad_()
+                results = aten.forward(self.input, self.hx, self.layers, *settings)
+                cotangents = self.grad_output, self.grad_h_n
+                grad, *_ = torch.autograd.grad(results, sources, cotangents)
+            return results[0], grad
+        # Not by autograd, which would call the hooks that the caller has set.
+        call = self.input, self.hx, weights, *settings
+        L = self.shapes.L
+        output, _, *kept = aten.forward_with_reserve(*call, num_layers=L)
+        grad, *_ = aten.backward_with_reserve(
+            (self.grad_output, self.grad_h_n),
+            (output, *kept),
+            [True, self.hx is not None, *[True] * len(weights)],
+            *call,
+            num_layers=L,
+        )
+        return output, grad
+
+    def _run_layers(self, recurrence: Recurrence) -> tuple[Tensor, Tensor | None]:
+        """Do what the package's operators do in an eager call."""
+        G, leading = self.shapes.G, self.input.shape[:-1]
+        settings = self.shapes.nonlinearity, G == 2, recurrence
+        states: Sequence[Tensor | None] = [None] * self.shapes.L
+        if self.hx is not None:
+            states = self.hx.split(G)
+        with products_as_in_rnn(self.input.device, self.input.dtype):
+            rows, where = rows_of(self.input, self.layout, self.seq_metadata, None)
+            saved = []
+            for h_0, weights in zip(states, self.layers):
+                output, _ = layer.forward(rows, h_0, weights, where, *settings)
+                saved.append((rows, h_0, weights, output))
+                rows = output
+            if not self.shapes.training:
+                return rows.unflatten(0, leading), None
+            grad: Tensor | None = self.grad_output.flatten(0, -2)
+            for sources, grad_h_n in zip(reversed(saved), reversed(self.grad_h_n.split(G))):
+                _, h_0, weights, _ = sources
+                assert grad is not None
+                needs = [True, h_0 is not None, *[True] * len(weights)]
+                dz = grad.clone()
+                grad, *_ = layer.backward(dz, grad_h_n, *sources, where, *settings, needs)
+            assert grad is not None
+            return rows.unflatten(0, leading), grad.unflatten(0, leading)
