@@ -63,6 +63,19 @@ class Device:
         return self.arch == "sm_90"
 
     @property
+    def has_mma_sync(self) -> bool:
+        """Return whether MMA instructions take their operands from registers (``mma.sync``).
+
+        NVIDIA's since sm_80, Hopper's among them. Blackwell's ``tcgen05`` is not used here.
+        """
+        return self._compute_capability >= 80
+
+    @property
+    def has_tcgen05(self) -> bool:
+        """Return whether there is ``tcgen05``, which Triton prefers to ``mma.sync`` for 64 rows."""
+        return self.arch in ("sm_100", "sm_103")
+
+    @property
     def has_tanh(self) -> bool:
         """Return whether there is an instruction for tanh: NVIDIA's since sm_75."""
         return self._compute_capability >= 75

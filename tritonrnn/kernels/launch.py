@@ -15,7 +15,7 @@ from tritonrnn.kernels.common import Constants
 from tritonrnn.kernels.cooperative import CooperativeConstants, cooperative_kernel
 from tritonrnn.kernels.cost import best_triton_plan, choose_plan
 from tritonrnn.kernels.devices import Device, device_of
-from tritonrnn.kernels.plan import PLANS, LaunchPlan, Problem
+from tritonrnn.kernels.plan import PLANS, LaunchPlan, Problem, uses_wgmma
 from tritonrnn.kernels.resident import ResidentConstants, resident_kernel
 from tritonrnn.kernels.stepwise import StepwiseConstants, stepwise_kernel
 from tritonrnn.layout import SequenceLayout
@@ -256,7 +256,14 @@ def _constants(problem: Problem, plan: LaunchPlan) -> Constants:
     if plan.name == "registers":
         from tritonrnn.kernels.registers import RegistersConstants
 
-        return RegistersConstants(**shared, ITEM_BITS=8 * problem.item_bytes)
+        return RegistersConstants(
+            **shared,
+            BLOCK_K=plan.block_k,
+            ITEM_BITS=8 * problem.item_bytes,
+            NUM_WARPS=plan.num_warps,
+            USES_WGMMA=uses_wgmma(problem, plan.device),
+            HAS_ODD_WORDS=problem.has_odd_words,
+        )
     if plan.name == "resident":
         return ResidentConstants(**shared, BLOCK_K=plan.block_k, NUM_STAGES=plan.num_stages)
     if plan.name == "cooperative":
@@ -264,6 +271,7 @@ def _constants(problem: Problem, plan: LaunchPlan) -> Constants:
             **shared,
             BLOCK_K=plan.block_k,
             BLOCK_READ=plan.block_read,
+            NUM_SUMS=plan.num_sums,
             INTERLEAVE=plan.interleave,
             MAX_SPINS=MAX_SPINS,
         )
