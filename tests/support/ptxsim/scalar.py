@@ -19,7 +19,7 @@ Function = Callable[..., Array]
 
 INTEGERS = {f"{kind}{width}" for kind in "sub" for width in (16, 32, 64)}
 BITS = {kind: int(kind[1:]) for kind in INTEGERS | {"b8", "u8", "s8", "f16", "f32", "f64"}}
-BITS |= {"bf16": 16, "f16x2": 32, "bf16x2": 32, "pred": 1}
+BITS |= {"bf16": 16, "f16x2": 32, "bf16x2": 32, "f32x2": 64, "pred": 1}
 UNSIGNED: dict[int, Any] = {
     1: np.bool_,
     8: np.uint8,
@@ -215,6 +215,15 @@ def _arithmetic(op: tuple[str, ...]) -> Function:
     if kind == "f32" and root in FLOATS and modifiers <= {"rn", "ftz", "approx", "full"}:
         function, flush = FLOATS[root], _flush if "ftz" in modifiers else lambda x: x
         return lambda *xs: flush(function(*(flush(x.view(np.float32)) for x in xs)))
+    if kind == "f32x2":
+        function = _arithmetic((*op[:-1], "f32"))
+        return lambda *xs: (
+            function(*(x.astype(np.uint32) for x in xs)).view(np.uint32).astype(np.uint64)
+            | function(*((x >> np.uint64(32)).astype(np.uint32) for x in xs))
+            .view(np.uint32)
+            .astype(np.uint64)
+            << np.uint64(32)
+        )
     if kind not in INTEGERS or root not in OF_INTEGERS:
         raise Unsupported(".".join(op))
     function = OF_INTEGERS[root]
@@ -249,6 +258,13 @@ def scalar(op: tuple[str, ...]) -> tuple[tuple[Function, ...], str, tuple[str, .
     if root == "cvt":
         function = _convert(op[-2], kind, list(op[1:-2]))
         return (function,), op[-2], (kind,) * (2 if op[-2].endswith("x2") else 1)
+    if root in FLOATS and kind in HALVES and op[-2] == "f32":
+        # All operands but the last one are halves.
+        function = _arithmetic(op[:-1])
+        widened = lambda *xs: function(  # noqa: E731
+            *(from_half(x, kind).view(np.uint32) for x in xs[:-1]), xs[-1]
+        )
+        return (widened,), "f32", (*kinds[:-1], "f32")
     if root in FLOATS or root in OF_INTEGERS:
         function = _arithmetic(op)
         if "wide" not in op:
