@@ -36,9 +36,13 @@ from tritonrnn.layout import SequenceLayout
 # GPUs that can be compiled for.
 ARCHS = [name for name, device in DEVICES.items() if not device.is_interpreter]
 EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
-# Round sizes, and odd ones between them: rows that are no whole number of vectors are loaded and
-# stored element by element, with other layouts and more registers.
-HIDDEN_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1272, 1536, 50, 97, 100, 201, 333)
+# Up to what the largest shared memory holds. Round sizes, and odd ones between them: rows that are
+# no whole number of vectors are loaded and stored element by element, with other layouts and more
+# registers.
+HIDDEN_SIZES = (
+    *(16, 32, 64, 128, 256, 384, 512, 768, 1024, 1272, 1536, 2048),
+    *(50, 97, 100, 201, 255, 333, 1023),
+)
 # The simplest kernel and the one with everything: a layout, groups, and whether v_0 is given.
 BATCHES = (("padded", 1, False), ("packed", 2, True))
 # dtype of the tensors, and whether fp32 products may be TF32.
@@ -225,6 +229,20 @@ def compile_cases(
     return made
 
 
+def spread(cases: Iterable[CompileCase]) -> list[CompileCase]:
+    """Keep one case of each plan, dtype and size: each time another epilogue and layout."""
+    plans: dict[str, dict[tuple[str, int], list[CompileCase]]] = {}
+    for case in cases:
+        of_plan = plans.setdefault(case.plan.name, {})
+        of_plan.setdefault((case.dtype, case.problem.H), []).append(case)
+    # Every third, of eight in turn.
+    return [
+        some[3 * i % len(some)]
+        for of_plan in plans.values()
+        for i, some in enumerate(of_plan.values())
+    ]
+
+
 def table(
     wanted: Sequence[CompileCase],
     *,
@@ -287,6 +305,8 @@ def row(case: CompileCase, compiled: Compiled) -> dict[str, Any]:
         loop = compiled.step_sass
         steps = STEPS_A_LOOP.get(plan.name, 1)
         made |= {
+            # Of the spilled registers, what is stored and loaded within the time loop.
+            "spills_per_step": -(-count(loop, r"(?:LDL|STL)\S*") // steps),
             "sass_per_step": len(loop) // steps,
             "hgmma": count(loop, "HGMMA") // steps,
             "hmma": count(loop, "HMMA") // steps,
@@ -319,6 +339,7 @@ def static(
     dtype: Annotated[list[str] | None, typer.Option(help="Only bf16, fp16, tf32, fp32.")] = None,
     plan: Annotated[list[str] | None, typer.Option(help="Only plans of this name.")] = None,
     size: Annotated[list[int] | None, typer.Option(help="Only this many hidden units.")] = None,
+    every: Annotated[bool, typer.Option(help="Every epilogue and layout of each size.")] = False,
 ) -> None:
     """Compile every plan for a GPU that need not be there, and show what the compiler made."""
     if triton.knobs.runtime.interpret:
@@ -333,6 +354,7 @@ def static(
     wanted = compile_cases(
         arch, dtypes=dtype or tuple(DTYPES), plans=plan or tuple(PLANS), sizes=size or HIDDEN_SIZES
     )
+    wanted = wanted if every else spread(wanted)
     if not wanted:
         raise typer.BadParameter("No plan fits.")
     columns = (TextColumn("compiled"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
