@@ -86,6 +86,16 @@ class Device:
         return not self.is_amd or self.arch == "gfx942"
 
     @property
+    def missing_plans(self) -> str:
+        """Return which plans the device can't have, and why; nothing where it can have all."""
+        if not self.is_amd:
+            return ""
+        return (
+            "no registers plan and no cooperative one on AMD: the former is written for NVIDIA's "
+            "mma.sync and wgmma, the latter waits by an instruction of PTX"
+        )
+
+    @property
     def _compute_capability(self) -> int:
         return int(self.arch.removeprefix("sm_")) if self.arch.startswith("sm_") else 0
 
