@@ -73,7 +73,7 @@ class Device:
     @property
     def has_tcgen05(self) -> bool:
         """Return whether there is ``tcgen05``, which Triton prefers to ``mma.sync`` for 64 rows."""
-        return self.arch in ("sm_100", "sm_103")
+        return 100 <= self._compute_capability < 120
 
     @property
     def has_tanh(self) -> bool:

@@ -282,7 +282,8 @@ def _cooperative_plan(problem: Problem, device: Device, block_h: int) -> LaunchP
         block_k = 128 if problem.dtype != "fp32" and block_h == 64 else 64
         block_k = block_h if problem.has_odd_rows else block_k
         at_once_bytes = 32 * num_warps * (128 if precision == "tf32x3" else 256)
-        most_interleaved = {64: 1024, 32: 768}[block_h] if precision != "tf32x3" else 0
+        most_bytes = {64: 2048, 32: 1536}[block_h] if precision != "tf32x3" else 0
+        most_interleaved = most_bytes // problem.item_bytes
     if precision == "tf32x3":
         # Wider products lose accuracy (common.dot_acc).
         block_k = 32
