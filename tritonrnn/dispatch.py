@@ -31,7 +31,8 @@ def backend(name: Backend) -> Iterator[None]:
     """Choose the back end of every call inside, in this thread or task only.
 
     The backward pass of a call uses the back end of its forward pass, wherever it runs. The
-    environment variable ``TRITONRNN_BACKEND`` names the back end of calls outside of any context.
+    environment variable ``TRITONRNN_BACKEND``, read when tritonrnn is imported, names the back end
+    of calls outside of any context.
 
     Args:
         name: "triton" for the kernels; "torch" for torch's operators, on any device; "auto", the
@@ -50,16 +51,17 @@ def backend(name: Backend) -> Iterator[None]:
 
 def current_backend() -> Backend:
     """Return the back end asked for here: by the nearest context, else by the environment."""
-    chosen = _chosen.get()
-    if chosen is not None:
-        return chosen
-    return _checked(os.environ.get("TRITONRNN_BACKEND") or "auto", "TRITONRNN_BACKEND")
+    return _chosen.get() or _default
 
 
 def _checked(name: str, source: str) -> Backend:
     if name not in get_args(Backend):
         raise ValueError(f"{source}: expected one of {get_args(Backend)}, got {name!r}")
     return name  # type: ignore[return-value]
+
+
+# Read once: every call asks, and to read a variable takes most of a microsecond.
+_default = _checked(os.environ.get("TRITONRNN_BACKEND") or "auto", "TRITONRNN_BACKEND")
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def choose_now(
 ) -> Choice:
     """Choose as :func:`choose` does, but for the back end ``asked`` and not by the context."""
     composite = why_composite(dtype)
-    obstacle: str | None = composite or _obstacle(device, dtype)
+    obstacle = composite or _obstacle(device, dtype)
     if asked == "triton" and obstacle:
         raise RuntimeError(f"the triton back end can't serve this call: {obstacle}")
     if asked != "torch" and not obstacle:
@@ -169,7 +171,18 @@ def choose_now(
     reason = "torch was asked for." if asked == "torch" else obstacle
     # torch's own kernels are as fast as any for a single step, and on CUDA they are cuDNN's.
     is_aten = not ragged and (T == 1 or (device.type == "cuda" and T <= _MAX_STEPS_OF_CUDNN))
-    return Choice("torch", "aten" if is_aten else "in-place", reason or "")
+    return _torchs_choice("aten" if is_aten else "in-place", reason or "")
+
+
+# Made once: on a CPU most calls have one of two.
+@functools.lru_cache(maxsize=64)
+def _torchs_choice(path: str, reason: str) -> Choice:
+    return Choice("torch", path, reason)
+
+
+def is_decided_by_sizes(asked: Backend, device: torch.device) -> bool:
+    """Return whether sizes and dtypes decide alone: on a CPU where no kernel can serve."""
+    return device.type == "cpu" and (asked == "torch" or not _is_interpreted)
 
 
 def recurrence_of(backend: str, device: torch.device, dtype: torch.dtype) -> Recurrence:
@@ -191,6 +204,10 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+# Triton's own variable, for tests. Not Triton's view of it: asking Triton means to load it.
+_is_interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the kernels can't serve this device or dtype, or None if they can."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -200,8 +217,7 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if not _has_triton():
         return "Triton is not installed."
     if device.type == "cpu":
-        # The variable, not Triton's own view of it: asking Triton means to load it.
-        if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("1", "true", "yes", "on", "y"):
+        if not _is_interpreted:
             return "the tensors are on the CPU."
     elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "the kernels need a GPU of compute capability 8.0 or later."

@@ -11,11 +11,11 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from tritonrnn import ops
-from tritonrnn.dispatch import choose
+from tritonrnn.dispatch import current_backend
 from tritonrnn.nested import like_jagged
 from tritonrnn.paths import aten, onnx
 from tritonrnn.paths.composite import elman_composite
-from tritonrnn.validation import Call, check, compute_dtype
+from tritonrnn.validation import Call, check
 
 
 @overload
@@ -204,6 +204,18 @@ def rnn_cell(
     return _step(input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity)
 
 
+def is_torchs_cell() -> bool:
+    """Return whether torch's own cell serves a step here.
+
+    For one step it is as fast as any, and a compiler fuses its operations with what is around them.
+    It serves whatever the back end is not forced to do otherwise, but has no rule for
+    ``torch.func.vmap``.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return torch.compiler.is_compiling() or current_backend() != "triton"
+
+
 def _step(
     input: Tensor,
     hx: Tensor | None,
@@ -213,32 +225,37 @@ def _step(
     b_hh: Tensor | None,
     nonlinearity: str,
 ) -> Tensor:
-    step = torch.rnn_tanh_cell if nonlinearity == "tanh" else torch.rnn_relu_cell
     # Not len(), which a tracer takes for a constant.
-    B, H = input.shape[0], w_hh.shape[0]
-    call = None
+    h_0 = input.new_zeros(input.shape[0], w_hh.shape[0]) if hx is None else hx
+    step = torch.rnn_tanh_cell if nonlinearity == "tanh" else torch.rnn_relu_cell
+    if is_torchs_cell():
+        return step(input, h_0, w_ih, w_hh, b_ih, b_hh)
+    weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
     try:
-        dtype = compute_dtype(input)
-        choice = choose(input.device, dtype, T=1, B=B, H=H, nonlinearity=nonlinearity)
-        if choice.backend == "triton" or choice.plan == "composite":
-            weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
-            h_0 = None if hx is None else hx.unsqueeze(0)
-            sources = input.unsqueeze(0), h_0, weights
-            call = check(*sources, nonlinearity, 1, False, False, 0.0, None, None)
+        call = check(
+            input.unsqueeze(0),
+            None if hx is None else hx.unsqueeze(0),
+            weights,
+            nonlinearity,
+            num_layers=1,
+            bidirectional=False,
+            batch_first=False,
+            dropout=0.0,
+            lengths=None,
+            reset=None,
+        )
     except (RuntimeError, ValueError):
         # What torch's own cell refuses too, it refuses in the words that are expected of a cell.
-        step(input, input.new_zeros(B, H) if hx is None else hx, w_ih, w_hh, b_ih, b_hh)
+        step(input, h_0, w_ih, w_hh, b_ih, b_hh)
         raise
-    if call is not None:
-        output, _ = _run(call, 0.0)
-        return output.squeeze(0)
-    # For one step, torch's own kernel is as fast as any. A compiler fuses its operations with what
-    # is around them, so that a loop is several times as fast as one over an opaque operator.
-    return step(input, input.new_zeros(B, H) if hx is None else hx, w_ih, w_hh, b_ih, b_hh)
+    output, _ = _run(call, 0.0)
+    return output.squeeze(0)
 
 
 def _run(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
     """Run all layers on the path that was chosen."""
+    if call.choice.plan == "aten" and call.seq_metadata is not None and call.layout != "packed":
+        return _run_step(call, dropout)
     data, hx, layers = _prepared(call)
     # A second derivative runs the layers again, with the same masks, which cuDNN keeps to itself.
     # So each layer runs alone there, with masks of torch's. It does so without a graph as well, for
@@ -256,6 +273,17 @@ def _run(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
             data = _dropout(data, dropout, call.layout)
         finals.append(h_n)
     return data, finals[0] if len(finals) == 1 else torch.cat(finals)
+
+
+def _run_step(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
+    """Run the only step of a padded batch with lengths: a sequence has this token or none."""
+    assert call.seq_metadata is not None
+    absent = (call.seq_metadata.to(call.data.device) == 0)[:, None]
+    rows = absent if call.layout == "time_major" else absent[:, None]
+    plain = call._replace(data=call.data.masked_fill(rows, 0), seq_metadata=None)
+    output, h_n = _run(plain, dropout)
+    h_0 = h_n.new_zeros(()) if call.hx is None else call.hx.to(h_n.dtype)
+    return output.masked_fill(rows, 0), torch.where(absent, h_0, h_n)
 
 
 def _prepared(call: Call) -> tuple[Tensor, Tensor | None, Sequence[Sequence[Tensor]]]:

@@ -213,7 +213,12 @@ def weights_of(module: RNN) -> list[Tensor]:
         module._update_flat_weights()
     if module._flat_weight_refs:
         return module.__dict__[_ASSIGNED]
-    return [getattr(module, name) for name in module._flat_weights_names]
+    # A module looks up an attribute that is a parameter last, and in Python.
+    parameters = module._parameters
+    return [
+        parameters[name] if name in parameters else getattr(module, name)  # type: ignore[misc]
+        for name in module._flat_weights_names
+    ]
 
 
 def nonlinearity_of(module: RNN) -> str:
@@ -257,6 +262,8 @@ class RNNCell(nn.RNNCell):
         """
         if isinstance(input, Proxy) and _is_leaf(self, input.tracer):
             return _call_in_graph(self, input, hx)
+        if functional.is_torchs_cell():
+            return nn.RNNCell.forward(self, input, hx)
         return functional.rnn_cell(
             input,
             hx,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,14 +12,21 @@ from torch._subclasses import FakeTensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function
 
-from tritonrnn.dispatch import Choice, choose, current_backend
+from tritonrnn.dispatch import (
+    Backend,
+    Choice,
+    choose,
+    choose_now,
+    current_backend,
+    is_decided_by_sizes,
+)
 from tritonrnn.memo import take
 from tritonrnn.nested import jagged_parts
+from tritonrnn.paths.composite import why_composite
 from tritonrnn.ragged import layout_of
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A checked call of :func:`tritonrnn.functional.rnn`, and what serves it.
 
     Attributes:
@@ -73,47 +81,84 @@ def check(
 
     Compute nothing, and choose what serves the call.
     """
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
-    layers = _layers(weights, num_layers, bidirectional)
-    is_nested = isinstance(input, Tensor) and input.is_nested
-    kind = "nested" if is_nested else "packed" if isinstance(input, PackedSequence) else "padded"
-    _check_padded_only("lengths", lengths, kind)
-    _check_padded_only("reset", reset, kind)
     order = None
-    seq_metadata: Tensor | None
+    seq_metadata = lengths
+    layout = "time_major"
     if isinstance(input, PackedSequence):
-        data, seq_metadata, order, _ = input
         layout = "packed"
-        _check_data(data, layers, dim=2)
-        _check_batch_sizes(seq_metadata)
-    elif is_nested:
+        data, seq_metadata, order, _ = input
+    elif isinstance(input, Tensor) and input.is_nested:
         layout = "jagged"
         data, seq_metadata = jagged_parts(input)
-        _check_data(data, layers, dim=2)
-        if hx is not None:
-            _check_hx_dim(hx, 3, "batched")
     else:
-        layout = "batch_major" if batch_first and input.dim() == 3 else "time_major"
-        data, hx, reset = _padded(input, hx, layers, layout, lengths, reset)
-        seq_metadata = lengths
-    seq_metadata, reset = _taken(seq_metadata), _taken(reset)
+        data = input
+        if data.dim() == 3 and batch_first:
+            layout = "batch_major"
+    is_autocast = torch._C._is_any_autocast_enabled()
+    # Most calls are like one before. What else could matter to them is the context.
+    is_plain = (
+        lengths is None
+        and reset is None
+        and type(data) is Tensor
+        and layout != "packed"
+        and layout != "jagged"
+        and not is_autocast
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not has_torch_function(weights)
+        and why_composite(data.dtype) is None
+        and is_decided_by_sizes(current_backend(), data.device)
+    )
+    forms = (
+        layout,
+        (data.shape, data.dtype, data.device),
+        None if hx is None else hx.dim(),
+        tuple([(weight.shape, weight.dtype, weight.device) for weight in weights]),
+        nonlinearity,
+        num_layers,
+        bidirectional,
+        dropout,
+        is_autocast,
+    )
+    choice = None
+    if is_plain:
+        choice = _checked_choice(current_backend(), forms)
+    else:
+        _check_forms(*forms)
+    each = len(weights) // num_layers
+    layers = [weights[i : i + each] for i in range(0, len(weights), each)]
+    if lengths is not None:
+        _check_padded_only("lengths", lengths, layout)
+    if reset is not None:
+        _check_padded_only("reset", reset, layout)
+    if layout == "packed":
+        assert seq_metadata is not None
+        _check_batch_sizes(seq_metadata)
+    elif data.dim() == 2 and layout == "time_major":
+        if lengths is not None:
+            raise ValueError("lengths is of a batch of sequences, but the input is unbatched")
+        reset = None if reset is None else _unbatched_reset(reset, data)
+        data, hx = data.unsqueeze(1), None if hx is None else hx.unsqueeze(1)
+    if lengths is not None:
+        _check_lengths(lengths, data.shape[1 if layout == "time_major" else 0])
+    if reset is not None:
+        _check_reset(reset, data)
+    seq_metadata = None if seq_metadata is None else _taken(seq_metadata)
+    reset = None if reset is None else _taken(reset)
     T, B, parent_B, is_ragged = _sizes(layout, data, seq_metadata, reset, hx)
     G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
     if hx is not None:
-        _check_hx(hx, (num_layers * G, parent_B, H), data)
-    _check_weights(layers, data, bidirectional)
-    dtype = compute_dtype(data)
-    choice = choose(
-        data.device, dtype, T=T, B=B, G=G, H=H, nonlinearity=nonlinearity, ragged=is_ragged
-    )
-    if has_torch_function(weights) and _know_torchs_rnn(weights) and not is_ragged:
-        reason = "the weights have their own rules for torch's RNN."
-        if current_backend() == "triton":
-            raise RuntimeError(f"the triton back end can't serve this call: {reason}")
-        choice = Choice("torch", "aten", reason)
+        _check_hx(hx, (num_layers * G, parent_B, H), data, is_autocast)
+    dtype = compute_dtype(data) if is_autocast else data.dtype
+    if choice is None:
+        choice = choose(
+            data.device, dtype, T=T, B=B, G=G, H=H, nonlinearity=nonlinearity, ragged=is_ragged
+        )
+        if has_torch_function(weights) and _know_torchs_rnn(weights) and not is_ragged:
+            reason = "the weights have their own rules for torch's RNN."
+            if current_backend() == "triton":
+                raise RuntimeError(f"the triton back end can't serve this call: {reason}")
+            choice = Choice("torch", "aten", reason)
     return Call(
         data,
         hx,
@@ -127,6 +172,106 @@ def check(
         dtype,
         choice,
     )
+
+
+# What is checked of a tensor but its values: shape, dtype and device.
+Form: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.device]
+
+
+def _check_forms(
+    layout: str,
+    data: Form,
+    hx_dim: int | None,
+    weights: tuple[Form, ...],
+    nonlinearity: str,
+    num_layers: int,
+    bidirectional: bool,
+    dropout: float,
+    is_autocast: bool,
+) -> None:
+    """Check all that depends on no value, of the input and hx as the caller gave them."""
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
+    G = 2 if bidirectional else 1
+    if num_layers < 1 or len(weights) not in (2 * num_layers * G, 4 * num_layers * G):
+        raise ValueError(
+            f"Expected {2 * num_layers * G} weights, or {4 * num_layers * G} with biases, for "
+            f"{num_layers} layers in {G} directions, got {len(weights)}"
+        )
+    shape, _, device = data
+    if layout in ("packed", "jagged"):
+        _check_data(data, weights[0], 2, is_autocast)
+    elif len(shape) not in (2, 3):
+        raise ValueError(f"RNN: Expected input to be 2D or 3D, got {len(shape)}D tensor instead")
+    if hx_dim is not None:
+        _check_hx_dim(hx_dim, layout, len(shape))
+    if layout not in ("packed", "jagged"):
+        _check_data(data, weights[0], len(shape), is_autocast)
+        if shape[1 if layout == "batch_major" else 0] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    H = weights[1][0][0]
+    each = len(weights) // (num_layers * G)
+    for index, (weight_shape, weight_dtype, weight_device) in enumerate(weights):
+        layer = index // (each * G)
+        width = shape[-1] if layer == 0 else G * H
+        expected = ((H, width), (H, H), (H,), (H,))[index % each]
+        if weight_shape != expected:
+            raise ValueError(
+                f"Expected a weight of shape {expected} in layer {layer}, got {tuple(weight_shape)}"
+            )
+        if weight_device != device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, found input tensor "
+                f"at {device} and parameter tensor at {weight_device}"
+            )
+        if weight_dtype != weights[0][1]:
+            raise ValueError(
+                f"Expected all weights of one dtype, got {weights[0][1]} and {weight_dtype}"
+            )
+
+
+@functools.lru_cache(maxsize=1024)
+def _checked_choice(asked: Backend, forms: tuple[Any, ...]) -> Choice:
+    """Check the forms of a padded call on a CPU, and choose by them: nothing else decides there."""
+    _check_forms(*forms)
+    layout, (shape, dtype, device), _, weights, nonlinearity, _, bidirectional, *_ = forms
+    T, B = shape[:2] if layout == "time_major" else (shape[1], shape[0])
+    return choose_now(
+        asked,
+        device,
+        dtype,
+        T=T,
+        B=B if len(shape) == 3 else 1,
+        G=2 if bidirectional else 1,
+        H=weights[1][0][0],
+        nonlinearity=nonlinearity,
+    )
+
+
+def _check_data(data: Form, w_ih: Form, dim: int, is_autocast: bool) -> None:
+    (shape, dtype, _), (w_shape, w_dtype, _) = data, w_ih
+    # Autocast casts floating point of any other dtype.
+    if dtype != w_dtype and not (is_autocast and dtype.is_floating_point):
+        raise ValueError(
+            f"RNN input dtype ({dtype}) does not match weight dtype ({w_dtype}). "
+            f"Convert input: input.to({w_dtype}), or convert model: model.to({dtype})"
+        )
+    if len(shape) != dim:
+        raise RuntimeError(f"input must have {dim} dimensions, got {len(shape)}")
+    if shape[-1] != w_shape[-1]:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {w_shape[-1]}, got {shape[-1]}"
+        )
+
+
+def _check_hx_dim(dim: int, layout: str, rows_dim: int) -> None:
+    expected, kind = (2, "unbatched") if layout != "jagged" and rows_dim == 2 else (3, "batched")
+    if layout != "packed" and dim != expected:
+        raise RuntimeError(
+            f"For {kind} {expected}-D input, hx should also be {expected}-D but got {dim}-D tensor"
+        )
 
 
 def _know_torchs_rnn(weights: Sequence[Tensor]) -> bool:
@@ -143,10 +288,10 @@ def _know_torchs_rnn(weights: Sequence[Tensor]) -> bool:
     return any(getattr(r, "__func__", r) not in (disabled, inherited.__func__) for r in rules)
 
 
-def _taken(tensor: Tensor | None) -> Tensor | None:
+def _taken(tensor: Tensor) -> Tensor:
     """Return a copy, see :func:`tritonrnn.memo.take`."""
-    if tensor is None or not torch.compiler.is_compiling():
-        return None if tensor is None else take(tensor)
+    if not torch.compiler.is_compiling():
+        return take(tensor)
     # Not in an exported program: what it has of this package are the layers. Not is_exporting(),
     # which torch 2.11 takes for true whatever it compiles.
     if torch.compiler._is_exporting_flag:
@@ -154,102 +299,15 @@ def _taken(tensor: Tensor | None) -> Tensor | None:
     return torch.ops.tritonrnn.take(tensor)
 
 
-def _check_padded_only(name: str, given: Tensor | None, kind: str) -> None:
+def _check_padded_only(name: str, given: Tensor, layout: str) -> None:
     """Check that ``lengths`` or ``reset`` comes with a padded input, and is not mapped over."""
-    if given is not None and kind != "padded":
+    if layout in ("packed", "jagged"):
+        kind = "nested" if layout == "jagged" else layout
         raise ValueError(f"{name} is of a padded batch, but the input is {kind}")
     if isinstance(given, Tensor) and torch._C._functorch.is_batchedtensor(given):
         raise RuntimeError(
             f"{name} can't be what torch.func.vmap maps over: the walk depends on its values. "
             "Map over the input, and put what differs into its batch"
-        )
-
-
-def _padded(
-    input: Tensor,
-    hx: Tensor | None,
-    layers: Sequence[Sequence[Tensor]],
-    layout: str,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return a padded input, its hx and its reset after checks, an unbatched one as a batch."""
-    if input.dim() not in (2, 3):
-        raise ValueError(f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
-    data = input
-    if input.dim() == 2:
-        data = input.unsqueeze(1)
-        if lengths is not None:
-            raise ValueError("lengths is of a batch of sequences, but the input is unbatched")
-        reset = None if reset is None else _unbatched_reset(reset, input)
-        if hx is not None:
-            _check_hx_dim(hx, 2, "unbatched")
-            hx = hx.unsqueeze(1)
-    elif hx is not None:
-        _check_hx_dim(hx, 3, "batched")
-    _check_data(data, layers, dim=3)
-    T, B = data.shape[:2] if layout == "time_major" else (data.shape[1], data.shape[0])
-    if T == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if lengths is not None:
-        _check_lengths(lengths, B)
-    if reset is not None:
-        _check_reset(reset, data)
-    return data, hx, reset
-
-
-def _layers(
-    weights: Sequence[Tensor], num_layers: int, bidirectional: bool
-) -> list[Sequence[Tensor]]:
-    groups = num_layers * (2 if bidirectional else 1)
-    if num_layers < 1 or (len(weights) != 2 * groups and len(weights) != 4 * groups):
-        raise ValueError(
-            f"Expected {2 * groups} weights, or {4 * groups} with biases, for {num_layers} layers "
-            f"in {2 if bidirectional else 1} directions, got {len(weights)}"
-        )
-    each = len(weights) // num_layers
-    return [weights[i : i + each] for i in range(0, len(weights), each)]
-
-
-def _check_weights(layers: Sequence[Sequence[Tensor]], data: Tensor, bidirectional: bool) -> None:
-    G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
-    each = len(layers[0]) // G
-    for index, layer in enumerate(layers):
-        width = data.shape[-1] if index == 0 else G * H
-        expected = [(H, width), (H, H), (H,), (H,)][:each] * G
-        for weight, shape in zip(layer, expected):
-            if weight.shape != shape:
-                raise ValueError(
-                    f"Expected a weight of shape {shape} in layer {index}, "
-                    f"got {tuple(weight.shape)}"
-                )
-            if weight.device != data.device:
-                raise RuntimeError(
-                    "Input and parameter tensors are not at the same device, found input tensor "
-                    f"at {data.device} and parameter tensor at {weight.device}"
-                )
-            if weight.dtype != layers[0][0].dtype:
-                raise ValueError(
-                    "Expected all weights of one dtype, "
-                    f"got {layers[0][0].dtype} and {weight.dtype}"
-                )
-
-
-def _check_data(data: Tensor, layers: Sequence[Sequence[Tensor]], dim: int) -> None:
-    w_ih = layers[0][0]
-    # Autocast casts floating point of any other dtype.
-    castable = torch._C._is_any_autocast_enabled() and data.is_floating_point()
-    if data.dtype != w_ih.dtype and not castable:
-        raise ValueError(
-            f"RNN input dtype ({data.dtype}) does not match weight dtype ({w_ih.dtype}). "
-            f"Convert input: input.to({w_ih.dtype}), or convert model: model.to({data.dtype})"
-        )
-    if data.dim() != dim:
-        raise RuntimeError(f"input must have {dim} dimensions, got {data.dim()}")
-    if data.shape[-1] != w_ih.shape[-1]:
-        raise RuntimeError(
-            "input.size(-1) must be equal to input_size. "
-            f"Expected {w_ih.shape[-1]}, got {data.shape[-1]}"
         )
 
 
@@ -302,25 +360,23 @@ def _sizes(
     operator checks the real ones, and hx against them, when it runs.
     """
     is_padded = layout in ("time_major", "batch_major")
-    given = [tensor for tensor in (seq_metadata, reset) if tensor is not None]
-    is_compiling = torch.compiler.is_compiling() or any(isinstance(x, FakeTensor) for x in given)
-    if is_padded and (is_compiling or not given):
+    is_compiling = torch.compiler.is_compiling() or isinstance(seq_metadata, FakeTensor)
+    if is_padded:
         T, B = data.shape[:2] if layout == "time_major" else (data.shape[1], data.shape[0])
-        return T, B, B, False
+        is_known = seq_metadata is None and reset is None
+        if is_known or is_compiling or isinstance(reset, FakeTensor):
+            return T, B, B, False
+        if T == 1:
+            # Where a sequence has no token, or starts anew, is a matter of its hx.
+            layout_of(layout, data.shape[:2], seq_metadata, None)
+            return T, B, B, False
     if is_compiling:
         return 0, 0, 0 if hx is None else hx.shape[-2], False
     where = layout_of(layout, data.shape[:-1], seq_metadata, reset)
     return where.T, where.B, where.parent.B, where.is_ragged
 
 
-def _check_hx_dim(hx: Tensor, dim: int, kind: str) -> None:
-    if hx.dim() != dim:
-        raise RuntimeError(
-            f"For {kind} {dim}-D input, hx should also be {dim}-D but got {hx.dim()}-D tensor"
-        )
-
-
-def _check_hx(hx: Tensor, expected: tuple[int, int, int], data: Tensor) -> None:
+def _check_hx(hx: Tensor, expected: tuple[int, int, int], data: Tensor, is_autocast: bool) -> None:
     if hx.shape != expected:
         raise RuntimeError(f"Expected hidden size {expected}, got {list(hx.shape)}")
     if hx.device != data.device:
@@ -328,7 +384,7 @@ def _check_hx(hx: Tensor, expected: tuple[int, int, int], data: Tensor) -> None:
             "Input and hidden tensors are not at the same device, found input tensor "
             f"at {data.device} and hidden tensor at {hx.device}"
         )
-    if hx.dtype != data.dtype and not torch._C._is_any_autocast_enabled():
+    if hx.dtype != data.dtype and not is_autocast:
         raise RuntimeError(
             "Input and hidden tensors are not the same dtype, found input tensor with "
             f"{data.dtype} and hidden tensor with {hx.dtype}"

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonrnn
 from tests.support.cases import Case, as_function, assert_same_results, pair, run
-from tritonrnn import dispatch
+from tritonrnn import dispatch, validation
 from tritonrnn.paths import aten
 
 # torch's rules for forward AD are scripted at their first use; its compiler imports what warns.
@@ -72,13 +72,17 @@ def differentiated_once(function):
 def device(request, monkeypatch):
     """Return a device on which torch's own kernels serve every call, of any length."""
     if request.param == "cpu":
-        choose_now = dispatch.choose_now
 
-        def choose_aten(*arguments, **sizes):
-            choice = choose_now(*arguments, **sizes)
-            return replace(choice, plan="aten") if choice.plan == "in-place" else choice
+        def by_aten(choose):
+            def choose_aten(*arguments, **sizes):
+                choice = choose(*arguments, **sizes)
+                return replace(choice, plan="aten") if choice.plan == "in-place" else choice
 
-        monkeypatch.setattr(dispatch, "choose_now", choose_aten)
+            return choose_aten
+
+        monkeypatch.setattr(dispatch, "choose_now", by_aten(dispatch.choose_now))
+        remembered = by_aten(validation._checked_choice)
+        monkeypatch.setattr(validation, "_checked_choice", remembered)
         monkeypatch.setattr(aten, "is_differentiated_once", lambda input: True)
         for name in ("rnn_tanh", "rnn_relu"):
             monkeypatch.setattr(torch, name, differentiated_once(getattr(torch, name)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -16,11 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 import tritonrnn
 from tests.support.cases import DTYPE_NAMES
+from tests.support.processes import run_alone
+from tritonrnn import dispatch
 
 
 @pytest.fixture(autouse=True)
 def _no_default(monkeypatch):
-    monkeypatch.delenv("TRITONRNN_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "_default", "auto")
 
 
 def a_call(dtype=torch.float64) -> tuple[tritonrnn.RNN, torch.Tensor]:
@@ -169,24 +172,35 @@ def test_choice_of_forward_is_kept_for_backward():
     torch.testing.assert_close(x.grad, expected.grad)
 
 
-def test_environment_sets_the_default_and_the_context_wins(monkeypatch):
-    monkeypatch.setenv("TRITONRNN_BACKEND", "triton")
-    assert triton_is_forced()
-    for name in ("torch", "auto", "triton"):
-        with tritonrnn.backend(name):
-            assert triton_is_forced() == (name == "triton")
-    assert triton_is_forced()
+def test_environment_sets_the_default_and_the_context_wins():
+    program = """
+        import tritonrnn
+        from tritonrnn.dispatch import current_backend
+        names = [current_backend()]
+        for name in ("torch", "auto", "triton"):
+            with tritonrnn.backend(name):
+                names.append(current_backend())
+        print(*names, current_backend())
+    """
+    assert run_alone(program, TRITONRNN_BACKEND="triton").split() == [
+        "triton", "torch", "auto", "triton", "triton"
+    ]  # fmt: skip
+    assert run_alone(program, TRITONRNN_BACKEND="").split()[0] == "auto"
 
 
-def test_environment_that_names_no_back_end_raises(monkeypatch):
-    monkeypatch.setenv("TRITONRNN_BACKEND", "cudnn")
-    module, x = a_call()
-    with pytest.raises(ValueError, match=r"TRITONRNN_BACKEND: .* got 'cudnn'"):
-        module(x)
+def test_environment_that_names_no_back_end_raises():
+    program = """
+        try:
+            import tritonrnn
+        except ValueError as error:
+            print(error)
+    """
+    printed = run_alone(program, TRITONRNN_BACKEND="cudnn")
+    assert re.match(r"TRITONRNN_BACKEND: .* got 'cudnn'", printed)
 
 
 def test_forced_triton_refuses_cpu_tensors_outside_the_interpreter(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "_is_interpreted", False)
     module, x = a_call(torch.float32)
     assert tritonrnn.explain(module, x).backend == "torch"
     with tritonrnn.backend("triton"), pytest.raises(RuntimeError, match="tensors are on the CPU"):

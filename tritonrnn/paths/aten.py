@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def forward(
     Returns:
         ``output``, shaped as the input with G * H features, and ``h_n``, shaped as ``hx``.
     """
-    weights = [weight for layer in layers for weight in layer]
+    weights = list(layers[0]) if len(layers) == 1 else [w for layer in layers for w in layer]
     if hx is None:
         G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
         # Straight from the tensors: a tracer takes a layout's numbers for constants.
@@ -63,8 +63,8 @@ def forward(
     # cuDNN can't differentiate what ran in evaluation mode. The mode changes the dropout only.
     train = dropout > 0 or torch.is_grad_enabled()
     settings = has_biases, len(layers), dropout, train, bidirectional
-    run = {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu}[nonlinearity]
-    with _ignoring_scattered_weights(input):
+    run = torch.rnn_tanh if nonlinearity == "tanh" else torch.rnn_relu
+    with _ignoring_scattered_weights() if input.is_cuda else nullcontext():
         if seq_metadata is not None:
             results = run(input, seq_metadata, initial, weights, *settings)
         else:
@@ -79,14 +79,11 @@ def forward(
 
 
 @contextmanager
-def _ignoring_scattered_weights(input: Tensor) -> Iterator[None]:
+def _ignoring_scattered_weights() -> Iterator[None]:
     """Silence cuDNN's warning that it copies weights which do not lie in one buffer.
 
     Where the weights lie is their owner's choice.
     """
-    if not input.is_cuda:
-        yield
-        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
         yield
