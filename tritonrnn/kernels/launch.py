@@ -240,6 +240,10 @@ def kernel_arguments(
         if not triton.knobs.runtime.interpret:
             # The driver refuses a grid whose programs can't all run at the same time.
             arguments["launch_cooperative_grid"] = True
+            if not plan.device.has_wgmma:
+                # All that there are. For fewer ptxas would spill, to leave room for programs that
+                # no multiprocessor has beside this one.
+                arguments["maxnreg"] = 255
     return arguments
 
 
