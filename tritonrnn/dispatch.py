@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from tritonrnn.layer import Recurrence
+from tritonrnn.layout import SequenceLayout
 from tritonrnn.paths import inplace, onnx
 from tritonrnn.paths.composite import why_composite
 from tritonrnn.precision import rounds_to_tf32
 
 if TYPE_CHECKING:
+    from tritonrnn.autotune.records import Record
     from tritonrnn.kernels.plan import LaunchPlan
 
 Backend = Literal["auto", "triton", "torch"]
@@ -73,23 +76,26 @@ class Choice:
         plan: how. On triton the ``LaunchPlan`` of the forward pass; on torch the path, one of
             ``tritonrnn.paths``: "in-place", "composite" or "aten".
         reason: why, in one sentence.
+        record: of the trial that decided, if one did.
     """
 
     backend: Backend
     plan: str | LaunchPlan
     reason: str
+    record: Record | None = None
+
+    @property
+    def operator_backend(self) -> str:
+        """Return what the operator is told: "torch", "auto", or "triton:" and a plan's name."""
+        return self.backend if isinstance(self.plan, str) else f"triton:{self.plan.name}"
 
 
 def choose(
     device: torch.device,
     dtype: torch.dtype,
     *,
-    T: int,
-    B: int,
-    G: int = 1,
-    H: int,
-    nonlinearity: str,
-    ragged: bool = False,
+    may_try: bool = True,
+    **call: Any,
 ) -> Choice:
     """Choose for a call of these sizes, in the context at hand.
 
@@ -99,30 +105,19 @@ def choose(
     Args:
         device: of the tensors.
         dtype: in which the call is computed.
-        T, B, G, H: the sizes, by the dimension key of ``layout.py``.
-        nonlinearity: "tanh" or "relu".
-        ragged: whether the layout is one of ``ragged.py``, which torch's own kernels don't take.
+        may_try: whether trials of plans may be made now.
+        call: what else :func:`choose_now` takes.
 
     Raises:
         RuntimeError: the back end asked for can't serve the call.
     """
     if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-        return choose_now(
-            current_backend(),
-            device,
-            dtype,
-            T=T,
-            B=B,
-            G=G,
-            H=H,
-            nonlinearity=nonlinearity,
-            ragged=ragged,
-        )
+        return choose_now(current_backend(), device, dtype, may_try=may_try, **call)
     composite = why_composite(dtype)
     if composite:
         return Choice("torch", "composite", composite)
     if torch.jit.is_tracing() and onnx.is_exporting():
-        if ragged:
+        if call.get("ragged"):
             raise RuntimeError(
                 "torch.onnx.export(dynamo=False) takes no lengths=, no reset= and no nested input: "
                 "with dynamo=True it takes lengths="
@@ -138,46 +133,75 @@ def choose_now(
     *,
     T: int,
     B: int,
-    G: int,
+    I: int = 1,  # noqa: E741 (the dimension key's)
+    G: int = 1,
     H: int,
+    L: int = 1,
     nonlinearity: str,
+    mapped: bool = False,
     ragged: bool = False,
+    hx: bool = True,
+    needs_grad: bool = True,
+    may_try: bool = False,
 ) -> Choice:
-    """Choose as :func:`choose` does, but for the back end ``asked`` and not by the context."""
+    """Choose as :func:`choose` does, but for the back end ``asked`` and not by the context.
+
+    Args:
+        asked: the back end.
+        device, dtype: of the tensors, and in which the call is computed.
+        T, B, I, G, H, L: the sizes, by the dimension key of ``layout.py``.
+        nonlinearity: "tanh" or "relu".
+        mapped: whether the rows of the batch are packed.
+        ragged: whether the layout is one of ``ragged.py``, which torch's own kernels don't take.
+        hx: whether initial states are given.
+        needs_grad: whether a gradient may be wanted. A plan is judged by its forward pass if not.
+        may_try: whether trials of plans may be made now, where no record of one stands.
+    """
     composite = why_composite(dtype)
     obstacle = composite or _obstacle(device, dtype)
     if asked == "triton" and obstacle:
         raise RuntimeError(f"the triton back end can't serve this call: {obstacle}")
+    # torch's own kernels are as fast as any for a single step, and on CUDA they are cuDNN's.
+    is_aten = not ragged and (T == 1 or (device.type == "cuda" and T <= _MAX_STEPS_OF_CUDNN))
+    torch_path = "aten" if is_aten else "in-place"
+    record = None
     if asked != "torch" and not obstacle:
         # Imported only here: Triton may not be installed.
-        from tritonrnn.kernels import cost, devices, launch, plan
+        from tritonrnn import autotune
 
-        problem = plan.Problem(
-            T, B, G, H, launch.DTYPES[dtype], rounds_to_tf32(device, dtype), nonlinearity
+        call = autotune.Call(
+            device,
+            dtype,
+            rounds_to_tf32(device, dtype),
+            T,
+            B,
+            I,
+            G,
+            H,
+            L,
+            nonlinearity,
+            mapped or ragged,
+            ragged or T > _MAX_STEPS_OF_CUDNN,
+            hx,
+            needs_grad,
+            torch_path,
         )
-        gpu = devices.device_of(device)
-        chosen = cost.choose_plan(problem, gpu)
-        if isinstance(chosen, plan.LaunchPlan):
-            if asked == "triton" or plan.UNTRIED.get(chosen.name) != "torch":
-                return Choice("triton", chosen, "the kernels have a plan for it.")
-            obstacle = f"the {chosen.name} plan has yet to be run on a GPU."
-        elif asked == "triton" or ragged:
-            why = "triton was asked for." if asked == "triton" else "cuDNN takes no such batch."
-            return Choice("triton", cost.best_triton_plan(problem, gpu), why)
-        else:
-            obstacle = chosen.reason
+        decision = autotune.decide(
+            call, forced=asked == "triton", may_try=may_try and not _is_traced()
+        )
+        if decision.plan is not None:
+            return Choice("triton", decision.plan, decision.reason, decision.record)
+        obstacle, record = decision.reason, decision.record
     if composite:
         return Choice("torch", "composite", composite)
     reason = "torch was asked for." if asked == "torch" else obstacle
-    # torch's own kernels are as fast as any for a single step, and on CUDA they are cuDNN's.
-    is_aten = not ragged and (T == 1 or (device.type == "cuda" and T <= _MAX_STEPS_OF_CUDNN))
-    return _torchs_choice("aten" if is_aten else "in-place", reason or "")
+    return _torchs_choice(torch_path, reason or "", record)
 
 
 # Made once: on a CPU most calls have one of two.
 @functools.lru_cache(maxsize=64)
-def _torchs_choice(path: str, reason: str) -> Choice:
-    return Choice("torch", path, reason)
+def _torchs_choice(path: str, reason: str, record: Record | None) -> Choice:
+    return Choice("torch", path, reason, record)
 
 
 def is_decided_by_sizes(asked: Backend, device: torch.device) -> bool:
@@ -186,13 +210,58 @@ def is_decided_by_sizes(asked: Backend, device: torch.device) -> bool:
 
 
 def recurrence_of(backend: str, device: torch.device, dtype: torch.dtype) -> Recurrence:
-    """Return the recurrence of a back end, "torch" or "triton"."""
+    """Return the recurrence of a back end.
+
+    Args:
+        backend: "torch", "triton:" and the name of a plan, or "triton", which programs exported
+            before plans had names give: the first plan that is not known to be wrong.
+        device, dtype: of the tensors.
+    """
     if backend == "torch":
         return inplace.recurrence
     # Imported only here: Triton may not be installed.
     from tritonrnn.kernels import launch
 
-    return functools.partial(launch.recurrence, tf32=rounds_to_tf32(device, dtype))
+    tf32 = rounds_to_tf32(device, dtype)
+    name = backend.partition(":")[2]
+    if name:
+        return functools.partial(launch.recurrence, tf32=tf32, plan=name)
+    return functools.partial(_by_first_plan, tf32)
+
+
+def _by_first_plan(
+    tf32: bool,
+    a: Tensor,
+    v_0: Tensor | None,
+    M: Tensor,
+    aux: Tensor | None,
+    layout: SequenceLayout,
+    *,
+    epilogue: str,
+    reverse: tuple[bool, ...],
+) -> None:
+    """Run the recurrence by the first plan that is not known to be wrong."""
+    from tritonrnn import autotune
+    from tritonrnn.kernels import launch
+
+    plan = autotune.first_possible(
+        launch.problem_of(a, layout, G=len(reverse), epilogue=epilogue, tf32=tf32),
+        a.device,
+        mapped=not layout.is_padded,
+        v_0=v_0 is not None,
+    )
+    launch.recurrence(
+        a, v_0, M, aux, layout, epilogue=epilogue, reverse=reverse, tf32=tf32, plan=plan
+    )
+
+
+def _is_traced() -> bool:
+    """Return whether a tracer sees every operator of this thread, and not what it computes."""
+    modes = torch._C._TorchDispatchModeKey
+    return torch._C._get_tracing_state() is not None or any(
+        torch._C._get_dispatch_mode(mode) is not None
+        for mode in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL)
+    )
 
 
 # https://github.com/pytorch/pytorch/issues/133751

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ class Explanation:
         plan: on triton the plan of the kernel, on torch the path: "in-place", "composite" or
             "aten".
         reason: why this back end and plan, in one sentence.
+        trial: what the trial on this device found that decided, in one line; "" if none did.
         layout: "time_major", "batch_major", "packed" or "jagged".
         shape: the sizes of the call: steps T (of the longest sequence), sequences B, rows N,
             input size I, hidden units H, layers L, directions D. What lies between two resets
@@ -36,13 +39,16 @@ class Explanation:
     shape: dict[str, int]
     dtype: torch.dtype
     device: torch.device
+    trial: str = ""
 
     def __str__(self) -> str:
         sizes = " ".join(f"{name}={size}" for name, size in self.shape.items())
+        trial = f"trial     {self.trial}\n" if self.trial else ""
         return (
             f"back end  {self.backend}\n"
             f"plan      {self.plan}\n"
             f"reason    {self.reason}\n"
+            f"{trial}"
             f"call      {self.layout}, {sizes}, {self.dtype} on {self.device}"
         )
 
@@ -82,6 +88,7 @@ def explain(
         module.dropout,
         lengths,
         reset,
+        may_try=False,
     )
     shape = {**call.sizes, "L": module.num_layers, "D": 2 if module.bidirectional else 1}
     reason = call.choice.reason
@@ -98,4 +105,30 @@ def explain(
         shape,
         call.dtype,
         call.data.device,
+        "" if call.choice.record is None else str(call.choice.record),
     )
+
+
+def trials() -> list[dict[str, Any]]:
+    """Return what all trials of plans found on the GPUs at hand, as rows of a DataFrame.
+
+    The first call of a class of shapes on a GPU tries Triton's plans there: whether their numbers
+    are right (``kind`` "right"), and whether they are faster than torch's own path ("fast"). What
+    it finds is kept for all processes in the folder ``tritonrnn`` of Triton's cache
+    (``TRITON_CACHE_DIR``); remove that folder to have everything tried again.
+
+    Returns:
+        Rows with ``kind``, ``verdict``, what was tried (``plan``, sizes, ...), ``reason``,
+        ``error`` (the largest, as a share of what is allowed), quartiles of the time of a call in
+        microseconds (``plan_us_p25``, ..., ``other_us_p75``, the latter of what ``against`` names),
+        ``seconds`` that the trial took, where and when (``host``, ``pid``, ``when`` in seconds
+        since 1970), and what the record depends on (``device_name``, ..., ``device_source``). A
+        verdict of "started" is a trial that runs, or has ended its process. No rows where Triton is
+        not installed.
+    """
+    if find_spec("triton") is None:
+        return []
+    # Imported only here: Triton may not be installed.
+    from tritonrnn import autotune
+
+    return autotune.trials()

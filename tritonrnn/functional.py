@@ -315,7 +315,7 @@ def _run_layer(
         if call.seq_metadata is None and call.reset is None:
             # In another dtype, as torch.nn.RNN is exported: step by step.
             return aten.forward(data, h_0, [weights], None, *settings)
-    return ops.elman(*sources, *settings, call.choice.backend)
+    return ops.elman(*sources, *settings, call.choice.operator_backend)
 
 
 def _dropout(data: Tensor, p: float, layout: str) -> Tensor:

@@ -63,7 +63,8 @@ def elman(
         layout: "time_major", "batch_major", "packed" or "jagged".
         nonlinearity: "tanh" or "relu".
         bidirectional: whether ``weights`` holds two directions.
-        backend: "torch" or "triton"; by "auto" the operator chooses each time it runs.
+        backend: "torch", or "triton:" and the name of a plan; by "auto" the operator chooses each
+            time it runs.
 
     Returns:
         ``output``, shaped as the input with G * H features, and ``h_n [G, B, H]``.
@@ -93,10 +94,12 @@ def _below_autograd_and_autocast(input: Tensor) -> Iterator[None]:
 def _resolve(
     backend: str,
     asked: Callable[[], Backend],
-    w_hh: Tensor,
+    weights: Sequence[Tensor],
+    hx: Tensor | None,
     where: SequenceLayout,
     nonlinearity: str,
     bidirectional: bool,
+    may_try: bool,
 ) -> tuple[str, bool]:
     """Return the back end, and whether its path is torch's own kernels.
 
@@ -104,18 +107,23 @@ def _resolve(
     """
     if backend != "auto":
         return backend, False
+    w_ih, w_hh = weights[:2]
     choice = choose_now(
         asked(),
         w_hh.device,
         w_hh.dtype,
         T=where.T,
         B=where.B,
+        I=w_ih.shape[1],
         G=2 if bidirectional else 1,
         H=len(w_hh),
         nonlinearity=nonlinearity,
+        mapped=not where.is_padded,
         ragged=where.is_ragged,
+        hx=hx is not None,
+        may_try=may_try,
     )
-    return choice.backend, choice.plan == "aten"
+    return choice.operator_backend, choice.plan == "aten"
 
 
 def _elman_kernel(
@@ -135,7 +143,7 @@ def _elman_kernel(
         if hx is not None and hx.shape[1] != B:
             raise RuntimeError(f"Expected hidden states of {B} sequences, got {hx.shape[1]}")
         backend, is_aten = _resolve(
-            backend, current_backend, weights[1], where, nonlinearity, bidirectional
+            backend, current_backend, weights, hx, where, nonlinearity, bidirectional, True
         )
         if is_aten:
             # Without a graph: the operator's own backward pass needs the output only.
@@ -170,7 +178,7 @@ def _elman_backward_kernel(
         rows, where = rows_of(input, layout, seq_metadata, reset)
         # Not by the context, which was for the forward pass and may have changed since.
         backend, _ = _resolve(
-            backend, lambda: "auto", weights[1], where, nonlinearity, bidirectional
+            backend, lambda: "auto", weights, hx, where, nonlinearity, bidirectional, False
         )
         # The walk overwrites dz, so it gets a copy: one copy also where strides are unusual.
         if grad_output is None:

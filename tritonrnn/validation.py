@@ -20,7 +20,7 @@ from tritonrnn.dispatch import (
     current_backend,
     is_decided_by_sizes,
 )
-from tritonrnn.memo import take
+from tritonrnn.memo import is_traced, take
 from tritonrnn.nested import jagged_parts
 from tritonrnn.paths.composite import why_composite
 from tritonrnn.ragged import layout_of
@@ -76,10 +76,13 @@ def check(
     dropout: float,
     lengths: Tensor | None,
     reset: Tensor | None,
+    *,
+    may_try: bool = True,
 ) -> Call:
     """Check the arguments of :func:`tritonrnn.functional.rnn`, which lists its errors.
 
-    Compute nothing, and choose what serves the call.
+    Compute nothing, and choose what serves the call: by trials of plans if ``may_try``, where no
+    record of one stands.
     """
     order = None
     seq_metadata = lengths
@@ -152,7 +155,20 @@ def check(
     dtype = compute_dtype(data) if is_autocast else data.dtype
     if choice is None:
         choice = choose(
-            data.device, dtype, T=T, B=B, G=G, H=H, nonlinearity=nonlinearity, ragged=is_ragged
+            data.device,
+            dtype,
+            T=T,
+            B=B,
+            I=data.shape[-1],
+            G=G,
+            H=H,
+            L=num_layers,
+            nonlinearity=nonlinearity,
+            mapped=layout == "packed",
+            ragged=is_ragged,
+            hx=hx is not None,
+            needs_grad=_needs_grad(data, hx, weights),
+            may_try=may_try and not torch.compiler.is_compiling() and not is_traced(data),
         )
         if has_torch_function(weights) and _know_torchs_rnn(weights) and not is_ragged:
             reason = "the weights have their own rules for torch's RNN."
@@ -272,6 +288,19 @@ def _check_hx_dim(dim: int, layout: str, rows_dim: int) -> None:
         raise RuntimeError(
             f"For {kind} {expected}-D input, hx should also be {expected}-D but got {dim}-D tensor"
         )
+
+
+def _needs_grad(data: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> bool:
+    """Return whether a gradient of a call may be wanted."""
+    if not torch.is_grad_enabled():
+        return False
+    # A class of tensors with rules of its own may refuse the question.
+    return (
+        (has_torch_function(weights) and _know_torchs_rnn(weights))
+        or any(weight.requires_grad for weight in weights)
+        or data.requires_grad
+        or (hx is not None and hx.requires_grad)
+    )
 
 
 def _know_torchs_rnn(weights: Sequence[Tensor]) -> bool:

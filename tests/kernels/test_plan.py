@@ -1,6 +1,5 @@
 """Plans are computed from shape, dtype and limits: they fit, and every problem has one."""
 
-import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,21 +8,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritonrnn.kernels import plan as planning
 from tritonrnn.kernels.cost import (
     HANDOFF_US,
-    Declined,
-    best_triton_plan,
-    choose_plan,
+    LAUNCH_US,
+    programs_at_once,
+    rank_plans,
     step_us,
+    stepwise_step_us,
 )
 from tritonrnn.kernels.devices import DEVICES, device_of
 from tritonrnn.kernels.plan import (
     PLANS,
-    LaunchPlan,
     Problem,
     cooperative_plan,
-    rank_plans,
+    plan_named,
     registers_plan,
     resident_plan,
     stepwise_plan,
@@ -89,8 +87,8 @@ def test_cooperative_plans_are_co_resident(problem, device):
 
 
 def test_cooperative_cta_group_takes_several_blocks_in_one_launch():
-    plan = choose_plan(Problem(T=512, B=256, G=2, H=1024, dtype="bf16"), SM_90)
-    assert (plan.name, plan.programs, plan.launches) == ("cooperative", 128, 1)
+    plan = cooperative_plan(Problem(T=512, B=256, G=2, H=1024, dtype="bf16"), SM_90)
+    assert (plan.programs, plan.launches) == (128, 1)
     assert plan.interleave == 2
     assert "tanh_approx, two blocks interleaved, 4 warps, 128 programs" in str(plan)
 
@@ -114,34 +112,50 @@ def test_cooperative_interleaved_blocks_hide_a_handoff():
     assert us(192) == pytest.approx(us(128) + us(64))
 
 
-@pytest.mark.parametrize(("H", "largest", "too_large"), [(1024, 256, 512), (512, 1024, 2048)])
-def test_choose_plan_leaves_to_torch_what_torch_does_faster(H, largest, too_large):
-    """A launch that has to take a batch in many waves loses to torch's large products."""
-    few, many = (Problem(512, B, 2, H, "bf16") for B in (largest, too_large))
-    plan = choose_plan(few, SM_90)
-    assert isinstance(plan, LaunchPlan)
-    assert plan.launches == 1
-    declined = choose_plan(many, SM_90)
-    assert isinstance(declined, Declined)
-    assert best_triton_plan(many, SM_90).name == "stepwise"
-    assert re.search(rf"{plan.name} [\d.]+ us.* [\d.]+ us on torch's own path", declined.reason)
+forward_problems = problems.filter(lambda problem: not problem.epilogue.endswith("_grad"))
 
 
-def test_choose_plan_takes_its_rates_from_the_device():
-    """On an H100 memory is the limit of either path, on an H200 the walk in waves is."""
-    problem = Problem(T=512, B=2**16, G=2, H=256, dtype="bf16")
-    h100, h200 = SM_90, replace(SM_90, memory_gb_per_s=4800)
-    assert isinstance(choose_plan(problem, h100), LaunchPlan)
-    assert isinstance(choose_plan(problem, h200), Declined)
-    slow = replace(h200, flop_per_clock=(1024, 512, 256))
-    assert isinstance(choose_plan(problem, slow), LaunchPlan)
+@given(forward_problems, devices, st.booleans())
+def test_rank_plans_is_total(problem, device, training):
+    """It has every plan that fits, in training in both passes, each once: stepwise always does."""
+    ranking = rank_plans(problem, device, training)
+    epilogues = [problem.epilogue, *([f"{problem.epilogue}_grad"] if training else [])]
+    fitting = {
+        name
+        for name, plan_of in PLANS.items()
+        if all(plan_of(replace(problem, epilogue=epilogue), device) for epilogue in epilogues)
+    }
+    assert sorted(plan.name for plan in ranking) == sorted(fitting)
+    assert "stepwise" in fitting
+    assert ranking == rank_plans(problem, device, training)
+    assert all(plan == plan_named(plan.name, problem, device) for plan in ranking)
 
 
 @given(problems, devices)
-def test_rank_plans_ends_with_the_plan_that_fits_everything(problem, device):
-    *others, last = rank_plans(problem, device)
-    assert last == stepwise_plan(problem, device)
-    assert all(plan.launches == 1 for plan in others)
+def test_rank_plans_prefers_one_launch_while_it_is_faster_than_many(problem, device):
+    ranking = rank_plans(problem, device)
+    place = [plan.name for plan in ranking].index("stepwise")
+    before, after = ranking[:place], ranking[place + 1 :]
+    if device.is_interpreter:
+        assert not after
+        return
+    stepwise_us = stepwise_step_us(problem, device)
+    assert stepwise_us >= LAUNCH_US
+    assert all(step_us(problem, plan) <= stepwise_us for plan in before)
+    assert all(step_us(problem, plan) > stepwise_us for plan in after)
+    order = list(PLANS)
+    for part in (before, after):
+        assert [plan.name for plan in part] == sorted((p.name for p in part), key=order.index)
+
+
+@given(problems, devices)
+def test_programs_at_once_fill_the_device(problem, device):
+    for plan in rank_plans(problem, device):
+        assert programs_at_once(problem, plan) >= device.multiprocessors
+        # What waits for each other runs at the same time. The interpreter has one CTA group a
+        # group of hidden units, and runs them in turn.
+        if plan.waits and not device.is_interpreter:
+            assert programs_at_once(problem, plan) >= plan.programs
 
 
 def test_device_at_hand_is_asked(monkeypatch):
@@ -162,22 +176,6 @@ def test_device_at_hand_is_asked(monkeypatch):
     assert device == replace(published, shared_bytes=163 * 1024, clock_mhz=1300)
 
 
-def test_best_triton_plan_keeps_one_launch_while_it_is_faster_than_many():
-    """Of 6.9 us a step, where torch's own path takes 5 and a launch a step 8."""
-    problem = Problem(T=100, B=8192, G=1, H=128, dtype="fp32")
-    assert isinstance(choose_plan(problem, SM_90), Declined)
-    assert best_triton_plan(problem, SM_90).name == "resident"
-
-
-@given(problems, devices)
-def test_choose_plan_is_a_function_of_its_arguments(problem, device):
-    choice = choose_plan(problem, device)
-    assert choice == choose_plan(problem, device)
-    assert isinstance(choice, LaunchPlan | Declined)
-    if device.is_interpreter:
-        assert isinstance(choice, LaunchPlan)
-
-
 @pytest.mark.parametrize(
     ("dtype", "tf32", "device", "largest"),
     [
@@ -187,30 +185,17 @@ def test_choose_plan_is_a_function_of_its_arguments(problem, device):
         ("fp32", False, "gfx942", 64),
     ],
 )
-def test_choose_plan_keeps_weights_resident_while_they_fit(dtype, tf32, device, largest):
-    fits = Problem(T=100, B=16, G=2, H=largest, dtype=dtype, tf32=tf32)
-    choice = choose_plan(fits, DEVICES[device])
-    assert isinstance(choice, LaunchPlan)
-    assert (choice.name, choice.launches) == ("resident", 1)
-    too_large = Problem(T=100, B=16, G=2, H=largest + 1, dtype=dtype, tf32=tf32)
-    declined = choose_plan(too_large, DEVICES[device])
-    if device == "sm_90":
-        assert isinstance(declined, LaunchPlan)
-        assert (declined.name, declined.launches) == ("cooperative", 1)
-        return
-    assert isinstance(declined, Declined)
-    assert declined.reason.startswith(f"W_hh of {largest + 1} x {largest + 1} {dtype}")
+def test_rank_plans_keeps_weights_resident_while_they_fit(dtype, tf32, device, largest):
+    def plans(H):
+        problem = Problem(T=100, B=16, G=2, H=H, dtype=dtype, tf32=tf32)
+        return [plan.name for plan in rank_plans(problem, DEVICES[device])]
+
+    spread = ["cooperative"] if device == "sm_90" else []
+    one_launch = ["resident", *spread]
+    assert [name for name in plans(largest) if name != "registers"] == [*one_launch, "stepwise"]
+    assert plans(largest + 1) == [*spread, "stepwise"]
 
 
-@pytest.fixture
-def nothing_is_untried(monkeypatch):
-    monkeypatch.setattr(planning, "UNTRIED", {})
-    choose_plan.cache_clear()
-    yield
-    choose_plan.cache_clear()
-
-
-@pytest.mark.usefixtures("nothing_is_untried")
 @pytest.mark.parametrize(
     ("B", "H", "dtype", "tf32", "name"),
     [
@@ -223,18 +208,10 @@ def nothing_is_untried(monkeypatch):
         (16, 64, "fp32", False, "registers"),
     ],
 )
-def test_choose_plan_keeps_weights_in_registers_once_that_is_tried(B, H, dtype, tf32, name):
+def test_rank_plans_keeps_weights_in_registers_where_they_fit(B, H, dtype, tf32, name):
     problem = Problem(T=512, B=B, G=2, H=H, dtype=dtype, tf32=tf32)
-    assert choose_plan(problem, SM_90).name == name
-    assert choose_plan(problem, DEVICES["sm_80"]).name == name
-
-
-@given(problems)
-def test_choose_plan_makes_no_plan_that_is_untried(problem):
-    choice = choose_plan(problem, SM_90)
-    held_back = [name for name, instead in planning.UNTRIED.items() if instead == "next plan"]
-    assert isinstance(choice, Declined) or choice.name not in held_back
-    assert best_triton_plan(problem, SM_90).name not in planning.UNTRIED
+    assert rank_plans(problem, SM_90)[0].name == name
+    assert rank_plans(problem, DEVICES["sm_80"])[0].name == name
 
 
 @given(problems, devices, st.integers(0, 10**6), st.integers(0, 10**6))
@@ -324,7 +301,7 @@ def test_amd_keeps_its_plans_and_says_why():
 
 
 def test_plan_prints_what_it_launches_and_its_limits():
-    text = str(choose_plan(Problem(T=50, B=64, G=2, H=100, dtype="fp32", tf32=True), SM_90))
+    text = str(resident_plan(Problem(T=50, B=64, G=2, H=100, dtype="fp32", tf32=True), SM_90))
     assert text == (
         "resident: tiles of 128 hidden units x 8 sequences (products of 128, tf32), tanh, 8 warps, "
         "16 programs on 132 multiprocessors, 1 launch, 85 of 227 KiB of shared memory (sm_90)"

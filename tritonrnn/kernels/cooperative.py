@@ -56,14 +56,12 @@ class CooperativeConstants(Constants):
     BLOCK_READ      hidden units of the previous state that a program reads at once
     NUM_SUMS        sums to which tiles' products are added in turn: 1 or 2
     INTERLEAVE      batch blocks that a program walks at the same time: 1 or 2
-    MAX_SPINS       polls after which a program gives up waiting for its CTA group
     """
 
     BLOCK_K: int
     BLOCK_READ: int
     NUM_SUMS: int
     INTERLEAVE: int
-    MAX_SPINS: int
 
     # Tiles of M are consecutive columns.
     STRIDE_K = 1
@@ -96,7 +94,7 @@ class PipelineState(NamedTuple):
     next_row: Any
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "max_spins"])
 def cooperative_kernel(
     a_ptr,
     v_0_ptr,
@@ -104,6 +102,7 @@ def cooperative_kernel(
     aux_ptr,
     row_map_ptr,
     counters_ptr,
+    max_spins,
     T,
     B,
     stride_time,
@@ -122,6 +121,7 @@ def cooperative_kernel(
     counters_ptr    int32 [1 + INTERLEAVE * CTA groups, 32] of ones. The first word becomes 0 if a
                     wait timed out; each other row begins with a counter, 128 bytes apart so that
                     no two share a cache line.
+    max_spins       polls after which a program gives up waiting for its CTA group.
     """
     batch = Batch(
         a_ptr=a_ptr,
@@ -147,7 +147,6 @@ def cooperative_kernel(
     counter_ptr = counters_ptr + 32 * (1 + counter)
     target = 1
     other_target = 1
-    max_spins = C.MAX_SPINS
     num_blocks = tl.cdiv(B, C.BLOCK_B)
     for index in tl.range(cta_group, num_blocks, C.INTERLEAVE * num_cta_groups, num_stages=1):
         block = make_block(index, range_h, range_b, batch, C)

@@ -1,21 +1,20 @@
-"""Estimate what a step takes, and choose a plan by it.
+"""Estimate what a step takes, and rank the plans that fit a problem by it.
 
 A step is a chain of dependent latencies. The device gives its rates; the rest are published figures
-that nobody has measured here.
+that nobody has measured here. They compare Triton's plans with each other only: whether a plan is
+faster than torch's own path is measured, by ``../autotune``.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import replace
 
 from tritonrnn.kernels.devices import Device
-from tritonrnn.kernels.plan import LaunchPlan, Problem, cdiv, rank_plans, stepwise_plan
+from tritonrnn.kernels.plan import PLANS, LaunchPlan, Problem, cdiv
 
-# What a step costs the host, in microseconds: of a Triton launch from Python, and of torch's own
-# launches from C++. Estimates.
-TRITON_LAUNCH_US = 8.0
-TORCH_STEP_US = 5.0
+# What a launch costs the host, in microseconds, from Python. An estimate.
+LAUNCH_US = 8.0
 
 # The parts of a step on its chain (NVIDIA's and others' published figures): clocks of shared
 # memory, MMA, epilogue and barrier; a counter passed from one multiprocessor to the others through
@@ -26,53 +25,29 @@ L2_BYTES_PER_CLOCK = 64
 SHARED_BYTES_PER_CLOCK = 128
 
 
-@dataclass(frozen=True)
-class Declined:
-    """No launch is expected to be faster than torch's own path, for the reason given."""
-
-    reason: str
-
-
 @functools.lru_cache(maxsize=1024)
-def choose_plan(problem: Problem, device: Device) -> LaunchPlan | Declined:
-    """Return the first plan of the ranking that beats torch's own path, or why none does."""
-    torch_us = torch_step_us(problem, device)
-    estimates = []
-    for plan in rank_plans(problem, device):
-        if device.is_interpreter:
-            # Which is for tests, not for speed.
-            return plan
-        if plan.name == "stepwise":
-            # The last one. Torch's own launches cost the host less, so it never beats them.
-            plan_us, name = stepwise_step_us(problem, device), "a Triton launch a step"
-        else:
-            plan_us, name = step_us(problem, plan), plan.name
-            if plan_us <= torch_us:
-                return plan
-        estimates.append(f"{name} {plan_us:.3g} us")
-    too_large = ""
-    if len(estimates) == 1:
-        too_large = (
-            f"W_hh of {problem.H} x {problem.H} {problem.dtype} and the state do not fit one "
-            f"multiprocessor of {device.arch} ({device.shared_bytes / 1024:.0f} KiB of shared "
-            "memory); "
-        )
-    return Declined(
-        f"{too_large}a step is estimated to take {', '.join(estimates)}, and {torch_us:.3g} us on "
-        "torch's own path"
-    )
+def rank_plans(problem: Problem, device: Device, training: bool = False) -> tuple[LaunchPlan, ...]:
+    """Return all plans that fit, the preferred one first; in training, that fit both passes.
 
-
-def best_triton_plan(problem: Problem, device: Device) -> LaunchPlan:
-    """Return what to launch where torch's own path is faster but can't serve, or Triton is forced.
-
-    Never cooperative: a plan whose programs wait for each other is to be chosen for its speed only.
+    Plans of one launch come in the order of :data:`PLANS`, and before a launch a step unless a step
+    of that is estimated to be faster.
     """
+    epilogues = [problem.epilogue, *([f"{problem.epilogue}_grad"] if training else [])]
+    passes = [replace(problem, epilogue=epilogue) for epilogue in epilogues]
+    fitting = []
+    for plan_of in PLANS.values():
+        plan, *others = (plan_of(each, device) for each in passes)
+        if plan is not None and None not in others:
+            fitting.append(plan)
     stepwise_us = stepwise_step_us(problem, device)
-    for plan in rank_plans(problem, device):
-        if plan.name not in ("cooperative", "stepwise") and step_us(problem, plan) <= stepwise_us:
-            return plan
-    return stepwise_plan(problem, device)
+
+    def is_behind_stepwise(plan: LaunchPlan) -> int:
+        if plan.name == "stepwise":
+            return 1
+        # The interpreter is for tests, not for speed.
+        return 2 if not device.is_interpreter and step_us(problem, plan) > stepwise_us else 0
+
+    return tuple(sorted(fitting, key=is_behind_stepwise))
 
 
 def step_us(problem: Problem, plan: LaunchPlan) -> float:
@@ -82,18 +57,17 @@ def step_us(problem: Problem, plan: LaunchPlan) -> float:
 
 
 def stepwise_step_us(problem: Problem, device: Device) -> float:
-    """Return the time of a step that is a Triton launch: the launch, product or memory."""
-    return max(TRITON_LAUNCH_US, _dense_step_us(problem, device))
+    """Return the time of a step that is a launch: the launch, product or memory."""
+    flop = 2 * problem.G * problem.B * problem.H**2
+    product_us = device.product_us(flop, problem.arithmetic)
+    return max(LAUNCH_US, product_us, _memory_us(problem, device))
 
 
-def torch_step_us(problem: Problem, device: Device) -> float:
-    """Return the time of a step of torch's own path: its launches, product or memory."""
-    return max(TORCH_STEP_US, _dense_step_us(problem, device))
-
-
-def _waves_us(problem: Problem, plan: LaunchPlan) -> float:
-    """Return the time of a step of all programs, in waves where they don't all fit at once."""
+def programs_at_once(problem: Problem, plan: LaunchPlan) -> int:
+    """Return about how many programs of a plan the device runs at the same time."""
     device = plan.device
+    if device.is_interpreter:
+        return 1
     occupancy = min(
         device.shared_bytes // plan.shared_bytes,
         device.threads // (device.warp_size * plan.num_warps),
@@ -102,9 +76,14 @@ def _waves_us(problem: Problem, plan: LaunchPlan) -> float:
         # About a third of a program's registers hold weights.
         weight_bytes = problem.item_bytes * plan.block_h**2
         occupancy = min(occupancy, device.register_bytes // (3 * weight_bytes))
+    return device.multiprocessors * max(1, occupancy)
+
+
+def _waves_us(problem: Problem, plan: LaunchPlan) -> float:
+    """Return the time of a step of all programs, in waves where they don't all fit at once."""
     programs = cdiv(problem.B, plan.block_b) * problem.G
-    waves = cdiv(programs, device.multiprocessors * max(1, occupancy))
-    return waves * device.clocks_us(STEP_CLOCKS + _product_clocks(problem, plan))
+    waves = cdiv(programs, programs_at_once(problem, plan))
+    return waves * plan.device.clocks_us(STEP_CLOCKS + _product_clocks(problem, plan))
 
 
 def _cta_groups_us(problem: Problem, plan: LaunchPlan) -> float:
@@ -129,11 +108,6 @@ def _product_clocks(problem: Problem, plan: LaunchPlan) -> float:
     # Products of fp32 accuracy are three of TF32.
     arithmetic = "tf32" if plan.precision == "tf32x3" else problem.arithmetic
     return plan.device.product_clocks(2 * weights * plan.block_b, arithmetic)
-
-
-def _dense_step_us(problem: Problem, device: Device) -> float:
-    flop = 2 * problem.G * problem.B * problem.H**2
-    return max(device.product_us(flop, problem.arithmetic), _memory_us(problem, device))
 
 
 def _memory_us(problem: Problem, device: Device) -> float:

@@ -18,7 +18,7 @@ No schedule can deadlock. All programs of a launch run at the same time, or the 
 the same order, as all of them see the same lengths, and a program waits only for additions that
 others make in earlier steps. So of those that wait, one in the earliest step has all it waits for,
 or waits for one that runs. No CTA group waits for another one. And should a program fail, those
-that wait for it give up after MAX_SPINS polls, say so, and run to the end without waiting any more:
+that wait for it give up after max_spins polls, say so, and run to the end without waiting any more:
 a walk ends whatever happens.
 
 The limit is a number of polls, not a time. A poll is a round trip to L2, and a program polls only

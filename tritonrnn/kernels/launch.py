@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,9 +14,8 @@ from torch import Tensor
 
 from tritonrnn.kernels.common import Constants
 from tritonrnn.kernels.cooperative import CooperativeConstants, cooperative_kernel
-from tritonrnn.kernels.cost import best_triton_plan, choose_plan
-from tritonrnn.kernels.devices import Device, device_of
-from tritonrnn.kernels.plan import PLANS, LaunchPlan, Problem, uses_wgmma
+from tritonrnn.kernels.devices import device_of
+from tritonrnn.kernels.plan import PLANS, LaunchPlan, Problem, plan_named, uses_wgmma
 from tritonrnn.kernels.resident import ResidentConstants, resident_kernel
 from tritonrnn.kernels.stepwise import StepwiseConstants, stepwise_kernel
 from tritonrnn.layout import SequenceLayout
@@ -23,6 +23,8 @@ from tritonrnn.layout import SequenceLayout
 # Polls until a program gives up waiting: some seconds on a GPU, where a poll is a round trip to L2,
 # and as long in the interpreter, at 50 microseconds a poll.
 MAX_SPINS = 200_000 if triton.knobs.runtime.interpret else 20_000_000
+# In a trial 0.2 s at most, were a poll to take a microsecond.
+MAX_SPINS_IN_TRIAL = MAX_SPINS // 100
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 # Triton before 3.7.1 leaves out the proxy fence between an async copy and the wgmma that reads what
@@ -43,7 +45,8 @@ def recurrence(
     epilogue: str,
     reverse: tuple[bool, ...],
     tf32: bool,
-    plan: LaunchPlan | None = None,
+    plan: LaunchPlan | str,
+    compile_only: bool = False,
 ) -> None:
     """Overwrite ``a`` by ``s_t = E(a_t + v_t, aux_t)``, ``v_t = M s_{t-1}``.
 
@@ -57,8 +60,12 @@ def recurrence(
         epilogue: ``tanh``, ``relu``, ``tanh_grad`` or ``relu_grad``.
         reverse: for each group, whether it walks from a sequence's last step to its first.
         tf32: whether fp32 products may round their operands to TF32.
-        plan: the plan to launch, whatever :func:`choose_plan` returns. Without one, a problem
-            that torch's own path would serve better has the next best, :func:`best_triton_plan`'s.
+        plan: the plan to launch, or the name of one.
+        compile_only: whether to compile what would be launched, and launch nothing. Several threads
+            may do so at the same time.
+
+    Raises:
+        RuntimeError: the named plan does not fit.
     """
     if a.numel() == 0:
         return
@@ -73,18 +80,57 @@ def recurrence(
     if aux is not None and aux.data_ptr() % 16 != 0:
         aux = aux.clone()
     problem = problem_of(a, layout, G=len(reverse), epilogue=epilogue, tf32=tf32)
-    if plan is None:
-        plan = _plan_for(problem, device_of(a.device))
-    kernel = kernel_of(plan)[grid(problem, plan)]
+    if isinstance(plan, str):
+        plan = plan_named(_forced or plan, problem, device_of(a.device))
+    kernel, programs = kernel_of(plan), grid(problem, plan)
     arguments = kernel_arguments(a, v_0, M, aux, layout, problem, reverse, plan)
     with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
+        if compile_only:
+            first_step = {"step": 0} if plan.name == "stepwise" else {}
+            kernel.warmup(grid=programs, **first_step, **arguments)
+            return
+        run = kernel[programs]
         if plan.name == "stepwise":
             for step in range(layout.T):
-                kernel(step=step, **arguments)
+                run(step=step, **arguments)
         else:
-            kernel(**arguments)
-        if plan.name == "cooperative":
-            check_barrier(arguments["counters_ptr"], plan)
+            run(**arguments)
+        if plan.waits:
+            if _trial.counters is None:
+                check_barrier(arguments["counters_ptr"], plan)
+            else:
+                _trial.counters.append(arguments["counters_ptr"])
+
+
+class _Trial(threading.local):
+    # Of the launches of a trial in this thread, or None outside of one.
+    counters: list[Tensor] | None = None
+
+
+_trial = _Trial()
+
+
+@contextmanager
+def trial() -> Iterator[None]:
+    """Launch in this thread as a trial: a wait is short, and its end is raised here.
+
+    A device assertion would make the GPU unusable for the process.
+
+    Raises:
+        BarrierTimeoutError: a program of a launch inside gave up waiting.
+    """
+    counters: list[Tensor] = []
+    before, _trial.counters = _trial.counters, counters
+    try:
+        yield
+    finally:
+        _trial.counters = before
+    if not all(bool(words[0, 0]) for words in counters):
+        raise BarrierTimeoutError("a program gave up waiting for the others of its CTA group")
+
+
+class BarrierTimeoutError(RuntimeError):
+    """A program of a cooperative launch in a trial gave up waiting."""
 
 
 @contextmanager
@@ -92,7 +138,7 @@ def forced_plan(name: str) -> Iterator[None]:
     """Launch every recurrence by the plan of this name, also those of a backward pass.
 
     For tests and measurements. It holds for the whole process, not for a thread: a GPU's backward
-    pass runs in a thread of its own.
+    pass runs in a thread of its own. It takes the place of a plan's name, not of a plan.
 
     Args:
         name: of :data:`tritonrnn.kernels.plan.PLANS`.
@@ -111,18 +157,8 @@ def forced_plan(name: str) -> Iterator[None]:
         _forced = before
 
 
-def _plan_for(problem: Problem, device: Device) -> LaunchPlan:
-    if _forced is None:
-        choice = choose_plan(problem, device)
-        return choice if isinstance(choice, LaunchPlan) else best_triton_plan(problem, device)
-    plan = PLANS[_forced](problem, device)
-    if plan is None:
-        raise RuntimeError(f"the plan {_forced} does not fit {problem} on {device.arch}")
-    return plan
-
-
 def problem_of(a: Tensor, layout: SequenceLayout, *, G: int, epilogue: str, tf32: bool) -> Problem:
-    """Return what :func:`choose_plan` needs to know of a call."""
+    """Return what a plan needs to know of a call."""
     H = a.shape[1] // G
     return Problem(layout.T, layout.B, G, H, DTYPES[a.dtype], tf32, epilogue)
 
@@ -237,6 +273,7 @@ def kernel_arguments(
         arguments |= dict(zip(strides, M.stride()))
     if plan.name == "cooperative":
         arguments["counters_ptr"] = barrier_counters(problem, plan, a.device)
+        arguments["max_spins"] = MAX_SPINS if _trial.counters is None else MAX_SPINS_IN_TRIAL
         if not triton.knobs.runtime.interpret:
             # The driver refuses a grid whose programs can't all run at the same time.
             arguments["launch_cooperative_grid"] = True
@@ -277,7 +314,6 @@ def _constants(problem: Problem, plan: LaunchPlan) -> Constants:
             BLOCK_READ=plan.block_read,
             NUM_SUMS=plan.num_sums,
             INTERLEAVE=plan.interleave,
-            MAX_SPINS=MAX_SPINS,
         )
     assert plan.name == "stepwise"
     return StepwiseConstants(**shared, BLOCK_K=plan.block_k)

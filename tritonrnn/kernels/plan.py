@@ -1,12 +1,13 @@
-"""Which launches fit a problem on a device, the preferred one first: pure Python.
+"""Which launches fit a problem on a device: pure Python.
 
-No tables of shapes and no trial runs: the same problem on the same device always gets the same
-plans, and never one that does not fit. ``cost.py`` estimates their time and chooses.
+No tables of shapes: the same problem on the same device always gets the same plans, and never one
+that does not fit. ``cost.py`` ranks them, and ``../autotune`` tries them on the GPU at hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -21,11 +22,6 @@ MAX_INTERLEAVED_UNITS = 1280
 
 # Shared memory that the compiler takes for itself, at most: barriers, reductions.
 RESERVED_BYTES = 1024
-
-# Plans whose tests have not passed on a GPU yet (perf/GPU.md), and what serves in their place: the
-# next plan, or torch's own path. The latter where programs wait for each other: a fault there can
-# make the GPU unusable for the process. Where a plan is forced, it is launched.
-UNTRIED = {"registers": "next plan", "cooperative": "torch"}
 
 
 @dataclass(frozen=True)
@@ -122,6 +118,11 @@ class LaunchPlan:
         waits = not self.device.has_wgmma and self.precision != "tf32x3"
         return 2 if waits and self.block_read > self.block_k else 1
 
+    @property
+    def waits(self) -> bool:
+        """Return whether its programs wait for each other, so that all must run at once."""
+        return self.name == "cooperative"
+
     def __str__(self) -> str:
         return (
             f"{self.name}: tiles of {self.block_h} hidden units x {self.block_b} sequences "
@@ -132,22 +133,6 @@ class LaunchPlan:
             f"{self.shared_bytes / 1024:.0f} of {self.device.shared_bytes / 1024:.0f} KiB of "
             f"shared memory ({self.device.arch})"
         )
-
-
-def rank_plans(problem: Problem, device: Device) -> Iterator[LaunchPlan]:
-    """Yield the plans that fit, the preferred one first: by what a program waits for in a step.
-
-    Programs that wait for nobody come before those that wait for others, and M in registers before
-    M in shared memory. The last one, a launch a step, fits every problem.
-    """
-    for name, plan_of in PLANS.items():
-        # In the interpreter the cooperative plan is one program: the resident plan, but slower.
-        held_back = UNTRIED.get(name) == "next plan"
-        if held_back or (device.is_interpreter and name == "cooperative"):
-            continue
-        plan = plan_of(problem, device)
-        if plan is not None:
-            yield plan
 
 
 def resident_plan(problem: Problem, device: Device) -> LaunchPlan | None:
@@ -359,13 +344,28 @@ def stepwise_plan(problem: Problem, device: Device) -> LaunchPlan:
     )
 
 
-# The plans by name, the preferred one first: each returns None where it does not fit.
+# The plans by name, each returns None where it does not fit. The preferred one first, by what a
+# program waits for in a step: nobody before others, and M in registers before M in shared memory.
+# The last one, a launch a step, fits every problem.
 PLANS: dict[str, Callable[[Problem, Device], LaunchPlan | None]] = {
     "registers": registers_plan,
     "resident": resident_plan,
     "cooperative": cooperative_plan,
     "stepwise": stepwise_plan,
 }
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_named(name: str, problem: Problem, device: Device) -> LaunchPlan:
+    """Return a plan by its name.
+
+    Raises:
+        RuntimeError: it does not fit the problem on this device, or no plan has this name.
+    """
+    plan = PLANS[name](problem, device) if name in PLANS else None
+    if plan is None:
+        raise RuntimeError(f"the plan {name} does not fit {problem} on {device.arch}")
+    return plan
 
 
 def _most_rows(device: Device) -> int:

@@ -1,0 +1,558 @@
+"""Plans are tried on the device at hand before they serve: here on an imitation of one."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tritonrnn
+from tests.support.imitation import PLANS, Imitation, imitate, on_launch, spoiled
+from tests.support.processes import run_alone
+from tritonrnn import autotune, validation
+from tritonrnn.autotune import timing, verification
+from tritonrnn.kernels import launch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="has a device of its own")
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch) -> Imitation:
+    """Return a device on which every plan is faster than torch's own path."""
+    monkeypatch.delenv("TRITONRNN_AUTOTUNE", raising=False)
+    return imitate(tmp_path, monkeypatch, dict.fromkeys(PLANS, 50.0))
+
+
+@pytest.fixture
+def restart(tmp_path, monkeypatch) -> Callable[..., Imitation]:
+    """Return a function that forgets all but the files, as the next process does."""
+    return lambda us=None: imitate(tmp_path, monkeypatch, us or dict.fromkeys(PLANS, 50.0))
+
+
+@pytest.fixture
+def verified(monkeypatch) -> list[autotune.Kernel]:
+    """Take every kernel for right without running it, and return those asked for."""
+    asked: list[autotune.Kernel] = []
+
+    def verify(kernel, bench):
+        asked.append(kernel)
+        return True, "as accurate as torch", 0.5
+
+    monkeypatch.setattr(verification, "verify", verify)
+    monkeypatch.setattr(verification, "precompile", lambda kernel, bench: lambda: None)
+    return asked
+
+
+def a_call(**sizes: int) -> tuple[tritonrnn.RNN, torch.Tensor]:
+    """Return a call for inference, which has the fewest kernels."""
+    T, B, I, H = ({"T": 4, "B": 2, "I": 3, "H": 5} | sizes).values()  # noqa: E741
+    return tritonrnn.RNN(I, H).requires_grad_(False), torch.randn(T, B, I)
+
+
+def served(module: tritonrnn.RNN, x: torch.Tensor, **arguments: Any) -> str:
+    """Return the plan or path that serves a call after it was made."""
+    module(x, **arguments)
+    return explained(module, x, **arguments)
+
+
+def explained(module: tritonrnn.RNN, x: torch.Tensor, **arguments: Any) -> str:
+    return tritonrnn.explain(module, x, **arguments).plan.partition(":")[0]
+
+
+def rows(**wanted: Any) -> list[dict[str, Any]]:
+    """Return the records that have these values."""
+    found = tritonrnn.trials()
+    return [row for row in found if wanted.items() <= row.items()]
+
+
+# The choice
+
+
+def test_first_call_tries_the_first_plan_and_the_next_process_adopts_it(bench, restart):
+    module, x = a_call()
+    before = tritonrnn.explain(module, x)
+    assert (before.backend, before.plan, rows()) == ("torch", "in-place", [])
+    expected = module(x)
+    chosen = tritonrnn.explain(module, x)
+    assert (chosen.backend, chosen.plan.partition(":")[0]) == ("triton", "resident")
+    assert chosen.reason == "its trial on this device found it right, and faster than in-place."
+    assert "the plan resident is faster (50.5 us against 101 us of in-place)" in chosen.trial
+    assert chosen.trial in str(chosen)
+    assert len(rows(verdict="right")) == len(rows(verdict="faster")) == 1
+    again = restart()
+    assert served(module, x) == "resident"
+    assert torch.equal(module(x)[0], expected[0])
+    assert again.timed == []
+
+
+def test_slow_plan_yields_to_torchs_own_path(bench, restart, verified):
+    bench.us = {"resident": 200.0, "cooperative": 200.0, "stepwise": 200.0}
+    module, x = a_call()
+    assert served(module, x) == "in-place"
+    assert {row["verdict"] for row in rows(kind="fast")} == {"slower"}
+    choice = tritonrnn.explain(module, x)
+    assert choice.reason == "the plan resident is slower (202 us against 101 us of in-place)."
+    assert restart().timed == []
+    assert served(module, x) == "in-place"
+
+
+def test_slow_plan_yields_to_the_next_that_is_not(bench, verified):
+    bench.us["resident"] = 200.0
+    assert served(*a_call()) == "cooperative"
+
+
+def test_at_most_three_plans_are_tried(bench, verified, monkeypatch):
+    monkeypatch.setattr(autotune, "MAX_TRIALS", 2)
+    bench.us = {"resident": 200.0, "cooperative": 200.0}
+    assert served(*a_call()) == "in-place"
+    assert {kernel.plan for kernel in verified} == {"resident", "cooperative"}
+
+
+def test_a_tie_is_tritons_in_this_process_only(bench, restart, verified):
+    bench.us, bench.spread = {"resident": 104.0}, 0.05
+    module, x = a_call()
+    assert served(module, x) == "resident"
+    assert tritonrnn.explain(module, x).reason.endswith("and as fast as in-place.")
+    assert len(rows(verdict="tie")) == 1
+    again = restart()
+    assert rows(kind="fast") == []
+    served(module, x)
+    assert again.timed
+
+
+def test_one_class_of_shapes_is_timed_once(bench, verified, monkeypatch):
+    monkeypatch.setattr(timing, "MOST_STEPS", 4)
+    module, _ = a_call()
+    served(module, torch.randn(4, 7, 3))
+    timed = len(bench.timed)
+    for T, B in [(9, 8), (4, 5), (5000, 6)]:
+        assert explained(module, torch.randn(T, B, 3)) == "resident"
+    assert len(bench.timed) == timed
+    assert len(verified) == 1
+    served(module, torch.randn(4, 9, 3))
+    assert len(bench.timed) > timed
+    assert len(verified) == 1
+
+
+def test_inference_and_training_are_judged_apart(bench, verified):
+    module, x = a_call()
+    module.requires_grad_(True)
+    with torch.no_grad():
+        served(module, x)
+    assert [kernel.epilogue for kernel in verified] == ["tanh"]
+    bench.us["resident"] = 200.0
+    served(module, x)
+    assert [kernel.epilogue for kernel in verified[:3]] == ["tanh", "tanh_grad", "tanh_grad"]
+    assert explained(module, x) == "cooperative"
+    with torch.no_grad():
+        assert explained(module, x) == "resident"
+
+
+def test_a_plan_serves_both_passes_or_none(bench, monkeypatch):
+    def fault(plan, arguments):
+        if plan.name == "resident" and plan.epilogue == "tanh_grad":
+            arguments["a_ptr"].neg_()
+
+    launched = on_launch(monkeypatch, fault)
+    module, x = a_call()
+    assert served(module, x) == "resident"
+    module.requires_grad_(True)
+    with pytest.warns(RuntimeWarning, match="plan resident computes wrong numbers"):
+        module(x)
+    launched.clear()
+    module(x)[0].sum().backward()
+    assert launched == ["cooperative"] * 2
+
+
+# Faults
+
+
+def test_spoiled_kernel_is_warned_of_once_and_never_serves(bench, restart, monkeypatch):
+    launched = on_launch(monkeypatch, spoiled("resident"))
+    module, x = a_call()
+    with pytest.warns(RuntimeWarning) as caught:
+        module(x)
+    (warning,) = caught
+    assert "the plan resident computes wrong numbers" in str(warning.message)
+    assert "on Imitation" in str(warning.message)
+    assert "tritonrnn.trials()" in str(warning.message)
+    for _ in range(2):
+        launched.clear()
+        assert served(module, x) == "cooperative"
+        # Its other sizes, and its other classes, too.
+        assert served(module, torch.randn(9, 3, 3)) == "cooperative"
+        assert "resident" not in launched
+        restart()
+
+
+def test_warning_that_is_an_error_comes_after_the_record(bench, monkeypatch):
+    on_launch(monkeypatch, spoiled("resident"))
+    module, x = a_call()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning):
+            module(x)
+        assert served(module, x) == "cooperative"
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        (lambda a: a.add_(torch.rand(()) * 1e-3), "two runs of it differ"),
+        (lambda a: a.as_strided((1,), (1,), 0).zero_(), "it writes where no token is"),
+        (lambda a: a[0, 0].fill_(torch.nan), "times the error that is allowed, in 3 of 3 seeds"),
+    ],
+    ids=["racy", "out of bounds", "nan"],
+)
+def test_faults_of_every_kind_are_found(fault, why, bench, monkeypatch):
+    on_launch(
+        monkeypatch,
+        lambda plan, arguments: fault(arguments["a_ptr"]) if plan.name == "resident" else None,
+    )
+    with pytest.warns(RuntimeWarning, match=why):
+        served(*a_call())
+    assert why in rows(verdict="wrong")[0]["reason"]
+
+
+def failing(error: BaseException) -> Callable[..., None]:
+    def fault(plan, arguments):
+        if plan.name == "resident":
+            raise error
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("Triton Error: too many resources requested"), ValueError("no such layout")],
+    ids=["refused launch", "compiler"],
+)
+def test_what_raises_is_recorded_and_the_next_plan_serves(error, bench, restart, monkeypatch):
+    launched = on_launch(monkeypatch, failing(error))
+    module, x = a_call()
+    assert served(module, x) == "cooperative"
+    (row,) = rows(verdict="failed")
+    assert row["reason"] == f"{type(error).__name__}: {error}"
+    restart()
+    launched.clear()
+    assert served(module, x) == "cooperative"
+    assert "resident" not in launched
+
+
+def test_compiler_that_raises_leads_to_the_next_plan(bench, monkeypatch):
+    recurrence = launch.recurrence
+
+    def compiling(*arguments, compile_only=False, plan, **options):
+        if compile_only and plan == "resident":
+            raise ValueError("ptxas: fatal")
+        return recurrence(*arguments, compile_only=compile_only, plan=plan, **options)
+
+    monkeypatch.setattr(launch, "recurrence", compiling)
+    assert served(*a_call()) == "cooperative"
+    assert rows(verdict="failed")[0]["reason"] == "ValueError: ptxas: fatal"
+
+
+def test_exhausted_memory_counts_for_this_process_only(bench, restart, monkeypatch):
+    with monkeypatch.context() as patch:
+        on_launch(patch, failing(torch.OutOfMemoryError("CUDA out of memory")))
+        module, x = a_call()
+        assert served(module, x) == "cooperative"
+        assert served(module, x) == "cooperative"
+    restart()
+    assert served(module, x) == "resident"
+
+
+def test_exhausted_memory_of_a_timed_call_counts_for_this_process_only(
+    bench, restart, verified, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        on_launch(patch, failing(torch.OutOfMemoryError("CUDA out of memory")))
+        module, x = a_call()
+        assert served(module, x) == "cooperative"
+    restart()
+    assert served(module, x) == "resident"
+
+
+def test_fault_that_leaves_the_device_unusable_names_the_plan(bench, restart, monkeypatch):
+    def fault(plan, arguments):
+        if plan.name == "resident":
+            bench.is_unusable = True
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    on_launch(monkeypatch, fault)
+    module, x = a_call()
+    with pytest.raises(RuntimeError, match=r"plan resident .* TRITONRNN_AUTOTUNE=off"):
+        module(x)
+    restart()
+    assert served(module, x) == "cooperative"
+
+
+# Where and when
+
+
+def test_ragged_batch_is_never_walked_in_torch_because_a_plan_is_refused(bench, monkeypatch):
+    """In torch the host would wait for the lengths, which are on the device."""
+    module, x = a_call()
+    arguments = {"lengths": torch.tensor([4, 2])}
+    assert explained(module, x, **arguments) == "resident"
+    on_launch(monkeypatch, spoiled("resident"))
+    bench.us = {"cooperative": 200.0, "stepwise": 100.0}
+    with pytest.warns(RuntimeWarning):
+        module(x, **arguments)
+    assert explained(module, x, **arguments) == "stepwise"
+    # Plans that wait for nobody are not timed: there is no other to be faster.
+    assert set(bench.timed) == {"cooperative", "stepwise"}
+
+
+def test_ragged_batch_takes_the_plan_that_waits_where_it_is_faster(bench, verified, monkeypatch):
+    bench.us = {"cooperative": 50.0, "stepwise": 100.0}
+    monkeypatch.setattr(
+        autotune, "rank_plans", lambda *of: [p for p in rank_plans(*of) if p.name != "resident"]
+    )
+    module, x = a_call()
+    arguments = {"reset": torch.zeros(4, 2, dtype=torch.bool)}
+    assert explained(module, x, **arguments) == "stepwise"
+    assert served(module, x, **arguments) == "cooperative"
+
+
+rank_plans = autotune.rank_plans
+
+
+def test_no_trial_is_made_while_a_stream_is_captured(bench, verified):
+    bench.is_capturing = True
+    module, x = a_call()
+    assert served(module, x) == "in-place"
+    assert rows() == []
+    bench.is_capturing = False
+    assert served(module, x) == "resident"
+    bench.is_capturing = True
+    assert served(module, x) == "resident"
+
+
+def test_no_trial_is_made_for_a_tracer(bench, verified):
+    module, x = a_call()
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        module(torch.randn(4, 2, 3))
+    torch.fx.experimental.proxy_tensor.make_fx(lambda x: module(x)[0])(x)
+    torch.func.vmap(lambda x: module(x)[0])(x[None])
+    module.to("meta")(x.to("meta"))
+    assert rows() == []
+
+
+def test_compiled_program_makes_the_trial_when_it_runs(bench, verified):
+    module, x = a_call()
+    program = torch.compile(module, fullgraph=True, backend="eager")
+    program(x)
+    torch._dynamo.reset()
+    # Whether a gradient may be wanted is not known to it.
+    assert {kernel.epilogue for kernel in verified} == {"tanh", "tanh_grad"}
+
+
+@pytest.mark.parametrize("how", ["algorithms", "cudnn", "verify"])
+def test_deterministic_mode_times_nothing_and_ignores_times(how, bench, verified, monkeypatch):
+    module, x = a_call()
+    assert served(module, x) == "resident"
+    bench.us = {"resident": 200.0, "cooperative": 50.0}
+    slower = torch.randn(4, 3, 3)
+    assert served(module, slower) == "cooperative"
+    timed = len(bench.timed)
+    if how == "verify":
+        monkeypatch.setenv("TRITONRNN_AUTOTUNE", "verify")
+    elif how == "cudnn":
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    else:
+        torch.use_deterministic_algorithms(True)
+    try:
+        assert served(module, slower) == "resident"
+        assert served(module, torch.randn(4, 7, 3)) == "resident"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(bench.timed) == timed
+
+
+def test_deterministic_mode_takes_many_launches_for_ragged_batches_only(
+    bench, verified, monkeypatch
+):
+    monkeypatch.setenv("TRITONRNN_AUTOTUNE", "verify")
+    monkeypatch.setattr(
+        autotune, "rank_plans", lambda *of: [p for p in rank_plans(*of) if p.name == "stepwise"]
+    )
+    module, x = a_call()
+    assert served(module, x) == "in-place"
+    assert tritonrnn.explain(module, x).reason == "no plan of one launch a pass fits it."
+    assert served(module, x, lengths=torch.tensor([4, 2])) == "stepwise"
+
+
+def test_off_makes_no_trial(bench, verified, monkeypatch):
+    module, x = a_call()
+    served(module, x)
+    monkeypatch.setenv("TRITONRNN_AUTOTUNE", "off")
+    verified.clear()
+    assert served(module, x) == "in-place"
+    assert served(module, x, lengths=torch.tensor([4, 2])) == "resident"
+    assert tritonrnn.explain(module, x).reason == "TRITONRNN_AUTOTUNE is off."
+    assert verified == []
+
+
+def test_unknown_mode_raises(bench, monkeypatch):
+    monkeypatch.setenv("TRITONRNN_AUTOTUNE", "maybe")
+    module, x = a_call()
+    with pytest.raises(ValueError, match="TRITONRNN_AUTOTUNE: expected one of"):
+        module(x)
+
+
+def test_forced_triton_takes_the_first_plan_that_is_not_known_to_be_wrong(bench, monkeypatch):
+    module, x = a_call()
+    with tritonrnn.backend("triton"):
+        assert served(module, x) == "resident"
+        assert rows() == []
+    on_launch(monkeypatch, lambda plan, arguments: arguments["a_ptr"].add_(1))
+    with pytest.warns(RuntimeWarning):
+        module(x)
+    with tritonrnn.backend("triton"), pytest.raises(RuntimeError) as caught:
+        module(x)
+    assert "the triton back end can't serve this call" in str(caught.value)
+    assert all(f"the plan {plan} computes wrong numbers" in str(caught.value) for plan in PLANS)
+    assert served(module, x) == "in-place"
+
+
+def test_without_a_bench_the_first_plan_serves_untried(bench, monkeypatch):
+    monkeypatch.setattr(autotune, "BENCHES", {})
+    module, x = a_call()
+    assert served(module, x) == "resident"
+    assert rows() == []
+
+
+# Traces
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_trial_leaves_no_trace_in_what_the_caller_computes(bench):
+    module, x = a_call()
+    state = torch.get_rng_state()
+    with Seen() as seen:
+        module(x)
+    assert rows(verdict="right")
+    with Seen() as seen_again:
+        module(x)
+    assert seen.operators == seen_again.operators
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def refuse(tensor):
+    raise AssertionError("a trial saves nothing for a backward pass")
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+        lambda: torch.device("meta"),
+        lambda: torch.autograd.set_detect_anomaly(True),
+        lambda: torch.autograd.graph.saved_tensors_hooks(refuse, refuse),
+    ],
+    ids=["inference", "autocast", "default device", "anomaly", "hooks"],
+)
+def test_trial_finds_the_same_in_every_mode(mode, bench):
+    module, x = a_call()
+    with mode():
+        module(x)
+    (right,) = rows(kind="right")
+    assert right["verdict"] == "right"
+    assert rows(kind="fast")[0]["verdict"] == "faster"
+
+
+def test_second_thread_waits_for_the_trial_of_the_first(bench, verified):
+    """They choose only: the interpreter runs one kernel at a time."""
+    module, x = a_call()
+    everybody = Barrier(4, timeout=60)
+
+    def plan(_):
+        everybody.wait()
+        return validation.check(x, None, list(module.parameters()), "tanh", 1, *[False] * 2, 0.0,
+                                None, None).choice.plan.name  # fmt: skip
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(plan, range(4))) == ["resident"] * 4
+    assert len(verified) == 1
+    assert bench.timed.count("resident") == bench.timed.count("in-place")
+
+
+def test_trials_are_logged_with_their_seconds(bench, verified, caplog):
+    with caplog.at_level(logging.INFO, "tritonrnn"):
+        served(*a_call())
+    assert [record.levelname for record in caplog.records] == ["INFO"] * 2
+    assert "the plan resident is right" in caplog.messages[0]
+    assert "the plan resident is faster (50.5 us against 101 us of in-place)" in caplog.messages[1]
+    assert all(message.endswith(" s)") for message in caplog.messages)
+
+
+def test_standing_record_is_not_looked_up_again(bench, verified, monkeypatch):
+    module, x = a_call()
+    served(module, x)
+    monkeypatch.setattr(autotune, "rank_plans", None)
+    monkeypatch.setattr(autotune, "_tuners", None)
+    assert served(module, x) == "resident"
+
+
+# Processes
+
+PROCESS = """
+    import os, sys, warnings
+    os.environ["TRITON_INTERPRET"] = "1"
+    import pytest, torch, tritonrnn
+    from pathlib import Path
+    from tests.support.imitation import PLANS, imitate, on_launch, spoiled
+    warnings.simplefilter("always")
+    patch = pytest.MonkeyPatch()
+    imitate(Path({folder!r}), patch, dict.fromkeys(PLANS, 50.0))
+    launched = on_launch(patch, {fault})
+    module, x = tritonrnn.RNN(3, 5).requires_grad_(False), torch.randn(4, 2, 3)
+    with warnings.catch_warnings(record=True) as caught:
+        module(x)
+    print(tritonrnn.explain(module, x).plan.partition(":")[0], len(caught), *sorted(set(launched)))
+"""
+
+
+def run_process(folder: Path, fault: str) -> list[str]:
+    return run_alone(PROCESS.format(folder=str(folder), fault=fault)).split()
+
+
+@pytest.mark.slow
+def test_spoiled_kernel_never_serves_another_process(tmp_path):
+    fault = "spoiled('resident')"
+    assert run_process(tmp_path, fault) == ["cooperative", "1", "cooperative", "resident"]
+    assert run_process(tmp_path, fault) == ["cooperative", "0", "cooperative"]
+
+
+@pytest.mark.slow
+def test_process_killed_in_a_trial_leaves_a_mark_that_the_next_one_heeds(tmp_path):
+    with pytest.raises(AssertionError):
+        run_process(tmp_path, "lambda plan, arguments: os.kill(os.getpid(), 9)")
+    assert run_process(tmp_path, "lambda *_: None") == ["cooperative", "0", "cooperative"]
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_find_the_same(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: run_process(tmp_path, "lambda *_: None"), range(2)))
+    assert found == [["resident", "0", "resident"]] * 2
+    assert len(list(tmp_path.glob("tritonrnn/*/*"))) == 2
