@@ -43,6 +43,10 @@ UNNOTICED = {
         "delete: bar.sync in registers_kernel": (1, AT_THE_END),
         "postpone: cp.async.wait_group in registers_kernel": (1, AT_THE_END),
     },
+    "registers-sm_80": {
+        "delete: bar.sync in registers_kernel": (1, AT_THE_END),
+        "postpone: cp.async.wait_group in registers_kernel": (1, AT_THE_END),
+    },
     "cooperative": {
         "delete: bar.sync in load_weights": (1, FOR_REGISTERS),
         "delete: bar.sync in make_block": (1, NOT_WRITTEN),

@@ -280,7 +280,7 @@ def kernel_arguments(
             if problem.has_odd_rows and not plan.device.has_wgmma:
                 # Else ptxas spills in the time loop, to have 128 registers or because it loads too
                 # much at once (sm_89, bf16 H 1023 and fp16 H 333).
-                arguments["maxnreg"] = 232
+                arguments["maxnreg"] = 200
     return arguments
 
 

@@ -20,7 +20,6 @@ CASES = {
     "registers": Case("registers", "sm_90", "fp16", T=5, layout="packed", epilogue="tanh_grad"),
     "registers-sm_80": Case("registers", "sm_80", T=5, layout="packed", epilogue="tanh_grad"),
     "cooperative": Case("cooperative", H=128, T=3, B=18, cta_groups=1),
-    "cooperative-sm_80": Case("cooperative", "sm_80", "tf32", H=128, T=3, B=18, cta_groups=1),
     "stepwise": Case("stepwise", H=128, T=2, layout="packed"),
 }
 # Of what orders accesses, and (with ``every``) of what moves data and multiplies.
