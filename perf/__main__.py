@@ -343,6 +343,18 @@ def static(
 
 
 @app.command()
+def launches() -> None:
+    """Count what a layer launches on a GPU, forward and backward, in every layout.
+
+    No GPU need be there. D is the number of directions; lengths are new in every batch of real
+    data, and seen before in the layers above the first.
+    """
+    from perf.bench import launches
+
+    typer.echo(launches.table().to_markdown(index=False))
+
+
+@app.command()
 def adding(
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1_000,
     T: Annotated[int, typer.Option("--T", min=2, help="Steps of a sequence.")] = 50,
@@ -374,18 +386,26 @@ def adding(
 
 
 @app.command()
-def features() -> None:
-    """Try what torch.nn.RNN and tritonrnn.RNN can do, here and now: the README's table.
+def features(
+    differences: Annotated[
+        bool, typer.Option("--differences", help="Only what one can do and the other can't.")
+    ] = False,
+    tests: Annotated[
+        list[str] | None, typer.Argument(help="Files, and options of pytest after --.")
+    ] = None,
+) -> None:
+    """Run the tests of features, and print what torch.nn.RNN and tritonrnn.RNN can do.
 
-    Each feature is tried on torch.nn.RNN, on the torch path and on the Triton path, which without
-    a GPU runs in Triton's interpreter, and is judged by its values, against float64. Each failure
-    is listed below the table, with its reason.
+    A test proves a feature on torch.nn.RNN, on the torch path and on the Triton path, which without
+    a GPU runs in Triton's interpreter. Below the table is why a cell is not "yes".
+
+    Exits with 1 when a test did not do what its mark says.
     """
-    from perf.features import table
+    from perf.features import run
 
-    rows, reasons = table.run()
-    typer.echo(rows.to_markdown(index=False))
-    typer.echo("\nWhat failed:\n" + "\n".join(f"- {reason}" for reason in reasons))
+    outcomes = run(tests or [])
+    typer.echo(outcomes.markdown(differences))
+    raise typer.Exit(0 if outcomes.are_as_said else 1)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,14 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Read TRITON_INTERPRET, too.
+from tritonrnn import dispatch, validation
+
+# Short sequences are left to torch's own kernels, and those of the tests are short. Here the
+# in-place path takes them; tests/api/test_short.py tests the limits that users have.
+FEWEST_STEPS = dict(dispatch.FEWEST_STEPS)
+dispatch.FEWEST_STEPS.update({False: 2, True: 2})
+
 # The tensors here are small: on a busy machine, several threads take ten times as long.
 torch.set_num_threads(1)
 
@@ -29,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +53,14 @@ def torch_back_end() -> Iterator[None]:
 
     with backend("torch"):
         yield
+
+
+@pytest.fixture
+def fewest_steps() -> Iterator[dict[bool, int]]:
+    """Return the steps from which users have the in-place path, with them in force."""
+    before = dict(dispatch.FEWEST_STEPS)
+    for limits in (FEWEST_STEPS, before):
+        dispatch.FEWEST_STEPS.update(limits)
+        validation._checked_choice.cache_clear()
+        if limits is FEWEST_STEPS:
+            yield dict(FEWEST_STEPS)

@@ -16,9 +16,9 @@ from tritonrnn.paths.composite import Step, forward
 def decompositions() -> Any:
     """Return a table for ``ExportedProgram.run_decompositions`` that leaves nothing of tritonrnn.
 
-    An exported program holds one operator a layer, ``tritonrnn::elman``. It runs as fast as in
-    eager mode wherever tritonrnn is imported, and ``run_decompositions()`` keeps it. This table
-    turns it into torch's own operators::
+    An exported program holds one operator a layer, ``tritonrnn::elman.with_reserve``. It runs as
+    fast as in eager mode wherever tritonrnn is imported, and ``run_decompositions()`` keeps it.
+    This table turns it into torch's own operators::
 
         program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("T"), 1: Dim("B")},))
         program = program.run_decompositions(tritonrnn.export.decompositions())
@@ -28,14 +28,14 @@ def decompositions() -> Any:
     ``torch.backends.cuda.matmul`` and no longer torch's switch for RNNs.
 
     Returns:
-        ``torch.export.default_decompositions()`` with one more each for ``tritonrnn::elman`` and
-        ``tritonrnn::elman_backward``.
+        ``torch.export.default_decompositions()`` with one more each for
+        ``tritonrnn::elman.with_reserve`` and ``tritonrnn::elman_backward``.
 
     Raises:
         NotImplementedError: from the decompositions, for a jagged input.
     """
     table = torch.export.default_decompositions()
-    table[torch.ops.tritonrnn.elman.default] = _elman
+    table[torch.ops.tritonrnn.elman.with_reserve] = _elman
     table[torch.ops.tritonrnn.elman_backward.default] = _elman_backward
     return table
 
@@ -50,11 +50,15 @@ def _elman(
     nonlinearity: str,
     bidirectional: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run :func:`tritonrnn.ops.elman` in operations that change nothing in place."""
     grid = _grid(input, seq_metadata, reset, layout, None if hx is None else hx.shape[1])
     rows = grid.without_padding(input)
-    return forward(rows, hx, weights, grid.walk_drive, nonlinearity, bidirectional)
+    output, h_n = forward(rows, hx, weights, grid.walk_drive, nonlinearity, bidirectional)
+    # The decomposed backward pass needs no reserve.
+    reserve, weight_buf = (input.new_empty(0, dtype=torch.uint8) for _ in range(2))
+    return output, h_n, reserve, weight_buf
 
 
 def _elman_backward(
@@ -71,6 +75,8 @@ def _elman_backward(
     bidirectional: bool,
     backend: str,
     needs: Sequence[bool],
+    reserve: Tensor | None = None,
+    weight_buf: Tensor | None = None,
 ) -> list[Tensor]:
     """Run :func:`tritonrnn.layer.backward` in operations that change nothing in place."""
     B = next((x.shape[1] for x in (hx, grad_h_n) if x is not None), None)

@@ -85,7 +85,7 @@ def _count_backward(
     that of hx is wanted. It is the count of torch.nn.RNN, which drops fewer first steps only where
     it walks a packed batch backwards.
     """
-    _, bidirectional, _, (needs_input, needs_hx, *needs_weights) = settings
+    _, bidirectional, _, (needs_input, needs_hx, *needs_weights), *_ = settings
     rows = input.shape[:-1].numel()
     first_steps = 0 if needs_hx else _num_sequences(input, hx, grad_h_n, seq_metadata, layout)
     groups = split_weights(weights, bidirectional)

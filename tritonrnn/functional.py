@@ -254,16 +254,25 @@ def _step(
 
 def _run(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
     """Run all layers on the path that was chosen."""
-    if call.choice.plan == "aten" and call.seq_metadata is not None and call.layout != "packed":
+    is_aten = call.choice.plan == "aten"
+    if is_aten and call.seq_metadata is not None and call.layout != "packed":
         return _run_step(call, dropout)
     data, hx, layers = _prepared(call)
     # A second derivative runs the layers again, with the same masks, which cuDNN keeps to itself.
     # So each layer runs alone there, with masks of torch's. It does so without a graph as well, for
     # a checkpoint to draw the same masks when it runs the layers again.
     alone = dropout > 0 and aten.is_differentiated_once(data)
-    if call.choice.plan == "aten" and not alone:
-        settings = call.layout, call.nonlinearity, call.bidirectional
-        return aten.forward(data, hx, layers, call.seq_metadata, *settings, dropout)
+    if is_aten and not alone:
+        return aten.forward(
+            data,
+            hx,
+            layers,
+            call.seq_metadata,
+            call.layout,
+            call.nonlinearity,
+            call.bidirectional,
+            dropout,
+        )
     D = 2 if call.bidirectional else 1
     finals = []
     for index, weights in enumerate(layers):

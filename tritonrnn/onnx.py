@@ -51,7 +51,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         torch.onnx.errors.OnnxExporterError: from the export, with the reason, if the node can't
             compute a layer.
     """
-    return {torch.ops.tritonrnn.elman.default: _elman}
+    return {torch.ops.tritonrnn.elman.with_reserve: _elman}
 
 
 # The exporter reads the annotations: a number or a string is an attribute of the node, anything
@@ -66,8 +66,9 @@ def _elman(
     nonlinearity: str,
     bidirectional: bool,
     backend: str,
+    needs_grad: bool,
 ) -> tuple[Any, Any]:
-    """Translate :func:`tritonrnn.ops.elman`."""
+    """Translate :func:`tritonrnn.ops.elman`. The reserve is left out: no node reads it."""
     if input.dtype not in _DTYPES:
         raise NotImplementedError(
             f"ONNX's RNN computes in float16, float32 and float64, not in {input.dtype}"

@@ -1,14 +1,21 @@
 """One layer as a torch operator: its schema, its shapes for a tracer, its autograd.
 
-A tracer sees ``torch.ops.tritonrnn.elman`` and ``elman_backward`` as one operator each. So a
-compiled or exported program holds one node a layer, whatever the number of steps.
+A tracer sees ``torch.ops.tritonrnn.elman.with_reserve`` and ``elman_backward`` as one operator
+each. So a compiled or exported program holds one node a layer, whatever the number of steps.
+
+Such a program names no path: its operator chooses one when it runs. The backward pass takes the
+path of the forward pass by ``reserve``, two tensors that only the operators read. Where cuDNN or
+MIOpen served, they are its reserve and weight buffers; elsewhere both are empty, and the shape of
+the first says which path it was. A tracer sees empty ones, as it does of torch's own
+``_cudnn_rnn``: how much memory cuDNN reserves is known only when it runs, and sizes that are not
+known keep a program out of CUDA graphs.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,16 +31,27 @@ from tritonrnn.precision import products_as_in_rnn
 from tritonrnn.ragged import rows_of
 
 # Saved programs name these arguments, so their names stay. `extents` is `seq_metadata` in Python.
+# The first is for programs that were saved before there was the second.
 _library = torch.library.Library("tritonrnn", "DEF")
 _library.define(
     "elman(Tensor input, Tensor? hx, Tensor[] weights, Tensor? extents, Tensor? reset, str layout, "
     "str nonlinearity, bool bidirectional, str backend) -> (Tensor, Tensor)"
 )
 _library.define(
+    "elman.with_reserve(Tensor input, Tensor? hx, Tensor[] weights, Tensor? extents, "
+    "Tensor? reset, str layout, str nonlinearity, bool bidirectional, str backend, "
+    "bool needs_grad) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
     "elman_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor? hx, "
     "Tensor[] weights, Tensor output, Tensor? extents, Tensor? reset, str layout, "
-    "str nonlinearity, bool bidirectional, str backend, bool[] needs) -> Tensor[]"
+    "str nonlinearity, bool bidirectional, str backend, bool[] needs, Tensor? reserve=None, "
+    "Tensor? weight_buf=None) -> Tensor[]"
 )
+_elman = torch.ops.tritonrnn.elman.with_reserve
+_elman_backward = torch.ops.tritonrnn.elman_backward.default
+# Where `needs` stands among the arguments of elman_backward.
+_NEEDS = 12
 # For programs that are compiled. torch would compute a plain copy again in the backward pass.
 _library.define("take(Tensor input) -> Tensor")
 
@@ -69,9 +87,37 @@ def elman(
     Returns:
         ``output``, shaped as the input with G * H features, and ``h_n [G, B, H]``.
     """
-    return torch.ops.tritonrnn.elman(
-        input, hx, weights, seq_metadata, reset, layout, nonlinearity, bidirectional, backend
+    settings = layout, nonlinearity, bidirectional, backend
+    sources = input, hx, weights, seq_metadata, reset
+    needs_grad = torch.is_grad_enabled()
+    if not _is_eager(input, hx, *weights):
+        # torch.jit.trace compares a trace with another one, made without gradients.
+        may_need_grad = backend != "auto" or needs_grad or torch.jit.is_tracing()
+        return _elman(*sources, *settings, may_need_grad)[:2]
+    if needs_grad and any(x is not None and x.requires_grad for x in (input, hx, *weights)):
+        return _Elman.apply(*settings, input, hx, seq_metadata, reset, *weights)[:2]
+    return _elman_kernel(*sources, *settings, needs_grad)[:2]
+
+
+def _is_eager(*tensors: Tensor | None) -> bool:
+    """Return whether nobody but autograd is to see that operators run on these tensors.
+
+    Then their kernels are called directly: torch's dispatcher takes some 20 us for an operator that
+    is written in Python, for autograd as long again.
+    """
+    return (
+        # First, as a compiler does not know the others.
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+        # A profile is to name the operators.
+        and not torch.autograd.profiler._is_profiler_enabled
+        and _PLAIN.issuperset(map(type, tensors))
     )
+
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 @contextmanager
@@ -83,7 +129,8 @@ def _below_autograd_and_autocast(input: Tensor) -> Iterator[None]:
     cast once for the whole call. Matrix products follow torch's switch for RNNs.
     """
     device = input.device
-    with torch._C._AutoDispatchBelowADInplaceOrView(), products_as_in_rnn(device, input.dtype):
+    products = products_as_in_rnn(device, input.dtype) if input.is_cuda else nullcontext()
+    with torch._C._AutoDispatchBelowADInplaceOrView(), products:
         if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device.type):
             with torch.autocast(device.type, enabled=False):
                 yield
@@ -91,25 +138,20 @@ def _below_autograd_and_autocast(input: Tensor) -> Iterator[None]:
             yield
 
 
-def _resolve(
-    backend: str,
-    asked: Callable[[], Backend],
+def _choose(
+    asked: Backend,
     weights: Sequence[Tensor],
     hx: Tensor | None,
     where: SequenceLayout,
     nonlinearity: str,
     bidirectional: bool,
-    may_try: bool,
-) -> tuple[str, bool]:
-    """Return the back end, and whether its path is torch's own kernels.
-
-    "auto" comes from compiled and exported programs: nothing was chosen when they were traced.
-    """
-    if backend != "auto":
-        return backend, False
+    needs_grad: bool = True,
+    may_try: bool = False,
+) -> str:
+    """Return the path of a program's layer: "aten", or what :func:`elman` takes as back end."""
     w_ih, w_hh = weights[:2]
     choice = choose_now(
-        asked(),
+        asked,
         w_hh.device,
         w_hh.dtype,
         T=where.T,
@@ -121,9 +163,35 @@ def _resolve(
         mapped=not where.is_padded,
         ragged=where.is_ragged,
         hx=hx is not None,
+        needs_grad=needs_grad,
         may_try=may_try,
     )
-    return choice.operator_backend, choice.plan == "aten"
+    return "aten" if choice.plan == "aten" else choice.operator_backend
+
+
+# The back ends that programs took, in the order of their first use.
+_taken = ["torch"]
+
+
+def _empty_reserve(input: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
+    """Return the empty tensors by which a program's backward pass knows its back end."""
+    if backend not in _taken:
+        _taken.append(backend)
+    shape = 0, _taken.index(backend)
+    return input.new_empty(shape, dtype=torch.uint8), input.new_empty(0, dtype=torch.uint8)
+
+
+# Of calls that name their back end: nobody reads their reserve, and to make one takes 2 us.
+_unused: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
+def _unused_reserve(input: Tensor) -> tuple[Tensor, Tensor]:
+    if is_traced(input):
+        return _empty_reserve(input)
+    if input.device not in _unused:
+        with torch.inference_mode(False):
+            _unused[input.device] = _empty_reserve(torch.empty(0, device=input.device))
+    return _unused[input.device]
 
 
 def _elman_kernel(
@@ -136,27 +204,43 @@ def _elman_kernel(
     nonlinearity: str,
     bidirectional: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with _below_autograd_and_autocast(input):
         rows, where = rows_of(input, layout, seq_metadata, reset)
         B = where.parent.B
         if hx is not None and hx.shape[1] != B:
             raise RuntimeError(f"Expected hidden states of {B} sequences, got {hx.shape[1]}")
-        backend, is_aten = _resolve(
-            backend, current_backend, weights, hx, where, nonlinearity, bidirectional, True
-        )
-        if is_aten:
-            # Without a graph: the operator's own backward pass needs the output only.
-            with torch.no_grad():
-                output, h_n = aten.forward(
-                    input, hx, [weights], seq_metadata, layout, nonlinearity, bidirectional
-                )
-            return output.contiguous(), h_n.contiguous()
+        if backend != "auto":
+            reserve = _unused_reserve(input)
+        else:
+            needs_grad = needs_grad and not torch.is_inference_mode_enabled()
+            backend = _choose(
+                current_backend(),
+                weights,
+                hx,
+                where,
+                nonlinearity,
+                bidirectional,
+                needs_grad,
+                may_try=True,
+            )
+            if backend == "aten" and needs_grad and not aten.has_reserve(input):
+                # Without a graph, torch's kernels leave nothing for a backward pass of their own.
+                backend = "torch"
+            if backend == "aten":
+                settings = seq_metadata, layout, nonlinearity, bidirectional
+                if needs_grad:
+                    return aten.forward_with_reserve(input, hx, weights, *settings)
+                with torch.no_grad():
+                    output, h_n = aten.forward(input, hx, [weights], *settings)
+                return output.contiguous(), h_n.contiguous(), *_empty_reserve(input)
+            reserve = _empty_reserve(input, backend)
         recurrence = recurrence_of(backend, input.device, input.dtype)
         output, h_n = layer.forward(
             rows, hx, weights, where, nonlinearity, bidirectional, recurrence
         )
-        return output.view(*input.shape[:-1], output.shape[-1]), h_n
+        return output.view(*input.shape[:-1], output.shape[-1]), h_n, *reserve
 
 
 def _elman_backward_kernel(
@@ -173,13 +257,25 @@ def _elman_backward_kernel(
     bidirectional: bool,
     backend: str,
     needs: Sequence[bool],
+    reserve: Tensor | None = None,
+    weight_buf: Tensor | None = None,
 ) -> list[Tensor]:
     with _below_autograd_and_autocast(input):
+        if weight_buf is not None and len(weight_buf) > 0:
+            assert reserve is not None
+            cotangents, kept = (grad_output, grad_h_n), (output, reserve, weight_buf)
+            settings = seq_metadata, layout, nonlinearity, bidirectional
+            return aten.backward_with_reserve(
+                cotangents, kept, needs, input, hx, weights, *settings
+            )
         rows, where = rows_of(input, layout, seq_metadata, reset)
-        # Not by the context, which was for the forward pass and may have changed since.
-        backend, _ = _resolve(
-            backend, lambda: "auto", weights, hx, where, nonlinearity, bidirectional, False
-        )
+        if backend == "auto" and reserve is not None:
+            backend = _taken[reserve.shape[1]]
+        elif backend == "auto":
+            # Of a program that was saved before there was a reserve. Not by the context, which was
+            # for the forward pass and may have changed since.
+            backend = _choose("auto", weights, hx, where, nonlinearity, bidirectional)
+            backend = "torch" if backend == "aten" else backend
         # The walk overwrites dz, so it gets a copy: one copy also where strides are unusual.
         if grad_output is None:
             dz = output.new_zeros(output.shape)
@@ -213,7 +309,8 @@ def _elman_fake(
     nonlinearity: str,
     bidirectional: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     G, H = 2 if bidirectional else 1, weights[1].shape[0]
     B: Any
     if hx is not None:
@@ -228,11 +325,13 @@ def _elman_fake(
         B = seq_metadata.shape[0] - 1
     else:
         B = input.shape[1 if layout == "time_major" else 0]
-    return input.new_empty(*input.shape[:-1], G * H), input.new_empty(G, B, H)
+    output, h_n = input.new_empty(*input.shape[:-1], G * H), input.new_empty(G, B, H)
+    return output, h_n, *_empty_reserve(input)
 
 
 def _elman_backward_fake(*args: Any) -> list[Tensor]:
-    _, _, input, hx, weights, *_, needs = args
+    _, _, input, hx, weights, *_ = args
+    needs = args[_NEEDS]
     sources = (input, hx, *weights)
     return [
         source.new_empty(source.shape)
@@ -245,45 +344,63 @@ class _Elman(torch.autograd.Function):
     # Without setup_context, which only torch.func needs, and that takes the composite path: with
     # it, torch binds the arguments by inspection at each call, which takes 40 us.
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         settings, (input, hx, seq_metadata, reset, *weights) = args[:4], args[4:]
+        # What was true where a program was traced may be so no more.
+        needs_grad = True in ctx.needs_input_grad
+        run: Callable[..., Sequence[Tensor]] = _elman
+        if _is_eager(input, hx, *weights):
+            run = _elman_kernel
         with torch._C._AutoDispatchBelowAutograd():
-            output, h_n = elman(input, hx, weights, seq_metadata, reset, *settings)
+            output, h_n, *reserve = run(
+                input, hx, weights, seq_metadata, reset, *settings, needs_grad
+            )
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output, input, hx, seq_metadata, reset, *weights)
-        return output, h_n
+        if settings[-1] != "auto":
+            ctx.save_for_backward(output, input, hx, seq_metadata, reset, *weights)
+            return output, h_n
+        ctx.mark_non_differentiable(*reserve)
+        ctx.save_for_backward(output, input, hx, seq_metadata, reset, *weights, *reserve)
+        return output, h_n, *reserve
 
     @staticmethod
     def backward(
-        ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None
+        ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         output, input, hx, seq_metadata, reset, *weights = ctx.saved_tensors
         needs_input, needs_hx, _, _, *needs_weights = ctx.needs_input_grad[4:]
         needs = [needs_input, needs_hx, *needs_weights]
+        weights, reserve = weights[: len(needs_weights)], weights[len(needs_weights) :]
         if grad_output is None and grad_h_n is None:
             return (None,) * len(ctx.needs_input_grad)
-        run: Callable[..., list[Tensor]] = torch.ops.tritonrnn.elman_backward
-        if is_batched((grad_output, grad_h_n)):
+        cotangents = grad_output, grad_h_n
+        run: Callable[..., list[Tensor]] = _elman_backward
+        if is_batched(cotangents):
             run = _backward_composite
+        elif not torch.is_grad_enabled() and _is_eager(*cotangents, input, hx, *weights):
+            run = _elman_backward_kernel
         sources = input, hx, weights, output, seq_metadata, reset
-        found = iter(run(grad_output, grad_h_n, *sources, *ctx.settings, needs))
+        found = iter(run(*cotangents, *sources, *ctx.settings, needs, *reserve))
         grads = [next(found) if need else None for need in needs]
         return (*[None] * 4, grads[0], grads[1], None, None, *grads[2:])
 
 
 def _elman_autograd(
     input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], *args: Any
-) -> tuple[Tensor, Tensor]:
-    seq_metadata, reset, *settings = args
+) -> tuple[Tensor, ...]:
+    seq_metadata, reset, *settings, needs_grad = args
     seq_metadata = None if seq_metadata is None else take(seq_metadata)
     reset = None if reset is None else take(reset)
     if why_composite(input.dtype):
-        return elman_composite(input, hx, weights, seq_metadata, reset, *settings[:-1])
+        results = elman_composite(input, hx, weights, seq_metadata, reset, *settings[:-1])
+        return *results, *_empty_reserve(input)
     if torch.is_grad_enabled():
-        return _Elman.apply(*settings, input, hx, seq_metadata, reset, *weights)
+        results = _Elman.apply(*settings, input, hx, seq_metadata, reset, *weights)
+        return results if settings[-1] == "auto" else (*results, *_unused_reserve(input))
     with torch._C._AutoDispatchBelowAutograd():
-        return elman(input, hx, weights, seq_metadata, reset, *settings)
+        # The forward pass of a compiled program runs here, and its gradient may be needed.
+        return _elman(input, hx, weights, seq_metadata, reset, *settings, needs_grad)
 
 
 def _elman_backward_autograd(*args: Any) -> list[Tensor]:
@@ -299,17 +416,17 @@ def _elman_backward_autograd(*args: Any) -> list[Tensor]:
     if differentiated or why_composite(input.dtype):
         return _backward_composite(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.tritonrnn.elman_backward(*args)
+        return _elman_backward(*args)
 
 
 def _backward_composite(*args: Any) -> list[Tensor]:
     """Run the layer again on the composite path, and let autograd differentiate that."""
-    grad_output, grad_h_n, input, hx, weights, _, seq_metadata, reset, *settings, _, needs = args
+    grad_output, grad_h_n, input, hx, weights, _, seq_metadata, reset, *settings, _ = args[:_NEEDS]
 
     def run(input: Tensor, hx: Tensor | None, *weights: Tensor) -> tuple[Tensor, Tensor]:
         return elman_composite(input, hx, weights, seq_metadata, reset, *settings)
 
-    return gradients(run, (input, hx, *weights), needs, (grad_output, grad_h_n))
+    return gradients(run, (input, hx, *weights), args[_NEEDS], (grad_output, grad_h_n))
 
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -327,8 +444,9 @@ def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+_library.impl("elman", _uncompiled(elman), "CompositeImplicitAutograd")
 for _name, _kernel, _autograd, _fake in (
-    ("elman", _elman_kernel, _elman_autograd, _elman_fake),
+    ("elman.with_reserve", _elman_kernel, _elman_autograd, _elman_fake),
     ("elman_backward", _elman_backward_kernel, _elman_backward_autograd, _elman_backward_fake),
 ):
     _library.impl(_name, _uncompiled(_kernel), "CompositeExplicitAutograd")

@@ -15,14 +15,13 @@ from torch.overrides import has_torch_function
 from tritonrnn.dispatch import (
     Backend,
     Choice,
+    asked_where_sizes_decide,
     choose,
     choose_now,
     current_backend,
-    is_decided_by_sizes,
 )
 from tritonrnn.memo import is_traced, take
 from tritonrnn.nested import jagged_parts
-from tritonrnn.paths.composite import why_composite
 from tritonrnn.ragged import layout_of
 
 
@@ -98,20 +97,16 @@ def check(
         if data.dim() == 3 and batch_first:
             layout = "batch_major"
     is_autocast = torch._C._is_any_autocast_enabled()
-    # Most calls are like one before. What else could matter to them is the context.
-    is_plain = (
+    asked = None
+    if (
         lengths is None
         and reset is None
         and type(data) is Tensor
-        and layout != "packed"
-        and layout != "jagged"
+        and (layout == "time_major" or layout == "batch_major")
         and not is_autocast
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and not has_torch_function(weights)
-        and why_composite(data.dtype) is None
-        and is_decided_by_sizes(current_backend(), data.device)
-    )
+    ):
+        asked = asked_where_sizes_decide(data.device, data.dtype)
     forms = (
         layout,
         (data.shape, data.dtype, data.device),
@@ -123,9 +118,10 @@ def check(
         dropout,
         is_autocast,
     )
+    # Most calls are like one before.
     choice = None
-    if is_plain:
-        choice = _checked_choice(current_backend(), forms)
+    if asked is not None:
+        choice = _checked_choice(asked, torch.is_grad_enabled(), forms)
     else:
         _check_forms(*forms)
     each = len(weights) // num_layers
@@ -148,8 +144,9 @@ def check(
         _check_reset(reset, data)
     seq_metadata = None if seq_metadata is None else _taken(seq_metadata)
     reset = None if reset is None else _taken(reset)
-    T, B, parent_B, is_ragged = _sizes(layout, data, seq_metadata, reset, hx)
-    G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
+    G, H = 2 if bidirectional else 1, weights[1].shape[0]
+    if choice is None or hx is not None:
+        T, B, parent_B, is_ragged = _sizes(layout, data, seq_metadata, reset, hx)
     if hx is not None:
         _check_hx(hx, (num_layers * G, parent_B, H), data, is_autocast)
     dtype = compute_dtype(data) if is_autocast else data.dtype
@@ -249,10 +246,10 @@ def _check_forms(
 
 
 @functools.lru_cache(maxsize=1024)
-def _checked_choice(asked: Backend, forms: tuple[Any, ...]) -> Choice:
-    """Check the forms of a padded call on a CPU, and choose by them: nothing else decides there."""
+def _checked_choice(asked: Backend, needs_grad: bool, forms: tuple[Any, ...]) -> Choice:
+    """Check the forms of a padded call, and choose by them, where nothing else decides."""
     _check_forms(*forms)
-    layout, (shape, dtype, device), _, weights, nonlinearity, _, bidirectional, *_ = forms
+    layout, (shape, dtype, device), _, weights, nonlinearity, L, bidirectional, *_ = forms
     T, B = shape[:2] if layout == "time_major" else (shape[1], shape[0])
     return choose_now(
         asked,
@@ -262,7 +259,9 @@ def _checked_choice(asked: Backend, forms: tuple[Any, ...]) -> Choice:
         B=B if len(shape) == 3 else 1,
         G=2 if bidirectional else 1,
         H=weights[1][0][0],
+        L=L,
         nonlinearity=nonlinearity,
+        needs_grad=needs_grad,
     )
 
 

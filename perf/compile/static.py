@@ -162,9 +162,10 @@ def compile_case(case: CompileCase) -> Compiled:
         grid=launch.grid(problem, plan),
         **launch.kernel_arguments(
             a,
-            meta(G, B, H, dtype=torch.float32) if case.has_v_0 else None,
+            meta(G, B, H, dtype=dtype if backward else torch.float32) if case.has_v_0 else None,
             M.transpose(1, 2) if backward else M,
             meta(*a.shape) if backward else None,
+            meta(G, B, H) if case.has_v_0 or not backward else None,
             rows,
             problem,
             (False, True) if G == 2 else (False,),

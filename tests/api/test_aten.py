@@ -1,7 +1,6 @@
 """torch's own kernels, which differentiate once, serve second derivatives as well.
 
-On a GPU they are cuDNN's. Elsewhere they are imitated by torch's kernels for the CPU, taken for CPU
-tensors of any length, with a backward pass that can't be differentiated.
+On a GPU they are cuDNN's. Elsewhere they are imitated, for CPU tensors of any length.
 """
 
 from __future__ import annotations
@@ -10,14 +9,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._inductor.config
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import tritonrnn
-from tests.support.cases import Case, as_function, assert_same_results, pair, run
-from tritonrnn import dispatch, validation
-from tritonrnn.paths import aten
+from tests.support.cases import (
+    Case,
+    as_function,
+    assert_as_accurate_as_on_cpu,
+    assert_same_results,
+    pair,
+    run,
+)
+from tests.support.cudnn import imitated_kernels, through_cudnn
+from tritonrnn import dispatch, ops, validation
+from tritonrnn.paths import aten, inplace
 
 # torch's rules for forward AD are scripted at their first use; its compiler imports what warns.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -25,68 +32,56 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
-class Once(torch.autograd.Function):
-    """torch's kernels, differentiable once as cuDNN's are."""
+@pytest.fixture
+def walks(monkeypatch):
+    """Return the list of walks in torch's operators, one entry each."""
+    taken = []
+    recurrence = inplace.recurrence
 
-    calls = 0
+    def recorded(*arguments, **options):
+        taken.append(options["epilogue"])
+        recurrence(*arguments, **options)
 
-    @staticmethod
-    def forward(ctx, function, *tensors):
-        ctx.set_materialize_grads(False)
-        ctx.sources = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
-        with torch.enable_grad():
-            ctx.results = function(*ctx.sources)
-        ctx.save_for_backward(*tensors, ctx.results[0].detach())
-        return tuple(result.detach() for result in ctx.results)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        # Raises if one of them was changed in place, the output included.
-        assert ctx.saved_tensors
-        known = [(y, grad) for y, grad in zip(ctx.results, grads) if grad is not None]
-        if not known:
-            return (None,) * (1 + len(ctx.sources))
-        Once.calls += 1
-        wanted = [x for x in ctx.sources if x.requires_grad]
-        results, grads = zip(*known)
-        found = iter(torch.autograd.grad(results, wanted, grads, retain_graph=True))
-        return None, *(next(found) if x.requires_grad else None for x in ctx.sources)
+    monkeypatch.setattr(inplace, "recurrence", recorded)
+    return taken
 
 
-def differentiated_once(function):
-    def run(data, *arguments):
-        is_packed = isinstance(arguments[1], torch.Tensor)
-        seq_metadata = arguments[:1] if is_packed else ()
-        hx, weights, *settings = arguments[is_packed:]
+def choose_aten(monkeypatch):
+    """Let torch's own kernels serve every call, of any length, that torch is to serve."""
 
-        def of_tensors(data, hx, *weights):
-            return function(data, *seq_metadata, hx, weights, *settings)
+    def by_aten(choose):
+        def choose_aten(*arguments, **sizes):
+            choice = choose(*arguments, **sizes)
+            return replace(choice, plan="aten") if choice.plan == "in-place" else choice
 
-        return Once.apply(of_tensors, data, hx, *weights)
+        return choose_aten
 
-    return run
+    for module in (dispatch, ops):
+        monkeypatch.setattr(module, "choose_now", by_aten(module.choose_now))
+    remembered = by_aten(validation._checked_choice)
+    monkeypatch.setattr(validation, "_checked_choice", remembered)
+
+
+@pytest.fixture
+def kernels(request, monkeypatch):
+    """Return an imitation of cuDNN's kernels or of MIOpen's that serves on the CPU."""
+    name = getattr(request, "param", "_cudnn_rnn")
+    choose_aten(monkeypatch)
+    monkeypatch.setattr(aten, "is_differentiated_once", lambda input: True)
+    if name == "miopen_rnn":
+        monkeypatch.setattr(torch.version, "hip", "6.0")
+    monkeypatch.setattr(aten, "has_reserve", lambda input: True)
+    monkeypatch.setattr(torch, "rnn_relu", through_cudnn(0))
+    monkeypatch.setattr(torch, "rnn_tanh", through_cudnn(1))
+    with imitated_kernels(name) as kernels, tritonrnn.backend("torch"):
+        yield kernels
 
 
 @pytest.fixture(params=["cpu", CUDA])
-def device(request, monkeypatch):
+def device(request):
     """Return a device on which torch's own kernels serve every call, of any length."""
     if request.param == "cpu":
-
-        def by_aten(choose):
-            def choose_aten(*arguments, **sizes):
-                choice = choose(*arguments, **sizes)
-                return replace(choice, plan="aten") if choice.plan == "in-place" else choice
-
-            return choose_aten
-
-        monkeypatch.setattr(dispatch, "choose_now", by_aten(dispatch.choose_now))
-        remembered = by_aten(validation._checked_choice)
-        monkeypatch.setattr(validation, "_checked_choice", remembered)
-        monkeypatch.setattr(aten, "is_differentiated_once", lambda input: True)
-        for name in ("rnn_tanh", "rnn_relu"):
-            monkeypatch.setattr(torch, name, differentiated_once(getattr(torch, name)))
-        monkeypatch.setattr(Once, "calls", 0)
+        request.getfixturevalue("kernels")
     with tritonrnn.backend("torch"):
         yield request.param
 
@@ -114,12 +109,12 @@ def test_torch_kernels_serve_the_call(case, device):
 
 
 @aten_cases
-def test_first_derivative_is_that_of_the_kernels(case, device):
+def test_first_derivative_is_that_of_the_kernels(case, device, request):
     case = replace(case, device=device)
     theirs, ours = pair(case)
     got = run(case, ours, *case.tensors())
     if device == "cpu":
-        assert Once.calls == 1
+        assert request.getfixturevalue("kernels").backwards == 1
     assert_same_results(got, run(case, theirs, *case.tensors()))
 
 
@@ -227,25 +222,97 @@ def test_h_n_may_be_changed_in_place_and_output_never_wrongly(device):
         gradient(lambda output, h_n: (output.mul_(3), h_n))
 
 
-def test_compiled_program_takes_the_kernels_forward(device, monkeypatch):
-    case = Case(L=2, D=2, layout="batch-first", dtype=torch.float64, device=device)
+def program_of(module, case, how):
+    """Return the module as a program that chooses its kernels when it runs."""
+    if how == "exported":
+        data, hx = (None if x is None else x.detach() for x in case.tensors())
+        arguments = (case.input(data), hx)
+        return torch.export.export(module, arguments, strict=False).module()
+    torch._dynamo.reset()
+    return torch.compile(module, fullgraph=True, backend=how)
+
+
+def named_as_in_module(results):
+    return {name.replace("_orig_mod.", ""): result for name, result in results.items()}
+
+
+@pytest.fixture
+def _compiles_in_this_process():
+    """In others, torch 2.11 may wait minutes for its workers to end."""
+    with torch._inductor.config.patch(compile_threads=1):
+        yield
+
+
+@pytest.mark.usefixtures("_compiles_in_this_process")
+@pytest.mark.parametrize(
+    ("case", "how", "kernels"),
+    [
+        *((case, "exported", "_cudnn_rnn") for case in CASES),
+        *((case, "aot_eager", "_cudnn_rnn") for case in (CASES[1], CASES[4])),
+        *((case, "aot_eager", "miopen_rnn") for case in (CASES[1], CASES[3])),
+        pytest.param(CASES[1], "inductor", "_cudnn_rnn", marks=pytest.mark.slow),
+    ],
+    indirect=["kernels"],
+    ids=str,
+)
+def test_program_takes_the_kernels_forward_and_backward(case, how, kernels, walks):
+    theirs, ours = pair(case)
+    got = run(case, program_of(ours, case, how), *case.tensors())
+    assert (kernels.forwards, kernels.backwards) == (case.L, case.L)
+    assert not walks
+    assert_same_results(named_as_in_module(got), run(case, theirs, *case.tensors()))
+
+
+@pytest.mark.gpu
+@aten_cases
+def test_program_on_a_gpu_walks_in_no_pass(case, walks):
+    case = replace(case, device="cuda")
+    theirs, ours = pair(case)
+    with tritonrnn.backend("torch"):
+        got = run(case, program_of(ours, case, "aot_eager"), *case.tensors())
+    assert not walks
+    assert_same_results(named_as_in_module(got), run(case, theirs, *case.tensors()))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("how", ["exported", "aot_eager"])
+def test_program_that_needs_no_gradient_reserves_nothing(how, mode, kernels):
+    case = CASES[1]
     _, ours = pair(case)
-    taken = []
-    forward = aten.forward
+    data, hx = case.tensors()
+    with mode():
+        program = program_of(ours, case, how)
+        torch.testing.assert_close(program(data, hx), ours(data, hx))
+    assert kernels.forwards == 0
 
-    def recorded(*arguments, **options):
-        taken.append(arguments[0].shape)
-        return forward(*arguments, **options)
 
-    expected = run(case, ours, *case.tensors())
-    monkeypatch.setattr(aten, "forward", recorded)
-    monkeypatch.setattr("tritonrnn.ops.choose_now", dispatch.choose_now)
-    torch._dynamo.reset()
-    got = run(case, torch.compile(ours, fullgraph=True, backend="aot_eager"), *case.tensors())
-    torch._dynamo.reset()
-    assert len(taken) == case.L
-    got = {name.replace("_orig_mod.", ""): result for name, result in got.items()}
-    assert_same_results(got, expected)
+@pytest.mark.parametrize("retain_graph", [True, False])
+def test_exported_program_is_differentiated_again(retain_graph, device):
+    """By the kernels if its graph is retained, and in operations if the gradient is to be one."""
+    case = replace(CASES[0], device=device)
+    program = program_of(case.module(tritonrnn.RNN), case, "exported")
+    function, arguments = as_function(case, program)
+    if not retain_graph:
+        assert gradgradcheck(function, arguments, fast_mode=True, nondet_tol=1e-12)
+        return
+    results = function(*arguments)
+    cotangents = case.cotangents(*results)
+    first, second = (
+        torch.autograd.grad(results, arguments, cotangents, retain_graph=True) for _ in range(2)
+    )
+    torch.testing.assert_close(first, second)
+
+
+def test_program_walks_in_both_passes_where_the_kernels_reserve_nothing(
+    kernels, walks, monkeypatch
+):
+    """As with ``torch.backends.cudnn.enabled = False``."""
+    monkeypatch.setattr(aten, "has_reserve", lambda input: False)
+    case = CASES[0]
+    theirs, ours = pair(case)
+    got = run(case, program_of(ours, case, "exported"), *case.tensors())
+    assert walks == ["tanh", "tanh_grad"]
+    assert_same_results(got, run(case, theirs, *case.tensors()))
 
 
 def test_what_is_longer_than_cudnn_takes_is_walked():
@@ -259,14 +326,8 @@ def test_what_is_longer_than_cudnn_takes_is_walked():
     assert plans == ["aten", "in-place"]
 
 
+@pytest.mark.feature("more than 65,535 steps")
 @pytest.mark.gpu
-def test_65536_steps_run_and_train():
-    case = Case(T=65536, B=1, H=4, dtype=torch.float64)
-    outcomes = []
-    for device in ("cpu", "cuda"):
-        module = case.module(tritonrnn.RNN).to(device)
-        data = case.tensors()[0].detach().to(device)
-        output, h_n = module(data)
-        (output.square().sum() + h_n.sum()).backward()
-        outcomes.append([output.cpu(), h_n.cpu(), *(p.grad.cpu() for p in module.parameters())])
-    torch.testing.assert_close(outcomes[1], outcomes[0])
+def test_65536_steps_run_and_train(implementation):
+    case = implementation.of(Case(T=65536, B=1, H=4, dtype=torch.bfloat16))
+    assert_as_accurate_as_on_cpu(case, run(case, case.module(implementation.rnn), *case.tensors()))

@@ -206,17 +206,19 @@ def test_warning_that_is_an_error_comes_after_the_record(bench, monkeypatch):
 @pytest.mark.parametrize(
     ("fault", "why"),
     [
-        (lambda a: a.add_(torch.rand(()) * 1e-3), "two runs of it differ"),
-        (lambda a: a.as_strided((1,), (1,), 0).zero_(), "it writes where no token is"),
-        (lambda a: a[0, 0].fill_(torch.nan), "times the error that is allowed, in 3 of 3 seeds"),
+        (lambda a, ends: a.add_(torch.rand(()) * 1e-3), "two runs of it differ"),
+        (lambda a, ends: a.as_strided((1,), (1,), 0).zero_(), "it writes where no token is"),
+        (lambda a, ends: a[0, 0].fill_(torch.nan), "times the error that is allowed, in 3 of 3"),
+        (lambda a, ends: ends[0, 0].neg_(), "what it says that walks end with is wrong"),
     ],
-    ids=["racy", "out of bounds", "nan"],
+    ids=["racy", "out of bounds", "nan", "ends"],
 )
 def test_faults_of_every_kind_are_found(fault, why, bench, monkeypatch):
-    on_launch(
-        monkeypatch,
-        lambda plan, arguments: fault(arguments["a_ptr"]) if plan.name == "resident" else None,
-    )
+    def spoil(plan, arguments):
+        if plan.name == "resident":
+            fault(arguments["a_ptr"], arguments["ends_ptr"])
+
+    on_launch(monkeypatch, spoil)
     with pytest.warns(RuntimeWarning, match=why):
         served(*a_call())
     assert why in rows(verdict="wrong")[0]["reason"]
@@ -347,13 +349,64 @@ def test_no_trial_is_made_for_a_tracer(bench, verified):
     assert rows() == []
 
 
-def test_compiled_program_makes_the_trial_when_it_runs(bench, verified):
-    module, x = a_call()
-    program = torch.compile(module, fullgraph=True, backend="eager")
-    program(x)
+@pytest.fixture
+def compile_program():
+    """Return a function that compiles a module."""
     torch._dynamo.reset()
-    # Whether a gradient may be wanted is not known to it.
+    yield lambda module: torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+
+
+# torch's compiler and exporter import modules of its own that warn.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_program_makes_the_trial_at_its_first_run_outside_of_capture(
+    bench, verified, compile_program
+):
+    # The other path is torch's own kernels, which autograd differentiates: so it does in a trial
+    # that is made below it, inside of the operator.
+    module, x = a_call(T=1)
+    program = compile_program(module)
+    bench.is_capturing = True
+    program(x)
+    assert rows() == []
+    bench.is_capturing = False
+    program(x)
+    assert {kernel.epilogue for kernel in verified} == {"tanh"}
+    # Another program: torch 2.11 does not notice that the weights do so now.
+    torch._dynamo.reset()
+    compile_program(module.requires_grad_(True))(x)
     assert {kernel.epilogue for kernel in verified} == {"tanh", "tanh_grad"}
+    assert {row["against"] for row in rows(kind="fast")} == {"aten"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_exported_program_counts_as_training_where_it_is_not_known_better(bench, verified):
+    module, x = a_call()
+    program = torch.export.export(module.requires_grad_(True), (x,), strict=False).module()
+    assert rows() == []
+    with torch.inference_mode():
+        program(x)
+    assert {kernel.epilogue for kernel in verified} == {"tanh"}
+    with torch.no_grad():
+        program(x)
+    assert {kernel.epilogue for kernel in verified} == {"tanh", "tanh_grad"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_backward_of_a_program_takes_the_plan_of_its_forward_pass(
+    bench, restart, verified, monkeypatch, compile_program
+):
+    module, x = a_call()
+    program = compile_program(module.requires_grad_(True))
+    bench.us["resident"] = 200.0
+    output, _ = program(x)
+    # Other records now, and another choice.
+    restart()
+    program(x)
+    launched = on_launch(monkeypatch, lambda plan, arguments: None)
+    with tritonrnn.backend("torch"):
+        output.sum().backward()
+    assert launched == ["cooperative"]
 
 
 @pytest.mark.parametrize("how", ["algorithms", "cudnn", "verify"])

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.library import opcheck
 
 from tests.support.cases import Case
+from tests.support.implementations import implementations
 from tests.support.operators import OperatorCall
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    # The reserve tells of any other back end by a shape that no tracer can know.
+    pytest.mark.usefixtures("torch_back_end"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 CALLS = [
     OperatorCall(
@@ -21,6 +28,7 @@ CALLS = [
     )
     for layout, D, nonlinearity, hx, backend, *ragged in [
         ("time_major", 1, "tanh", False, "torch"),
+        ("time_major", 2, "tanh", True, "auto"),
         ("time_major", 2, "relu", True, "torch", "lengths"),
         ("time_major", 2, "relu", True, "triton"),
         ("batch_major", 2, "tanh", True, "torch"),
@@ -33,25 +41,26 @@ CALLS = [
         ("jagged", 2, "relu", True, "triton"),
     ]
 ]
-calls = pytest.mark.parametrize(
-    "call",
-    [pytest.param(call, marks=[pytest.mark.slow] * (call.backend == "triton")) for call in CALLS],
-    ids=str,
-)
 
 
+@pytest.mark.feature("`torch.library.opcheck` of its operators", nn="has none of its own")
 @pytest.mark.slow
-@calls
-def test_elman_passes_opcheck(call):
-    opcheck(torch.ops.tritonrnn.elman.default, call.forward(requires_grad=True))
+@implementations(
+    "call",
+    torch=[call for call in CALLS if call.backend == "torch"],
+    triton=[call for call in CALLS if call.backend == "triton"],
+)
+def test_elman_passes_opcheck(call, implementation):
+    call = replace(call, case=implementation.of(call.case))
+    opcheck(torch.ops.tritonrnn.elman.with_reserve, call.forward(requires_grad=True))
 
 
 def test_elman_passes_opcheck_where_nothing_is_trained():
-    opcheck(torch.ops.tritonrnn.elman.default, CALLS[0].forward())
+    opcheck(torch.ops.tritonrnn.elman.with_reserve, CALLS[0].forward())
 
 
 @pytest.mark.slow
-@calls
+@pytest.mark.parametrize("call", CALLS, ids=str)
 def test_elman_backward_passes_opcheck(call):
     opcheck(torch.ops.tritonrnn.elman_backward.default, call.backward())
 

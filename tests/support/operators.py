@@ -21,7 +21,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class OperatorCall:
-    """A call of ``torch.ops.tritonrnn.elman``, and the cotangents of its results."""
+    """A call of ``torch.ops.tritonrnn.elman.with_reserve``, and the cotangents of its results."""
 
     layout: str
     case: Case
@@ -42,7 +42,7 @@ class OperatorCall:
         return tensor.t() if self.layout == "batch_major" else tensor
 
     def forward(self, requires_grad: bool = False) -> tuple:
-        """Return the arguments of ``elman``."""
+        """Return the arguments of ``elman.with_reserve``."""
         case = self.in_layout
         data, hx = case.tensors(1.0)
         module = case.module(tritonrnn.RNN)
@@ -59,22 +59,23 @@ class OperatorCall:
         t, b = torch.arange(case.T)[:, None], torch.arange(case.B)
         if self.lengths:
             seq_metadata = b % (case.T + 1)
-            padding = self.place(t >= seq_metadata)[..., None]
+            padding = self.place(t >= seq_metadata)[..., None].to(case.device)
             data = data.detach().masked_fill(padding, torch.nan).requires_grad_(requires_grad)
         if self.reset:
-            reset = self.place((t + b) % 3 == 0)
-        settings = (self.layout, case.nonlinearity, case.D == 2, self.backend)
+            reset = self.place((t + b) % 3 == 0).to(case.device)
+        settings = (self.layout, case.nonlinearity, case.D == 2, self.backend, True)
         return (data, hx, weights, seq_metadata, reset, *settings)
 
     def backward(self, with_grads: tuple[bool, bool] = (True, True)) -> tuple:
         """Return the arguments of ``elman_backward``, every gradient wanted."""
-        data, hx, weights, *settings = self.forward()
+        data, hx, weights, *settings, needs_grad = self.forward()
         with torch.no_grad():
-            results = torch.ops.tritonrnn.elman(data, hx, weights, *settings)
-        output, _ = results
+            output, h_n, *reserve = torch.ops.tritonrnn.elman.with_reserve(
+                data, hx, weights, *settings, needs_grad
+            )
         grads: list[Tensor | None] = [
             grad if given else None
-            for grad, given in zip(self.case.cotangents(*results), with_grads)
+            for grad, given in zip(self.case.cotangents(output, h_n), with_grads)
         ]
         needs = [True, hx is not None, *[True] * len(weights)]
-        return (*grads, data, hx, weights, output, *settings, needs)
+        return (*grads, data, hx, weights, output, *settings, needs, *reserve)

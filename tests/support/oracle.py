@@ -47,10 +47,10 @@ def recurrence(
 
     v_0 takes the place of M s_{t-1} at the first step of a sequence. In a narrow dtype it rounds
     wherever a loop of torch operators would; its distance from float64 is then the yardstick for
-    the kernels. Rows of no sequence are NaN.
+    the kernels. Rows of no sequence are 0.
     """
     H = M.shape[-1]
-    s = torch.full(a.shape, torch.nan, dtype=dtype, device=a.device)
+    s = torch.zeros(a.shape, dtype=dtype, device=a.device)
     for b, rows in enumerate(sequences(layout)):
         for g, backwards in enumerate(reverse if rows else ()):
             columns = slice(g * H, (g + 1) * H)

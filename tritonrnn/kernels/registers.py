@@ -50,6 +50,7 @@ from tritonrnn.kernels.common import (
     Batch,
     Constants,
     Operand,
+    clear_padding,
     compute_state,
     is_first,
     load_step,
@@ -58,6 +59,7 @@ from tritonrnn.kernels.common import (
     prepare_aux,
     row_offset,
     split_tf32,
+    store_ends,
     tile_mask,
     zero_padding,
 )
@@ -202,7 +204,10 @@ def registers_kernel(
     v_0_ptr,
     m_ptr,
     aux_ptr,
-    row_map_ptr,
+    ends_ptr,
+    time_base_ptr,
+    batch_base_ptr,
+    lengths_ptr,
     T,
     B,
     stride_time,
@@ -218,7 +223,10 @@ def registers_kernel(
         a_ptr=a_ptr,
         v_0_ptr=v_0_ptr,
         aux_ptr=aux_ptr,
-        row_map_ptr=row_map_ptr,
+        ends_ptr=ends_ptr,
+        time_base_ptr=time_base_ptr,
+        batch_base_ptr=batch_base_ptr,
+        lengths_ptr=lengths_ptr,
         T=T,
         B=B,
         stride_time=stride_time,
@@ -232,6 +240,9 @@ def registers_kernel(
     block = make_block_in(MMA, batch, C)
     in_rows = make_block_in(MEMORY, batch, C)
     in_pairs = make_block_in(PAIRS, batch, C)
+    range_h = gl.arange(0, C.BLOCK_H, gl.SliceLayout(1, MEMORY))
+    range_b = gl.arange(0, C.BLOCK_B, gl.SliceLayout(0, MEMORY))
+    clear_padding(tl.program_id(0), range_b, in_rows, batch, C)
     shared = allocate_tiles(batch, C)
     a, aux = load_step(0, row_offset(0, batch, block, C), batch, block)
     drive, aux = prepare_step_by_sum(0, a, aux, batch, block, C, True)
@@ -265,6 +276,7 @@ def registers_kernel(
     # No copy may land in shared memory that is another program's by then.
     if not C.HAS_ODD_WORDS:
         async_copy.wait_group(0)
+    store_ends(tl.program_id(0), range_h, range_b, in_rows, batch, C)
 
 
 @gluon.jit
@@ -285,7 +297,7 @@ def walk_step(
     block, in_rows, in_pairs
         the program's tile in the layouts of the product, of async copies, and of stores
     """
-    MAY_BEGIN: gl.constexpr = batch.row_map_ptr is not None
+    MAY_BEGIN: gl.constexpr = batch.lengths_ptr is not None
     if C.USES_WGMMA:
         product = begin_wgmma(tiles, shared, STAGE % 2, pipeline.drive)
     else:

@@ -78,6 +78,122 @@ def forward(
     return _DoubleBackward.apply(stack, *results, input, hx, *weights)
 
 
+def has_reserve(input: Tensor) -> bool:
+    """Return whether torch takes kernels for this input that reserve memory for a backward pass."""
+    if torch.version.hip is None:
+        return torch.cudnn_is_acceptable(input)
+    # As ATen's use_miopen has it, which can't be asked.
+    is_known = input.is_cuda and input.dtype in (torch.float32, torch.float16)
+    return is_known and input.numel() > 0 and torch.backends.cudnn.enabled
+
+
+def forward_with_reserve(
+    input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], *settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run one layer where :func:`has_reserve`, without a graph.
+
+    Takes the arguments of :func:`tritonrnn.ops.elman`, but no reset and no back end.
+
+    Returns:
+        ``output``, ``h_n``, the reserve, and the buffer in which the kernels have the weights.
+    """
+    arguments, is_transposed = _arguments(input, hx, weights, *settings)
+    with _ignoring_scattered_weights():
+        if torch.version.hip is None:
+            results = torch.ops.aten._cudnn_rnn(**arguments, weight_buf=None)
+        else:
+            results = torch.ops.aten.miopen_rnn(**arguments)
+    output, h_n, _, reserve, weight_buf = results
+    if is_transposed:
+        output = output.transpose(0, 1).contiguous()
+    return output, h_n, reserve, weight_buf
+
+
+def backward_with_reserve(
+    cotangents: Sequence[Tensor | None],
+    kept: Sequence[Tensor],
+    needs: Sequence[bool],
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *settings: Any,
+) -> list[Tensor]:
+    """Differentiate :func:`forward_with_reserve`.
+
+    Args:
+        cotangents: of ``output`` and ``h_n``, not both None.
+        kept: ``output``, the reserve and the buffer of the weights.
+        needs: for ``input``, ``hx`` and each of ``weights`` whether its gradient is wanted.
+        input, hx, weights, settings: as given to :func:`forward_with_reserve`.
+
+    Returns:
+        The gradients that are wanted.
+    """
+    arguments, is_transposed = _arguments(input, hx, weights, *settings)
+    (grad_output, grad_h_n), (output, reserve, weight_buf) = cotangents, kept
+    if is_transposed:
+        output = output.transpose(0, 1)
+        grad_output = None if grad_output is None else grad_output.transpose(0, 1)
+    if torch.version.hip is None:
+        run = torch.ops.aten._cudnn_rnn_backward
+    else:
+        run = torch.ops.aten.miopen_rnn_backward
+    grad_input, grad_hx, _, grads = run(
+        **arguments,
+        weight_buf=weight_buf,
+        output=output.contiguous(),
+        grad_output=grad_output,
+        grad_hy=grad_h_n,
+        grad_cy=None,
+        # The kernels overwrite it, and a graph that is retained needs it again.
+        reserve=reserve.clone(),
+        output_mask=[needs[0], needs[1], False, any(needs[2:])],
+    )
+    if is_transposed and needs[0]:
+        grad_input = grad_input.transpose(0, 1).contiguous()
+    # Gradients of weights that are not wanted may be missing.
+    found = [grad_input, grad_hx, *(grads or [None] * len(weights))]
+    return [grad for grad, need in zip(found, needs) if need]
+
+
+def _arguments(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    seq_metadata: Tensor | None,
+    layout: str,
+    nonlinearity: str,
+    bidirectional: bool,
+) -> tuple[dict[str, Any], bool]:
+    """Return what both passes of the kernels take, and whether the input was transposed for it."""
+    G, H = 2 if bidirectional else 1, weights[1].shape[0]
+    is_transposed = layout == "batch_major"
+    if is_transposed:
+        input = input.transpose(0, 1)
+    batch_sizes = [] if seq_metadata is None else seq_metadata.tolist()
+    if hx is None:
+        hx = input.new_zeros(G, batch_sizes[0] if batch_sizes else input.shape[1], H)
+    arguments = {
+        "input": input,
+        "weight": list(weights),
+        "weight_stride0": len(weights) // G,
+        "hx": hx.contiguous(),
+        "cx": None,
+        "mode": ["relu", "tanh"].index(nonlinearity),
+        "hidden_size": H,
+        "num_layers": 1,
+        "batch_first": False,
+        "dropout": 0.0,
+        "train": True,
+        "bidirectional": bidirectional,
+        "batch_sizes": batch_sizes,
+        "dropout_state": None,
+    }
+    if torch.version.hip is None:
+        arguments["proj_size"] = 0
+    return arguments, is_transposed
+
+
 @contextmanager
 def _ignoring_scattered_weights() -> Iterator[None]:
     """Silence cuDNN's warning that it copies weights which do not lie in one buffer.

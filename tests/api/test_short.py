@@ -1,0 +1,134 @@
+"""Short sequences are left to torch's own kernels on a CPU: nothing but the speed shows it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tritonrnn
+from tests.support.cases import Case, assert_same_results, pair, run
+
+pytestmark = pytest.mark.usefixtures("torch_back_end")
+# Steps beyond what the in-place path serves at least, in training.
+AROUND = pytest.mark.parametrize("beyond", [-1, 0], ids=["below", "from"])
+
+
+def test_limits_are_short(fewest_steps):
+    assert all(1 < steps <= 40 for steps in fewest_steps.values())
+    assert fewest_steps[True] <= fewest_steps[False]
+
+
+@AROUND
+@pytest.mark.parametrize("layout", ["time-major", "batch-first", "unbatched", "unsorted"])
+@pytest.mark.parametrize("hx", [True, False], ids=["hx", "nohx"])
+def test_results_are_the_same_on_both_sides(beyond, layout, hx, fewest_steps):
+    # Of all directions.
+    T = (fewest_steps[True] + 1) // 2 + beyond
+    case = Case(T=T, L=2, D=2, layout=layout, hx=hx, dtype=torch.float64)
+    theirs, ours = pair(case)
+    data, h_0 = case.tensors()
+    plan = tritonrnn.explain(ours, case.input(data), h_0).plan
+    assert plan == ("aten" if beyond < 0 else "in-place")
+    expected = run(case, theirs, *case.tensors())
+    got = run(case, ours, data, h_0)
+    assert_same_results(got, expected)
+    assert_same_results(run(case, ours, *case.tensors()), got)
+
+
+@AROUND
+def test_inference_has_a_limit_of_its_own(beyond, fewest_steps):
+    module, x = tritonrnn.RNN(3, 5), torch.randn(fewest_steps[False] + beyond, 2, 3)
+    with torch.no_grad():
+        assert tritonrnn.explain(module, x).plan == ("aten" if beyond < 0 else "in-place")
+        expected = nn.RNN(3, 5)
+        expected.load_state_dict(module.state_dict())
+        torch.testing.assert_close(module(x), expected(x))
+
+
+@AROUND
+def test_output_may_be_changed_in_place_where_torchs_may(beyond, fewest_steps):
+    module, x = tritonrnn.RNN(3, 5), torch.randn(fewest_steps[True] + beyond, 2, 3)
+    output, _ = module(x)
+    changed = output.relu_()
+    if beyond < 0:
+        changed.sum().backward()
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            changed.sum().backward()
+
+
+@AROUND
+def test_second_derivatives_are_there_on_both_sides(beyond, fewest_steps):
+    module = tritonrnn.RNN(2, 3, dtype=torch.float64)
+    x = torch.randn(fewest_steps[True] + beyond, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(module, (x,))
+
+
+@AROUND
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_dropout_draws_torchs_masks_on_both_sides(beyond, batch_first, fewest_steps):
+    layout = "batch-first" if batch_first else "time-major"
+    case = Case(T=fewest_steps[True] + beyond, H=16, L=3, dropout=0.5, layout=layout)
+    outputs = []
+    for module in pair(case):
+        torch.manual_seed(1)
+        outputs.append(module(case.input(case.tensors()[0]))[0])
+    torch.testing.assert_close(outputs[1], outputs[0])
+
+
+# One step: whether a sequence has it, or starts anew in it, is a matter of its hx.
+
+STEPS = {
+    "lengths": {"lengths": torch.tensor([1, 0, 1])},
+    "reset": {"reset": torch.tensor([[True, False, False]])},
+    "both": {
+        "lengths": torch.tensor([1, 0, 0]),
+        "reset": torch.tensor([[True, False, True]]),
+    },
+}
+
+
+@pytest.mark.parametrize("given", STEPS)
+@pytest.mark.parametrize("hx", [True, False], ids=["hx", "nohx"])
+@pytest.mark.parametrize("layout", ["time-major", "batch-first"])
+@pytest.mark.parametrize(("L", "D"), [(1, 1), (2, 2)])
+def test_one_step_is_what_each_sequence_makes_of_it(given, hx, layout, L, D):
+    case = Case(T=1, B=3, L=L, D=D, hx=hx, layout=layout, dtype=torch.float64)
+    batch_first = layout == "batch-first"
+    theirs, ours = pair(case)
+    arguments = STEPS[given]
+    alive = arguments.get("lengths", torch.ones(3)) > 0
+    marked = arguments.get("reset", torch.zeros(1, 3))[0] > 0
+
+    data, h_0 = case.tensors()
+    # What is padding is not read.
+    steps = case.input(data).movedim(int(batch_first), 0)
+    x = steps.masked_fill(~alive[:, None], torch.nan).movedim(0, int(batch_first))
+    turned = {k: v.T if v.dim() == 2 and batch_first else v for k, v in arguments.items()}
+    assert tritonrnn.explain(ours, x, h_0, **turned).plan == "aten"
+    output, h_n = ours(x, h_0, **turned)
+    got = results_of(output.movedim(int(batch_first), 0)[0], h_n, data, h_0, ours)
+
+    data, h_0 = case.tensors()
+    steps = case.input(data).movedim(int(batch_first), 0)
+    initial = data.new_zeros(L * D, 3, case.H) if h_0 is None else h_0
+    outputs, finals = [], []
+    for b in range(3):
+        h_b = initial[:, b : b + 1]
+        if marked[b] and alive[b]:
+            # The second direction comes from the other side.
+            h_b = h_b * (torch.arange(L * D) % D > 0)[:, None, None]
+        if alive[b]:
+            y, h_b = theirs(steps[:, b : b + 1].movedim(0, int(batch_first)), h_b)
+        outputs.append(y.reshape(-1) if alive[b] else data.new_zeros(D * case.H))
+        finals.append(h_b)
+    expected = results_of(torch.stack(outputs), torch.cat(finals, 1), data, h_0, theirs)
+    for ours_, theirs_ in zip(got, expected):
+        torch.testing.assert_close(ours_, theirs_)
+
+
+def results_of(output, h_n, data, h_0, module) -> list[torch.Tensor]:
+    (output.sin().sum() + h_n.cos().sum()).backward()
+    leaves = [data, *([] if h_0 is None else [h_0]), *module.parameters()]
+    return [output, h_n, *(leaf.grad for leaf in leaves)]
