@@ -91,10 +91,16 @@ def explain(
         may_try=False,
     )
     shape = {**call.sizes, "L": module.num_layers, "D": 2 if module.bidirectional else 1}
+    reason = call.choice.reason
+    if call.data.is_cuda:
+        from tritonrnn.kernels.devices import device_of
+
+        missing = device_of(call.data.device).missing_plans
+        reason = f"{reason}; {missing}" if missing else reason
     return Explanation(
         call.choice.backend,
         str(call.choice.plan),
-        call.choice.reason,
+        reason,
         call.layout,
         shape,
         call.dtype,
