@@ -1,10 +1,27 @@
 """Parse the command line, ``python -m perf``; each command imports what it needs when it runs."""
 
-import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
+
+from perf.options import (
+    Budget,
+    Device,
+    KeptIn,
+    Out,
+    Rounds,
+    Run,
+    Seconds,
+    Seed,
+    Size,
+    Threads,
+    names,
+    refused,
+)
+from perf.training.commands import adding, words
 
 app = typer.Typer(
     help="Measure tritonrnn against its peers. Run from a checkout, with the extra 'perf'.",
@@ -13,84 +30,41 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Rounds = Annotated[int, typer.Option(min=1, help="Samples of each peer.")]
-Seconds = Annotated[float, typer.Option(min=0.0, help="Shortest time of a sample.")]
-Threads = Annotated[int, typer.Option(min=0, help="Threads of torch on the CPU; 0: its choice.")]
-Seed = Annotated[int, typer.Option(help="Seed of the inputs, the weights and the order.")]
 
-
-def _device(name: str) -> str:
-    """Return the name of a device after checking that it exists."""
-    if name == "cpu":
-        return name
-    # Imported here, so that --help does not wait for torch.
-    import torch
-
-    if not re.fullmatch(r"cuda(:\d+)?", name):
-        raise typer.BadParameter(f"Expected cpu, cuda or cuda:1, got {name!r}")
-    if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise typer.BadParameter(f"There is no {name}: torch {torch.__version__} sees {found} GPUs")
-    return name
-
-
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...", callback=_device)]
-Axis = Annotated[
-    str | None,
-    typer.Option(help="Integers: 1,16 or 64:1024:x2 or 10:50:+10. In place of the preset's."),
-]
-
-
-_LENGTHS = "equal, linear, uniform, words, lognormal"
-
-
-def _names(axis: str, names: str) -> typer.models.OptionInfo:
-    return typer.Option(
-        f"--{axis}", help=f"Any of {names}; after commas, in place of the preset's."
-    )
-
-
-Run = Annotated[Path, typer.Argument(exists=True, help="A folder of a run, or its rows.")]
-OutFolder = Annotated[
-    Path | None,
-    typer.Option(
-        file_okay=False,
-        help="Folder for the rows, as CSV and Parquet; rows that it holds are kept.",
-    ),
-]
+def _exit_code(rows: Iterable[Mapping[str, object]]) -> int:
+    return int(any(row["status"] in ("wrong", "error", "timeout") for row in rows))
 
 
 @app.command()
 def run(
     preset: Annotated[str, typer.Option(help="smoke, cpu, headline, packed or full.")] = "smoke",
-    out: Annotated[
-        Path,
-        typer.Option(file_okay=False, help="Folder for the rows; cells with a row are not rerun."),
-    ] = Path("perf/results/latest"),
+    out: Out = Path("perf/results/latest"),
     device: Device = "cpu",
     peer_names: Annotated[
         str,
         typer.Option("--peers", help="Names after commas; module:Class for a peer of your own."),
     ] = "",
-    T: Axis = None,
-    B: Axis = None,
-    I: Axis = None,  # noqa: E741
-    H: Axis = None,
-    layers: Axis = None,
-    directions: Axis = None,
-    mode: Annotated[str | None, _names("mode", "infer, fwd, bwd, fwdbwd")] = None,
-    dtype: Annotated[str | None, _names("dtype", "fp32, bf16, fp16, fp64")] = None,
-    fp32_mode: Annotated[str | None, _names("fp32-mode", "tf32, ieee")] = None,
-    layout: Annotated[str | None, _names("layout", "padded, packed, jagged")] = None,
-    lengths: Annotated[str | None, _names("lengths", _LENGTHS)] = None,
-    nonlinearity: Annotated[str | None, _names("nonlinearity", "tanh, relu")] = None,
+    T: Size = None,
+    B: Size = None,
+    I: Size = None,  # noqa: E741
+    H: Size = None,
+    layers: Size = None,
+    directions: Size = None,
+    mode: Annotated[str | None, names("mode", "infer, fwd, bwd, fwdbwd")] = None,
+    dtype: Annotated[str | None, names("dtype", "fp32, bf16, fp16, fp64")] = None,
+    fp32_mode: Annotated[str | None, names("fp32-mode", "tf32, ieee")] = None,
+    layout: Annotated[str | None, names("layout", "padded, packed, jagged")] = None,
+    lengths: Annotated[
+        str | None, names("lengths", "equal, linear, uniform, words, lognormal")
+    ] = None,
+    nonlinearity: Annotated[str | None, names("nonlinearity", "tanh, relu")] = None,
     rounds: Rounds = 20,
     seconds: Seconds = 0.05,
     max_seconds: Annotated[float, typer.Option(help="Most time for a case and mode.")] = 60.0,
     timeout: Annotated[
         str, typer.Option(help="A worker that sends nothing for longer is ended.")
     ] = "300s",
-    budget: Annotated[str, typer.Option(help="Stop after 90s, 9m or 2h; resume later.")] = "",
+    budget: Budget = "1000h",
     threads: Threads = 0,
     seed: Seed = 0,
 ) -> None:
@@ -104,24 +78,51 @@ def run(
     """
     from perf.bench import presets
     from perf.bench.measure import Settings
-    from perf.bench.run import OtherMachineError, run
+    from perf.bench.run import run
 
-    texts = {"T": T, "B": B, "I": I, "H": H, "layers": layers, "directions": directions}
-    texts |= {"modes": mode, "dtypes": dtype, "fp32_modes": fp32_mode, "layouts": layout}
-    texts |= {"lengths": lengths, "nonlinearities": nonlinearity}
-    try:
+    axes = {"T": T, "B": B, "I": I, "H": H, "layers": layers, "directions": directions}
+    axes |= {"mode": mode, "dtype": dtype, "fp32_mode": fp32_mode, "layout": layout}
+    axes |= {"lengths": lengths, "nonlinearity": nonlinearity}
+    peers = [name for name in peer_names.split(",") if name]
+    with refused():
         rows = run(
-            presets.units(preset, texts, [name for name in peer_names.split(",") if name], device),
+            presets.units(preset, axes, peers, device),
             out,
             Settings(rounds, seconds, max_seconds, threads, seed),
             device=device,
             timeout_s=presets.seconds(timeout),
-            budget_s=presets.seconds(budget) if budget else float("inf"),
+            budget_s=presets.seconds(budget),
         )
-    except (ValueError, OtherMachineError) as error:
-        raise typer.BadParameter(str(error)) from error
-    failed = {"wrong", "error", "timeout"} & {row["status"] for row in rows}
-    raise typer.Exit(1 if failed else 0)
+    raise typer.Exit(_exit_code(rows))
+
+
+@app.command()
+def cpu(
+    rounds: Rounds = 20,
+    seconds: Seconds = 0.05,
+    threads: Threads = 2,
+    out: KeptIn = None,
+    seed: Seed = 0,
+) -> None:
+    """Judge tritonrnn.RNN against torch.nn.RNN on the CPU: training, packed training, inference.
+
+    Runs the preset ``cpu`` with torch.nn.RNN, torch.nn.RNN again (the noise) and tritonrnn.RNN, and
+    prints what ``report`` says of the speed. A missed target is no error.
+
+    Exits with 1 when a result was wrong, or a peer raised, crashed or hung.
+    """
+    from perf.bench import presets
+    from perf.bench.measure import Settings
+    from perf.bench.run import run
+    from perf.report import summary, tables
+
+    settings = Settings(rounds, seconds, threads=threads, seed=seed)
+    units = presets.units("cpu", {}, ("nn_aten", "nn_again", "tritonrnn"), "cpu")
+    with TemporaryDirectory() as scratch, refused():
+        folder = out or Path(scratch)
+        rows = run(units, folder, settings, device="cpu", timeout_s=300.0)
+        typer.echo("\n\n".join(summary.speedups(tables.load(folder))))
+    raise typer.Exit(_exit_code(rows))
 
 
 @app.command()
@@ -142,62 +143,65 @@ def calibrate(
 
 @app.command()
 def accept(
-    out: Annotated[
-        Path, typer.Option(file_okay=False, help="Folder for all results and for the state.")
-    ],
-    budget: Annotated[str, typer.Option(help="Time for all steps: 90s, 9m or 2h.")] = "540s",
+    pieces: Annotated[
+        list[str] | None, typer.Argument(help="Any of right, fast, why; by default all.")
+    ] = None,
+    out: Out = Path("out/accept"),
+    archive: Annotated[
+        Path | None, typer.Option(help="File that takes all results; by default in --out.")
+    ] = None,
+    budget: Budget = "540s",
     device: Device = "cuda",
     again: Annotated[str, typer.Option(help="Names of steps to repeat, after commas.")] = "",
 ) -> None:
-    """Check on a GPU, in one command, that the kernels are right and safe, and how fast they are.
+    """Find out on a GPU whether the kernels are right, how fast they are, and why.
 
-    Compiles in parallel, runs the GPU tests, runs each plan under compute-sanitizer, measures the
-    constants of the roofline model and a balanced sample of cells, reports, and packs one archive.
-    Stop it at any moment, and run it again to continue. On a CPU, the steps that need a GPU are
-    reported as unavailable.
+    Runs what is not done yet: tests, sanitizer, calibration, cells, plans, profiles; perf/GPU.md
+    lists the steps. Stop it at any moment, and run it again to continue. On a CPU, the steps that
+    need a GPU are unavailable.
 
     Exits with 1 when a step failed.
     """
     from perf.bench import presets
-    from perf.session import steps
-    from perf.session.accept import accept
+    from perf.session import accept as session
+    from perf.session import tune
 
-    try:
-        records = accept(
-            out,
-            device,
-            presets.seconds(budget),
-            [name.strip() for name in again.split(",") if name],
+    repeated = [name.strip() for name in again.split(",") if name]
+    with refused():
+        records = session.accept(
+            out, device, presets.seconds(budget), pieces or session.PIECES, repeated, archive
         )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    typer.echo(steps.table(records))
-    if any(record.status == "unfinished" for record in records.values()):
+    typer.echo(f"{tune.summary(tune.read(out))}\n\n{session.table(records)}")
+    if any(record.status not in session.FINAL for record in records.values()):
         typer.echo("\nNot everything is done; run the same command again to continue.")
     raise typer.Exit(1 if any(record.status == "failed" for record in records.values()) else 0)
 
 
 @app.command()
 def tune(
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the rows and the table.")],
-    preset: Annotated[str, typer.Option(help="Whose padded cases to time.")] = "headline",
+    out: Out,
+    preset: Annotated[str, typer.Option(help="Whose cases to try.")] = "headline",
+    plan: Annotated[str | None, typer.Option(help="The only plan to try.")] = None,
     device: Device = "cuda",
-    budget: Annotated[str, typer.Option(help="Stop after 90s, 9m or 2h; resume later.")] = "540s",
 ) -> None:
-    """Time every feasible plan of each shape, and print what the chosen plan loses to the best.
+    """Try every plan on the GPU at hand: is it right, and is it faster than cuDNN?
 
-    Run the same command again to measure what the budget left. On a CPU, the plans of the torch
-    path are timed.
+    The trials are those that a first call makes, and serve every later process. What has been tried
+    is not tried again: stop the command at any moment, and run it again to continue. With
+    TRITONRNN_AUTOTUNE=verify, nothing is timed.
+
+    Exits with 1 when a plan is wrong or fails, with 5 when there was nothing to try.
     """
-    from perf.bench import presets
     from perf.session import tune
 
-    try:
-        table = tune.run(out, preset, device, presets.seconds(budget))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    typer.echo(tune.summary(table))
-    typer.echo(f"\n{out / tune.PAGE}")
+    with refused():
+        trials, beside = tune.run(out, preset, device, plan)
+    typer.echo(f"{tune.summary(trials)}\n\n{tune.verdict(beside)}")
+    if not beside.empty:
+        typer.echo("\n" + beside.head(10).to_markdown(index=False, floatfmt=".3g"))
+    if trials.empty:
+        raise typer.Exit(5)
+    raise typer.Exit(int(trials["verdict"].isin(["wrong", "failed"]).any()))
 
 
 @app.command()
@@ -270,65 +274,6 @@ def schema() -> None:
 
 
 @app.command()
-def words(
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training words.")] = 3,
-    hidden: Annotated[int, typer.Option(min=1, help="Hidden units of each direction.")] = 128,
-    device: Device = "cpu",
-    out: OutFolder = None,
-    try_words: Annotated[
-        str, typer.Option("--try", help="Words of your own to classify at the end.")
-    ] = "",
-    seed: Annotated[int, typer.Option(help="Seed of the split, the weights and the batches.")] = 0,
-    top: Annotated[
-        int, typer.Option(min=20, help="How far down each language's word list to go.")
-    ] = 9_200,
-) -> None:
-    """Learn a word's language from its spelling, with torch.nn.RNN and with tritonrnn.
-
-    A bidirectional RNN reads the letters of 87,000 words of 14 languages, in packed batches. It is
-    trained on the same batches from the same seed with torch.nn.RNN, with tritonrnn.RNN, and with
-    a twin of torch.nn.RNN that starts one unit in the last place away: the drift between the twins
-    shows how much of a difference between the loss curves is rounding.
-
-    Exits with 1 when the loss curves of torch.nn.RNN and tritonrnn.RNN disagree.
-    """
-    import torch
-
-    from perf.training.words import run
-
-    agrees = run(
-        epochs=epochs,
-        hidden_size=hidden,
-        device=torch.device(device),
-        out=out,
-        own_words=try_words.split(),
-        seed=seed,
-        top=top,
-    )
-    raise typer.Exit(0 if agrees else 1)
-
-
-@app.command()
-def cpu(
-    rounds: Rounds = 20,
-    seconds: Seconds = 0.05,
-    threads: Threads = 2,
-    out: OutFolder = None,
-    seed: Seed = 0,
-) -> None:
-    """Judge tritonrnn.RNN against torch.nn.RNN on the CPU: training, packed training, inference.
-
-    Measures the preset ``cpu`` with torch.nn.RNN, torch.nn.RNN again (the noise) and tritonrnn.RNN.
-    Exits with 1 when a result is wrong. A missed target is printed, and is no error.
-    """
-    from perf.bench import cpu
-    from perf.bench.measure import Settings
-
-    settings = Settings(rounds=rounds, sample_s=seconds, threads=threads, seed=seed)
-    raise typer.Exit(0 if cpu.run(settings, out) else 1)
-
-
-@app.command()
 def static(
     arch: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942.")] = "sm_90",
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file, too.")] = None,
@@ -339,54 +284,50 @@ def static(
     """Compile every plan for a GPU that need not be there, and show what the compiler made."""
     from perf.compile import static
 
-    static.static(arch, json, dtype, plan, size)
+    with refused():
+        rows = static.run(arch, dtype, plan, size)
+    typer.echo(rows.to_string(index=False))
+    if json is not None:
+        rows.assign(**static.versions(arch)).to_json(json, orient="records", lines=True)
 
 
 @app.command()
-def adding(
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1_000,
-    T: Annotated[int, typer.Option("--T", min=2, help="Steps of a sequence.")] = 50,
-    hidden: Annotated[int, typer.Option(min=1, help="Hidden units.")] = 64,
-    threads: Threads = 0,
-    device: Device = "cpu",
-    out: OutFolder = None,
-    seed: Seed = 0,
+def launches() -> None:
+    """Count what a layer launches on a GPU, forward and backward, in every layout.
+
+    No GPU need be there. D is the number of directions; lengths are new in every batch of real
+    data, and seen before in the layers above the first.
+    """
+    from perf.bench import launches
+
+    typer.echo(launches.table().to_markdown(index=False))
+
+
+@app.command()
+def features(
+    differences: Annotated[
+        bool, typer.Option("--differences", help="Only what one can do and the other can't.")
+    ] = False,
+    tests: Annotated[
+        list[str] | None, typer.Argument(help="Files, and options of pytest after --.")
+    ] = None,
 ) -> None:
-    """Learn to add two marked numbers far apart, with torch.nn.RNN and with tritonrnn.
+    """Run the tests of features, and print what torch.nn.RNN and tritonrnn.RNN can do.
 
-    A relu RNN that starts at the identity (Le, Jaitly & Hinton 2015, arXiv:1504.00941) reads T
-    numbers, two of them marked, and outputs their sum. It is trained as in ``words``: on the same
-    batches with torch.nn.RNN, tritonrnn.RNN and a perturbed twin of torch.nn.RNN. With --out, the
-    learning curves are drawn there as well.
+    A test proves a feature on torch.nn.RNN, on the torch path and on the Triton path, which without
+    a GPU runs in Triton's interpreter. Below the table is why a cell is not "yes".
 
-    Exits with 1 when the loss curves of torch.nn.RNN and tritonrnn.RNN disagree.
+    Exits with 1 when a test did not do what its mark says.
     """
-    import torch
+    from perf.features import run
 
-    from perf.training.adding import run
-
-    if threads:
-        torch.set_num_threads(threads)
-    agrees = run(
-        steps=steps, T=T, hidden_size=hidden, device=torch.device(device), out=out, seed=seed
-    )
-    raise typer.Exit(0 if agrees else 1)
+    outcomes = run(tests or [])
+    typer.echo(outcomes.markdown(differences))
+    raise typer.Exit(0 if outcomes.are_as_said else 1)
 
 
-@app.command()
-def features() -> None:
-    """Try what torch.nn.RNN and tritonrnn.RNN can do, here and now: the README's table.
-
-    Each feature is tried on torch.nn.RNN, on the torch path and on the Triton path, which without
-    a GPU runs in Triton's interpreter, and is judged by its values, against float64. Each failure
-    is listed below the table, with its reason.
-    """
-    from perf.features import table
-
-    rows, reasons = table.run()
-    typer.echo(rows.to_markdown(index=False))
-    typer.echo("\nWhat failed:\n" + "\n".join(f"- {reason}" for reason in reasons))
-
+app.command()(words)
+app.command()(adding)
 
 if __name__ == "__main__":
     app(prog_name="python -m perf")

@@ -266,7 +266,8 @@ def _by_first_plan(
     *,
     epilogue: str,
     reverse: tuple[bool, ...],
-) -> None:
+    **ends: Any,
+) -> Tensor | None:
     """Run the recurrence by the first plan that is not known to be wrong."""
     from tritonrnn import autotune
     from tritonrnn.kernels import launch
@@ -277,8 +278,8 @@ def _by_first_plan(
         mapped=not layout.is_padded,
         v_0=v_0 is not None,
     )
-    launch.recurrence(
-        a, v_0, M, aux, layout, epilogue=epilogue, reverse=reverse, tf32=tf32, plan=plan
+    return launch.recurrence(
+        a, v_0, M, aux, layout, epilogue=epilogue, reverse=reverse, tf32=tf32, plan=plan, **ends
     )
 
 

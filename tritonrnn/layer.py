@@ -12,10 +12,10 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from tritonrnn.layout import SequenceLayout
+from tritonrnn.layout import Rows, SequenceLayout
 
 # Of a back end; :func:`tritonrnn.paths.inplace.recurrence` says what it does.
-Recurrence: TypeAlias = Callable[..., None]
+Recurrence: TypeAlias = Callable[..., Tensor | None]
 
 
 class GroupWeights(NamedTuple):
@@ -64,19 +64,14 @@ def forward(
     M = _stack([group.w_hh for group in groups])
     # The drive. The walk overwrites it with the output.
     output = _drive(input, groups)
-    _clear_padding(output, layout)
     directions = _directions(groups)
     v_0 = None
     if hx is not None:
-        v_0 = layout.initial_states(_accurate(hx) @ _accurate(M).mT, directions)
-    recurrence(output, v_0, M, None, layout, epilogue=nonlinearity, reverse=directions)
-    # torch.stack copies: h_n may not be a view of the output.
-    h_n = torch.stack(
-        [
-            final_state(columns, layout.parent, backwards, None if hx is None else hx[g])
-            for g, (columns, backwards) in enumerate(zip(output.chunk(len(groups), 1), directions))
-        ]
+        v_0 = layout.initial_states(_accurate_product(hx, M.mT), directions)
+    h_n = recurrence(
+        output, v_0, M, None, layout, epilogue=nonlinearity, reverse=directions, otherwise=hx
     )
+    assert h_n is not None
     return output, h_n
 
 
@@ -116,76 +111,43 @@ def backward(
     """
     groups = split_weights(weights, bidirectional)
     M = _stack([group.w_hh for group in groups])
-    _clear_padding(dz, layout)
     directions = _directions(groups)
     back = tuple(not backwards for backwards in directions)
     v_0 = None
     if grad_h_n is not None:
-        v_0 = layout.initial_states(_accurate(grad_h_n), back).contiguous()
-    recurrence(dz, v_0, M.mT, output, layout, epilogue=f"{nonlinearity}_grad", reverse=back)
-    dz_groups, output_groups = dz.chunk(len(groups), 1), output.chunk(len(groups), 1)
-    grads = [
-        dz @ _cat([group.w_ih for group in groups]) if needs[0] else None,
-        _grad_hx(dz_groups, grad_h_n, M, layout) if needs[1] else None,
-    ]
-    each = len(weights) // len(groups)
-    if any(needs[2::each]):
-        input = without_padding(input, layout)
-    for g, (dz_g, output_g) in enumerate(zip(dz_groups, output_groups)):
-        needs_w_ih, needs_w_hh, *needs_biases = needs[2 + g * each : 2 + (g + 1) * each]
+        v_0 = layout.initial_states(grad_h_n, back).contiguous()
+    # This walk ends where that of the forward pass began.
+    dz_first = recurrence(
+        dz,
+        v_0,
+        M.mT,
+        output,
+        layout,
+        epilogue=f"{nonlinearity}_grad",
+        reverse=back,
+        with_ends=hx is not None,
+    )
+    grads = [dz @ _cat([group.w_ih for group in groups]) if needs[0] else None, None]
+    if needs[1]:
+        assert dz_first is not None
+        grads[1] = _grad_hx(dz_first @ M, grad_h_n, layout.parent)
+    needs, each = needs[2:], len(weights) // len(groups)
+    live = layout.live_rows(input.device)
+    if live is not None and any(needs[::each]):
+        # Padding of the input may hold NaN.
+        input = _zero_unless(live, input)
+    grad_biases = _grad_biases(dz, needs, each)
+    pairs = zip(dz.chunk(len(groups), 1), output.chunk(len(groups), 1))
+    for g, (dz_g, output_g) in enumerate(pairs):
+        needs_w_ih, needs_w_hh = needs[g * each : g * each + 2]
         grads.append(dz_g.t() @ input if needs_w_ih else None)
-        bias = dz_g.sum(0) if any(needs_biases) else None
-        h_0 = None if hx is None else hx[g]
-        # Last, because it may overwrite rows of dz_g.
-        grads.append(_grad_w_hh(dz_g, output_g, h_0, layout, g == 1) if needs_w_hh else None)
-        # Each bias has storage of its own: gradient clipping scales every .grad in place, and a
-        # shared one would be scaled twice.
-        grads += [bias.clone() if bias is not None and need else None for need in needs_biases]
+        grad = None
+        if needs_w_hh:
+            initial = None if dz_first is None or hx is None else dz_first[g].t() @ hx[g]
+            # Last, because it may overwrite rows of dz_g.
+            grad = _grad_w_hh(dz_g, output_g, initial, layout, g == 1, nonlinearity == "relu")
+        grads += [grad, *(grad_biases.get(g * each + i) for i in range(2, each))]
     return grads
-
-
-def final_state(
-    output: Tensor, layout: SequenceLayout, backwards: bool, h_0: Tensor | None
-) -> Tensor:
-    """Return the last state of each sequence, ``[B, H]``, from one direction's output.
-
-    Args:
-        output: ``[N, H]``.
-        layout: of the caller's sequences, before they are split at resets.
-        backwards: whether the last state is that of the first token.
-        h_0: ``[B, H]``, the last state of sequences without a token; None for zero.
-    """
-    return _unless_empty(_at_start(output, layout, not backwards), layout, h_0)
-
-
-def without_padding(input: Tensor, layout: SequenceLayout) -> Tensor:
-    """Return the input with zeros in its padding rows, which may hold NaN."""
-    dead = layout.padding_rows(input.device)
-    return input if dead is None else input.masked_fill(dead[:, None], 0)
-
-
-def _clear_padding(matrix: Tensor, layout: SequenceLayout) -> None:
-    dead = layout.padding_rows(matrix.device)
-    if dead is not None:
-        matrix.masked_fill_(dead[:, None], 0)
-
-
-def _at_start(matrix: Tensor, layout: SequenceLayout, backwards: bool) -> Tensor:
-    """Return the rows of ``matrix [N, H]`` at which one direction starts, ``[B, H]``."""
-    if layout.N == 0:
-        return matrix.new_zeros(layout.B, matrix.shape[1])
-    rows = layout.last_rows if backwards else layout.first_rows
-    return matrix[rows(matrix.device)]
-
-
-def _unless_empty(states: Tensor, layout: SequenceLayout, otherwise: Tensor | None) -> Tensor:
-    """Return ``states [B, H]``, with ``otherwise``, or 0, where a sequence has no token."""
-    empty = layout.empty(states.device)
-    if empty is None:
-        return states
-    if otherwise is None:
-        return states.masked_fill(empty[:, None], 0)
-    return torch.where(empty[:, None], otherwise, states)
 
 
 def _directions(groups: Sequence[GroupWeights]) -> tuple[bool, ...]:
@@ -193,55 +155,108 @@ def _directions(groups: Sequence[GroupWeights]) -> tuple[bool, ...]:
     return (False, True)[: len(groups)]
 
 
-def _accurate(tensor: Tensor) -> Tensor:
-    """Return the tensor in fp32 at least: v_0 is rounded once only, after it is added."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _accurate_product(hx: Tensor, M: Tensor) -> Tensor:
+    """Return ``hx M`` in fp32 at least: v_0 is rounded once only, after it is added."""
+    if hx.is_cuda and torch.version.hip is None and hx.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(hx, M, out_dtype=torch.float32)
+    dtype = torch.promote_types(hx.dtype, torch.float32)
+    return hx.to(dtype) @ M.to(dtype)
 
 
 def _drive(input: Tensor, groups: Sequence[GroupWeights]) -> Tensor:
     """Return ``W_ih input + b_ih + b_hh`` of all directions, ``[N, G * H]``, by one product."""
-    biases = [g.b_ih + g.b_hh for g in groups if g.b_ih is not None and g.b_hh is not None]
-    return torch.nn.functional.linear(
-        input,
-        _cat([group.w_ih for group in groups]),
-        _cat(biases) if biases else None,
-    )
+    w_ih, _, b_ih, b_hh = groups[0]
+    if len(groups) == 2:
+        second = groups[1]
+        parameters = [w_ih.flatten(), second.w_ih.flatten(), b_ih, second.b_ih, b_hh, second.b_hh]
+        # One copy of them all.
+        joined = torch.cat(parameters[: 2 if b_ih is None else 6])  # type: ignore[arg-type]
+        H, I = w_ih.shape  # noqa: E741
+        w_ih = joined.as_strided((2 * H, I), (I, 1))
+        if b_ih is not None:
+            b_ih, b_hh = joined[-4 * H : -2 * H], joined[-2 * H :]
+    bias = None if b_ih is None or b_hh is None else b_ih + b_hh
+    return torch.nn.functional.linear(input, w_ih, bias)
 
 
-def _grad_hx(
-    dz_groups: Sequence[Tensor], grad_h_n: Tensor | None, M: Tensor, layout: SequenceLayout
-) -> Tensor:
-    """Return the gradient of hx, ``[G, B, H]``."""
-    grads = []
-    for g, dz in enumerate(dz_groups):
-        grad = _at_start(dz, layout.parent, backwards=g == 1) @ M[g]
-        # A sequence without a token has h_n = h_0, so its gradient passes through.
-        through = None if grad_h_n is None else grad_h_n[g]
-        grads.append(_unless_empty(grad, layout.parent, through))
-    return torch.stack(grads)
+def _grad_hx(grad: Tensor, grad_h_n: Tensor | None, layout: SequenceLayout) -> Tensor:
+    """Return the gradient of hx, from ``dz_first W_hh``, both ``[G, B, H]``."""
+    empty = layout.empty(grad.device)
+    if empty is None:
+        return grad
+    # A sequence without a token has h_n = h_0, so its gradient passes through.
+    if grad_h_n is None:
+        return grad.masked_fill_(empty[:, None], 0)
+    return torch.where(empty[:, None], grad_h_n, grad)
+
+
+def _grad_biases(dz: Tensor, needs: Sequence[bool], each: int) -> dict[int, Tensor]:
+    """Return ``Σ dz`` for each bias that needs it, by its place among the weights.
+
+    Args:
+        dz: ``[N, G * H]``.
+        needs: for each weight of the layer.
+        each: weights of a direction.
+    """
+    wanted = [place for place, need in enumerate(needs) if need and place % each >= 2]
+    if not wanted:
+        return {}
+    total = dz.sum(0)
+    # Each bias has storage of its own: gradient clipping scales every .grad in place, and a shared
+    # one would be scaled twice.
+    if len(needs) == each:
+        return {place: total.clone() if i else total for i, place in enumerate(wanted)}
+    sums = total.chunk(len(needs) // each)
+    grads = {place: torch.empty_like(sums[place // each]) for place in wanted}
+    torch._foreach_copy_(list(grads.values()), [sums[place // each] for place in wanted])
+    return grads
 
 
 def _grad_w_hh(
-    dz: Tensor, output: Tensor, h_0: Tensor | None, layout: SequenceLayout, backwards: bool
+    dz: Tensor,
+    output: Tensor,
+    initial: Tensor | None,
+    layout: SequenceLayout,
+    backwards: bool,
+    may_overflow: bool,
 ) -> Tensor:
-    """Return ``Σ dz_tᵀ output_{t-1}`` of one direction. May overwrite rows of ``dz``."""
-    initial = None
-    if h_0 is not None:
-        dz_start = _unless_empty(_at_start(dz, layout.parent, backwards), layout.parent, None)
-        initial = dz_start.t() @ h_0
-    boundary_rows = layout.boundary_rows(dz.device)
-    if boundary_rows is not None:
-        # Some adjacent rows belong to two sequences, not to two steps of one. Zeros on both sides
-        # drop such a pair, whatever values it holds.
-        last, first = boundary_rows
-        start, end = (last, first) if backwards else (first, last)
-        dz[start] = 0
-        output = output.clone()
-        output[end] = 0
+    """Return ``Σ dz_tᵀ output_{t-1}`` of one direction. May overwrite rows of ``dz``.
+
+    Args:
+        dz, output: ``[N, H]``.
+        initial: the terms of first steps, ``[H, H]``, or None for zero. Overwritten.
+        layout: where the N rows lie.
+        backwards: whether the direction goes from the last token to the first.
+        may_overflow: whether the output may be infinite while its gradient is finite.
+    """
     earlier, later = layout.adjacent_rows(dz.device)
     before, after = (later, earlier) if backwards else (earlier, later)
-    grad = dz[after].t() @ output[before]
-    return grad if initial is None else grad.add_(initial)
+    dz, states = dz[after], output[before]
+    live, crossing = layout.live_rows(dz.device), layout.crossing_pairs(dz.device)
+    # Some pairs are of no two steps of one sequence: zeros drop them. The dz of padding is 0.
+    if not may_overflow:
+        _drop(dz, crossing)
+    elif live is not None or crossing is not None:
+        # A dz of 0 would make NaN of infinity.
+        states = states.clone() if live is None else _zero_unless(live[after], states)
+        _drop(states, crossing)
+    return dz.t() @ states if initial is None else initial.addmm_(dz.t(), states)
+
+
+def _drop(matrix: Tensor, rows: Rows | None) -> None:
+    """Overwrite rows of a matrix with 0."""
+    if isinstance(rows, slice):
+        matrix[rows].zero_()
+    elif rows is not None:
+        matrix.masked_fill_(rows[:, None], 0)
+
+
+def _zero_unless(live: Tensor, matrix: Tensor) -> Tensor:
+    """Return a copy of ``matrix [N, F]`` with zeros in the rows that are not ``live [N]``.
+
+    Chosen, not multiplied, by one operation; ``masked_fill`` and ``where`` take two.
+    """
+    return torch.ops.aten.threshold_backward(matrix, live[:, None], 0)
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

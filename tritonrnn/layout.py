@@ -122,13 +122,40 @@ class SequenceLayout:
         """Return the row map's term of each sequence, ``[B]`` int64, on the device of lengths."""
         return torch.arange(self.B, device="cpu") * (self.T if self.batch_first else 1)
 
-    def row_map(self, device: torch.device) -> Tensor:
-        """Return ``time_base[T], batch_base[B], lengths[B]`` as one int64 tensor on a device."""
-        return self._on(device, "_row_map")
+    @property
+    def padded_T(self) -> int:
+        """Return the steps that a sequence has rows for."""
+        return self.T
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Return the rows from a step to the next, and from a sequence to the next.
+
+        Each where :meth:`terms` has no tensor instead.
+        """
+        return (1, self.T) if self.batch_first else (self.B, 1)
+
+    def terms(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return ``time_base``, ``batch_base`` and ``lengths``, int64, on a device.
+
+        None for a base that follows from :attr:`strides`, and for lengths that are all T.
+        """
+        if self.is_padded:
+            return None, None, None
+        row_map = self._on(device, "_row_map")
+        lengths, batch_base = row_map[: self.B], row_map[self._even_B : self._even_B + self.B]
+        return row_map[2 * self._even_B :], batch_base, lengths
 
     @cached_property
     def _row_map(self) -> Tensor:
-        return torch.cat([self.time_base, self.batch_base, self.lengths])
+        # One copy to the GPU of all three. Each begins on 16 bytes: Triton compiles anew for other
+        # pointers.
+        gap = self.lengths[: self._even_B - self.B]
+        return torch.cat([self.lengths, gap, self.batch_base, gap, self.time_base])
+
+    @property
+    def _even_B(self) -> int:
+        return self.B + self.B % 2
 
     def _on(self, device: torch.device, name: str) -> Tensor:
         """Return a tensor attribute on a device: all layers and passes share one async copy.
@@ -197,15 +224,53 @@ class SequenceLayout:
         """Return which sequences have no token, ``[B]`` bool, or None if all have one."""
         return None
 
-    def padding_rows(self, device: torch.device) -> Tensor | None:
-        """Return which rows hold no token, ``[N]`` bool, or None if all hold one."""
+    def live_rows(self, device: torch.device) -> Tensor | None:
+        """Return which rows hold a token, ``[N]`` bool, or None if all do."""
         return None
+
+    def final_state(self, matrix: Tensor, backwards: bool, otherwise: Tensor | None) -> Tensor:
+        """Return the last row of each sequence in one direction, ``[B, F]``.
+
+        Args:
+            matrix: ``[N, F]``.
+            backwards: whether the last row is that of the first token.
+            otherwise: ``[B, F]``, for the sequences without a token; None for zero.
+        """
+        device = matrix.device
+        if self.N == 0:
+            states = matrix.new_zeros(self.B, matrix.shape[1])
+        else:
+            states = matrix[self.first_rows(device) if backwards else self.last_rows(device)]
+        empty = self.empty(device)
+        if empty is None:
+            return states
+        if otherwise is None:
+            return states.masked_fill(empty[:, None], 0)
+        return torch.where(empty[:, None], otherwise, states)
+
+    def final_states(
+        self, matrix: Tensor, reverse: Sequence[bool], otherwise: Tensor | None
+    ) -> Tensor:
+        """Return the last row of each of the parent's sequences and groups, ``[G, B, H]``.
+
+        Args:
+            matrix: ``[N, G * H]``.
+            reverse: for each group whether the last row is that of the first token.
+            otherwise: ``[G, B, H]``, for the sequences without a token; None for zero.
+        """
+        parent = self.parent
+        states = [
+            parent.final_state(columns, backwards, None if otherwise is None else otherwise[g])
+            for g, (columns, backwards) in enumerate(zip(matrix.chunk(len(reverse), 1), reverse))
+        ]
+        # A copy: results may not be views of one another.
+        return torch.stack(states)
 
     def adjacent_rows(self, device: torch.device) -> tuple[Rows, Rows]:
         """Return rows ``(earlier, later)``: pairs of consecutive tokens of one sequence.
 
-        They include the pairs of two sequences at :meth:`boundary_rows`, because slices can't leave
-        them out.
+        They include pairs with a padding row, and those at :meth:`crossing_pairs`, because slices
+        can't leave them out.
         """
         if self.batch_first:
             return slice(0, max(self.N - 1, 0)), slice(1, self.N)
@@ -213,15 +278,9 @@ class SequenceLayout:
             return slice(0, self.N - self.B), slice(self.B, self.N)
         return self._on(device, "_earlier_rows"), slice(self.B, self.N)
 
-    def boundary_rows(self, device: torch.device) -> tuple[Rows, Rows] | None:
-        """Return rows ``(last, first)`` that mark pairs of two sequences, or None without any.
-
-        Each such pair of :meth:`adjacent_rows` has its earlier row in ``last`` and its later row in
-        ``first``. No other pair has its earlier row in ``last`` or its later row in ``first``.
-        """
-        if self.batch_first:
-            return self.last_rows(device), self.first_rows(device)
-        return None
+    def crossing_pairs(self, device: torch.device) -> Rows | None:
+        """Return which of the :meth:`adjacent_rows` are of two sequences, or None if none are."""
+        return slice(self.T - 1, None, self.T) if self.batch_first else None
 
     @cached_property
     def _earlier_rows(self) -> Tensor:

@@ -23,17 +23,17 @@ class RaggedLayout(SequenceLayout):
 
     Args:
         stride: rows from a token of a sequence to its next.
-        batch_base: ``[B]``, each sequence's first row.
         lengths: ``[B]``, each sequence's number of tokens.
-        padding: ``(T, B)`` of the padded batch, or None if every row is a token.
+        first: ``[B]``, each sequence's first row, or None in a padded batch.
+        padding: ``(T, B)`` of a padded batch with lengths, or None if every row is a token.
         split_from: the layout before the split at resets, and the index in it of the sequence that
             each of these was part of, ascending, ``[B]``. None if it was not split.
     """
 
     stride: int
-    # The base class derives these two. Here they are fields without a default.
-    batch_base: Tensor = field()
+    # The base class derives it. Here it is a field without a default.
     lengths: Tensor = field()
+    first: Tensor | None = None
     padding: tuple[int, int] | None = None
     split_from: tuple[RaggedLayout, Tensor] | None = None
 
@@ -46,7 +46,7 @@ class RaggedLayout(SequenceLayout):
         Raises:
             ValueError: ``offsets`` does not start at 0, falls, or does not end at ``num_rows``.
         """
-        offsets = offsets.detach().to(torch.int64, copy=True)
+        offsets = offsets.detach().to(torch.int64)
         bounds = offsets.tolist()
         if not bounds or bounds[0] != 0 or bounds[-1] != num_rows:
             raise ValueError(
@@ -61,7 +61,7 @@ class RaggedLayout(SequenceLayout):
             B=len(bounds) - 1,
             N=num_rows,
             stride=1,
-            batch_base=offsets[:-1],
+            first=offsets[:-1],
             lengths=lengths,
         )
 
@@ -74,9 +74,10 @@ class RaggedLayout(SequenceLayout):
         Raises:
             ValueError: ``lengths`` on the CPU has a value outside 0 to T.
         """
+        padding = None if lengths is None else (T, B)
         if lengths is None:
             lengths = torch.full((B,), T, device="cpu")
-        lengths = lengths.detach().to(torch.int64, copy=True)
+        lengths = lengths.detach().to(torch.int64)
         longest = T
         if lengths.device.type == "cpu":
             longest = int(lengths.max()) if B else 0
@@ -85,21 +86,18 @@ class RaggedLayout(SequenceLayout):
                     f"Expected lengths from 0 to the {T} steps of the input, "
                     f"got {abridged(lengths.tolist())}"
                 )
-        else:
-            # Reading them here would wait. The device checks them, and the next call that waits for
-            # it raises.
-            torch._assert_async(
-                ((lengths >= 0) & (lengths <= T)).all(),
-                f"tritonrnn: Expected lengths from 0 to the {T} steps of the input",
-            )
+        elif B:
+            # Reading them here would wait. The device checks that each is an index of T + 1 steps,
+            # and the next call that waits for it raises.
+            lengths[:1].expand(T + 1).gather(0, lengths)
         return cls(
             T=longest,
             B=B,
             N=T * B,
+            batch_first=batch_first,
             stride=1 if batch_first else B,
-            batch_base=torch.arange(B, device=lengths.device) * (T if batch_first else 1),
             lengths=lengths,
-            padding=(T, B),
+            padding=padding,
         )
 
     def split_at_resets(self, reset: Tensor) -> RaggedLayout:
@@ -127,8 +125,9 @@ class RaggedLayout(SequenceLayout):
             T=int(new_lengths.max()) if len(new_lengths) else 0,
             B=len(sequence),
             N=self.N,
+            batch_first=self.batch_first,
             stride=self.stride,
-            batch_base=base[sequence] + start * self.stride,
+            first=base[sequence] + start * self.stride,
             lengths=new_lengths,
             padding=self.padding,
             split_from=(self, sequence),
@@ -138,6 +137,28 @@ class RaggedLayout(SequenceLayout):
     def time_base(self) -> Tensor:
         """Return the row map's term of each step, ``[T]`` int64, on the device of lengths."""
         return torch.arange(self.T, device=self.lengths.device) * self.stride
+
+    @cached_property
+    def batch_base(self) -> Tensor:
+        """Return the row map's term of each sequence, ``[B]`` int64, on the device of lengths."""
+        if self.first is not None:
+            return self.first
+        return torch.arange(self.B, device=self.lengths.device) * self.strides[1]
+
+    @property
+    def padded_T(self) -> int:
+        """Return the steps that a sequence has rows for, of a padded batch more than T."""
+        return self.T if self.padding is None else self.padding[0]
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Return the rows from a step to the next, and from a padded sequence to the next."""
+        return self.stride, self.padded_T if self.batch_first else 1
+
+    def terms(self, device: torch.device) -> tuple[None, Tensor | None, Tensor | None]:
+        """Return no time_base, the first rows if they are irregular, and lengths, on a device."""
+        first = None if self.first is None else self._on(device, "first")
+        return None, first, self._on(device, "lengths")
 
     @property
     def is_padded(self) -> bool:
@@ -190,40 +211,35 @@ class RaggedLayout(SequenceLayout):
     def _empty(self) -> Tensor:
         return self.lengths == 0
 
-    def padding_rows(self, device: torch.device) -> Tensor | None:
-        """Return which rows are padding, ``[N]`` bool, or None if none can be."""
-        return None if self.padding is None else self._on(device, "_padding_rows")
+    def live_rows(self, device: torch.device) -> Tensor | None:
+        """Return which rows hold a token, ``[N]`` bool, or None if all do."""
+        return None if self.padding is None else self._on(device, "_live_rows")
 
     @cached_property
-    def _padding_rows(self) -> Tensor:
+    def _live_rows(self) -> Tensor:
         assert self.padding is not None
-        T, B = self.padding
         lengths = self.parent.lengths
-        t = torch.arange(T, device=lengths.device)
-        if self.stride == B:
-            return (t[:, None] >= lengths).flatten()
-        return (t >= lengths[:, None]).flatten()
+        t = torch.arange(self.padding[0], device=lengths.device)
+        if self.batch_first:
+            return (t < lengths[:, None]).flatten()
+        return (t[:, None] < lengths).flatten()
 
     def adjacent_rows(self, device: torch.device) -> tuple[Rows, Rows]:
         """Return rows ``(earlier, later)``, the stride apart."""
         return slice(0, max(self.N - self.stride, 0)), slice(self.stride, self.N)
 
-    def boundary_rows(self, device: torch.device) -> tuple[Rows, Rows]:
-        """Return rows ``(last, first)`` of every sequence that has a token, as masks ``[N]``."""
-        return self._on(device, "_is_last"), self._on(device, "_is_first")
+    def crossing_pairs(self, device: torch.device) -> Rows | None:
+        """Return which of the :meth:`adjacent_rows` are of two sequences, or None if none are."""
+        if self.first is not None:
+            return self._on(device, "_begins")[self.stride :]
+        return slice(self.strides[1] - 1, None, self.strides[1]) if self.batch_first else None
 
     @cached_property
-    def _is_first(self) -> Tensor:
-        return self._marked(self._first_rows)
-
-    @cached_property
-    def _is_last(self) -> Tensor:
-        return self._marked(self._last_rows)
-
-    def _marked(self, rows: Tensor) -> Tensor:
+    def _begins(self) -> Tensor:
         # Sequences without a token mark an extra row, which is dropped.
+        rows = self.batch_base.masked_fill(self.lengths == 0, self.N)
         marked = torch.zeros(self.N + 1, dtype=torch.bool, device=rows.device)
-        return marked.index_fill_(0, rows.masked_fill(self._empty, self.N), True)[: self.N]
+        return marked.index_fill_(0, rows, True)[: self.N]
 
     @cached_property
     def packed_form(self) -> PackedForm:

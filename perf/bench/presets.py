@@ -5,57 +5,41 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
 
 from perf import peers
 from perf.bench.cases import DTYPES, LAYOUTS, LENGTHS, MODES, Case
 from perf.bench.sweep import Unit
 
-Sizes = Mapping[str, Sequence[int]]
+# Values of "mode" and of fields of a case; all combinations of them are measured. Without "I", the
+# input has as many features as there are hidden units.
+Grid = Mapping[str, tuple[Any, ...]]
+
+# The axes that are named, not counted, with every value.
+NAMED_AXES: dict[str, tuple[str, ...]] = {
+    "mode": MODES,
+    "nonlinearity": ("tanh", "relu"),
+    "layout": LAYOUTS,
+    "lengths": LENGTHS,
+    "dtype": tuple(DTYPES),
+    "fp32_mode": ("tf32", "ieee"),
+}
+SIZES = ("T", "B", "I", "H", "layers", "directions")
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Hold every combination of some sizes and ways to run them.
-
-    Attributes:
-        sizes: Sets of T, B, I, H, layers and directions; the values of a set are combined with each
-            other. Without I, the input has as many features as there are hidden units.
-    """
-
-    sizes: tuple[Sizes, ...]
-    modes: tuple[str, ...] = MODES
-    dtypes: tuple[str, ...] = ("fp32",)
-    fp32_modes: tuple[str, ...] = ("ieee",)
-    layouts: tuple[str, ...] = ("padded",)
-    lengths: tuple[str, ...] = ("equal",)
-    nonlinearities: tuple[str, ...] = ("tanh",)
-
-    def cases(self, device: str) -> Iterator[Case]:
-        """Yield every case; a case may come twice."""
-        ways = itertools.product(
-            self.nonlinearities, self.layouts, self.lengths, self.dtypes, self.fp32_modes
-        )
-        for (nonlinearity, layout, lengths, dtype, fp32_mode), sizes in itertools.product(
-            ways, self.sizes
-        ):
-            for values in itertools.product(*sizes.values()):
-                one = dict(zip(sizes, values))
-                yield Case(
-                    **{"I": one["H"], **one},
-                    nonlinearity=nonlinearity,
-                    layout=layout,
-                    # A padded batch has no lengths; only fp32 has a mode of its products.
-                    lengths="equal" if layout == "padded" else lengths,
-                    dtype=dtype,
-                    fp32_mode=fp32_mode if dtype == "fp32" else "none",
-                    device=device,
-                )
+def grid(**axes: Any) -> Grid:
+    """Return a grid; an axis that is not given has one value, and every mode is measured."""
+    default = {"mode": MODES, "layout": "padded", "lengths": "equal"}
+    default |= {"dtype": "fp32", "fp32_mode": "ieee", "nonlinearity": "tanh"}
+    given = {**default, **axes}
+    return {axis: one if isinstance(one, tuple) else (one,) for axis, one in given.items()}
 
 
-CPU_SIZES: tuple[Sizes, ...] = tuple(
-    {"T": [T], "B": [B], "I": [I], "H": [H], "layers": [layers], "directions": [directions]}
-    for T, B, I, H, layers, directions in (  # noqa: E741
+TINY = {"T": 12, "B": 3, "I": 4, "H": 8}
+CPU_SIZES = tuple(
+    dict(zip(SIZES, sizes))
+    for sizes in (
         (100, 1, 32, 32, 1, 1),
         (200, 8, 64, 64, 1, 1),
         (100, 32, 64, 128, 2, 2),
@@ -63,102 +47,140 @@ CPU_SIZES: tuple[Sizes, ...] = tuple(
         (64, 64, 256, 512, 1, 1),
     )
 )
-GPU_DTYPES = ("bf16", "fp16", "fp32")
+# What tritonrnn's geometric mean over the preset "cpu" should reach, by mode and layout.
+CPU_TARGETS = {("fwdbwd", "padded"): 1.8, ("fwdbwd", "packed"): 2.5, ("infer", "padded"): 1.1}
 BOTH_FP32 = ("tf32", "ieee")
 
 PRESETS: dict[str, tuple[Grid, ...]] = {
     # A minute or less, to see that everything runs.
-    "smoke": (
-        Grid(({"T": [8], "B": [3], "I": [4], "H": [8]},)),
-        Grid(
-            ({"T": [8], "B": [3], "I": [4], "H": [8]},),
-            modes=("fwdbwd",),
-            layouts=("packed",),
-            lengths=("linear",),
-        ),
-    ),
+    "smoke": (grid(**TINY), grid(**TINY, mode="fwdbwd", layout="packed", lengths="linear")),
     # The torch path on a CPU is judged by these.
     "cpu": (
-        Grid(CPU_SIZES, modes=("fwdbwd", "infer")),
-        Grid(CPU_SIZES, modes=("fwdbwd",), layouts=("packed",), lengths=("linear",)),
+        *(grid(**sizes, mode=("fwdbwd", "infer")) for sizes in CPU_SIZES),
+        *(grid(**sizes, mode="fwdbwd", layout="packed", lengths="linear") for sizes in CPU_SIZES),
     ),
     # The project is judged by these on a GPU.
     "headline": (
-        Grid(
-            ({"T": [128, 1024], "B": [1, 16, 128], "H": [64, 128, 256, 512, 1024]},),
-            modes=("infer", "fwdbwd"),
-            dtypes=("bf16", "fp32"),
-            fp32_modes=BOTH_FP32,
+        grid(
+            T=(128, 1024),
+            B=(1, 16, 128),
+            H=(64, 128, 256, 512, 1024),
+            mode=("infer", "fwdbwd"),
+            dtype=("bf16", "fp32"),
+            fp32_mode=BOTH_FP32,
         ),
     ),
     # Batches of sequences of different lengths.
     "packed": (
-        Grid(
-            ({"T": [128, 1024], "B": [16, 128], "H": [128, 256, 512]},),
-            modes=("infer", "fwdbwd"),
-            dtypes=("bf16", "fp32"),
-            fp32_modes=("tf32",),
-            layouts=("packed",),
+        grid(
+            T=(128, 1024),
+            B=(16, 128),
+            H=(128, 256, 512),
+            mode=("infer", "fwdbwd"),
+            layout="packed",
             lengths=("linear", "uniform", "words", "lognormal"),
+            dtype=("bf16", "fp32"),
+            fp32_mode="tf32",
         ),
     ),
     # Everything; takes hours.
     "full": (
-        Grid(
-            (
-                {
-                    "T": [32, 128, 512, 2048, 8192],
-                    "B": [1, 4, 16, 64, 256],
-                    "H": [32, 64, 128, 256, 512, 1024, 2048],
-                },
-            ),
-            dtypes=GPU_DTYPES,
-            fp32_modes=BOTH_FP32,
+        grid(
+            T=(32, 128, 512, 2048, 8192),
+            B=(1, 4, 16, 64, 256),
+            H=(32, 64, 128, 256, 512, 1024, 2048),
+            dtype=("bf16", "fp16", "fp32"),
+            fp32_mode=BOTH_FP32,
         ),
-        Grid(
-            (
-                {
-                    "T": [128, 1024],
-                    "B": [16, 128],
-                    "H": [128, 512],
-                    "layers": [1, 2, 4],
-                    "directions": [1, 2],
-                },
-            ),
-            dtypes=("bf16", "fp32"),
-            fp32_modes=BOTH_FP32,
-            layouts=("padded", "packed"),
-            lengths=("uniform",),
-            nonlinearities=("tanh", "relu"),
+        grid(
+            T=(128, 1024),
+            B=(16, 128),
+            H=(128, 512),
+            layers=(1, 2, 4),
+            directions=(1, 2),
+            nonlinearity=("tanh", "relu"),
+            layout=("padded", "packed"),
+            lengths="uniform",
+            dtype=("bf16", "fp32"),
+            fp32_mode=BOTH_FP32,
         ),
     ),
 }
 
 
-def integers(text: str) -> tuple[int, ...]:
-    """Parse ``1,16``, ``64:1024:x2`` (doubling) or ``10:50:+10`` (adding), or several of them.
+def units(
+    preset: str, axes: Mapping[str, str | None], names: Sequence[str], device: str
+) -> list[Unit]:
+    """Return the units of a sweep, each case once, in an order of chance that is always the same.
+
+    Args:
+        preset: One of ``PRESETS``.
+        axes: Texts for ``SIZES`` and ``NAMED_AXES``, in place of those of the preset.
+        names: The peers; if empty, the default ones of the device.
+        device: Where to run.
 
     Raises:
-        ValueError: ``text`` has none of these forms.
+        ValueError: there is no such preset, or an axis can't be parsed.
     """
-    values: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?::(\d+):([x+])(\d+))?", part.strip())
-        if match is None:
-            raise ValueError(f"Expected integers as 1,16 or 64:1024:x2 or 10:50:+10, got {part!r}")
-        value = int(match[1])
-        if match[2] is None:
-            values.append(value)
-            continue
-        step, grows = int(match[4]), match[3] == "x"
-        if step < (2 if grows else 1) or value < 1:
-            raise ValueError(f"Expected a step that grows, got {part!r}")
-        while value <= int(match[2]):
-            values.append(value)
-            value = value * step if grows else value + step
-    if min(values) < 1:
-        raise ValueError(f"Expected integers of at least 1, got {text!r}")
-    return tuple(values)
+    if preset not in PRESETS:
+        raise ValueError(f"Expected a preset of {', '.join(PRESETS)}, got {preset!r}")
+    given = {axis: values(axis, text) for axis, text in axes.items() if text is not None}
+    names = tuple(names) or peers.defaults(device)
+    found: dict[Case, dict[str, Sequence[str]]] = {}
+    for one in PRESETS[preset]:
+        wanted = {**one, **given}
+        for case in _cases(wanted, device):
+            found.setdefault(case, {}).update(dict.fromkeys(wanted["mode"], names))
+    units = [Unit(case, modes) for case, modes in found.items()]
+    # What a run that is stopped has measured is then a sample of all.
+    Random(0).shuffle(units)
+    return units
+
+
+def _cases(wanted: Grid, device: str) -> Iterator[Case]:
+    """Yield every case of a grid; a case may come twice."""
+    axes = {axis: values for axis, values in wanted.items() if axis != "mode"}
+    for combination in itertools.product(*axes.values()):
+        fields = dict(zip(axes, combination))
+        if fields["layout"] == "padded":
+            fields["lengths"] = "equal"
+        if fields["dtype"] != "fp32":
+            fields["fp32_mode"] = "none"
+        elif device == "cpu":
+            # There is no TF32 on a CPU.
+            fields["fp32_mode"] = "ieee"
+        yield Case(**{"I": fields["H"], **fields}, device=device)
+
+
+def values(axis: str, text: str) -> tuple[Any, ...]:
+    """Parse the values of an axis, separated by commas.
+
+    Integers are given as ``1,16``, ``64:1024:x2`` (doubling) or ``10:50:+10`` (adding).
+
+    Raises:
+        ValueError: there is no such axis, or it has no such value.
+    """
+    if axis in SIZES:
+        return tuple(itertools.chain.from_iterable(map(_integers, text.split(","))))
+    names = tuple(part.strip() for part in text.split(","))
+    known = NAMED_AXES.get(axis, ())
+    for name in names:
+        if name not in known:
+            raise ValueError(f"Expected {axis} of {', '.join(known)}, got {name!r}")
+    return names
+
+
+def _integers(part: str) -> Iterator[int]:
+    match = re.fullmatch(r"(\d+)(?::(\d+):([x+])(\d+))?", part.strip())
+    if match is None:
+        raise ValueError(f"Expected integers as 1,16 or 64:1024:x2 or 10:50:+10, got {part!r}")
+    value, step, grows = int(match[1]), int(match[4] or 1), match[3] == "x"
+    if value < 1 or step < (2 if grows else 1):
+        raise ValueError(f"Expected integers of at least 1 that grow, got {part!r}")
+    last = value if match[2] is None else int(match[2])
+    while value <= last:
+        yield value
+        value = value * step if grows else value + step
 
 
 def seconds(text: str) -> float:
@@ -171,61 +193,3 @@ def seconds(text: str) -> float:
     if match is None:
         raise ValueError(f"Expected a time as 90s, 9m or 2h, got {text!r}")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
-
-
-def words(text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """Parse names separated by commas.
-
-    Raises:
-        ValueError: a name is not known.
-    """
-    names = tuple(part.strip() for part in text.split(","))
-    for name in names:
-        if name not in known:
-            raise ValueError(f"Expected any of {', '.join(known)}, got {name!r}")
-    return names
-
-
-NAMED_AXES: dict[str, Sequence[str]] = {
-    "modes": MODES,
-    "dtypes": tuple(DTYPES),
-    "fp32_modes": BOTH_FP32,
-    "layouts": LAYOUTS,
-    "lengths": LENGTHS,
-    "nonlinearities": ("tanh", "relu"),
-}
-
-
-def units(
-    preset: str, axes: Mapping[str, str | None], names: Sequence[str], device: str
-) -> list[Unit]:
-    """Return the units of a sweep, each case once.
-
-    Args:
-        preset: One of ``PRESETS``.
-        axes: Texts for ``T B I H layers directions`` and ``NAMED_AXES``; they replace those of the
-            preset.
-        names: The peers; if empty, the default ones of the device.
-        device: Where to run.
-
-    Raises:
-        ValueError: an axis can't be parsed.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"Expected a preset of {', '.join(PRESETS)}, got {preset!r}")
-    given = {axis: text for axis, text in axes.items() if text is not None}
-    named = {
-        axis: words(text, NAMED_AXES[axis]) for axis, text in given.items() if axis in NAMED_AXES
-    }
-    sizes = {axis: integers(text) for axis, text in given.items() if axis not in NAMED_AXES}
-    names = tuple(names) or peers.defaults(device)
-    found: dict[Case, dict[str, Sequence[str]]] = {}
-    for grid in PRESETS[preset]:
-        merged = tuple({**one, **sizes} for one in grid.sizes)
-        wanted = replace(grid, sizes=merged, **named)
-        if device == "cpu":
-            # There is no TF32 on a CPU.
-            wanted = replace(wanted, fp32_modes=("ieee",))
-        for case in wanted.cases(device):
-            found.setdefault(case, {}).update(dict.fromkeys(wanted.modes, names))
-    return [Unit(case, modes) for case, modes in found.items()]

@@ -13,14 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from perf import peers
 from perf.bench import environment
-from perf.bench.measure import Row, Settings
+from perf.bench.failures import Row
+from perf.bench.measure import Settings
 from perf.bench.sweep import OutOfTimeError, Sweep, Unit
 from perf.report import tables
 from perf.roofline import model as roofline
-
-
-class OtherMachineError(Exception):
-    """The rows of a folder were measured on another machine."""
 
 
 def run(
@@ -48,8 +45,7 @@ def run(
         The rows of this run.
 
     Raises:
-        ValueError: a peer is not known.
-        OtherMachineError: ``out`` has rows of another machine.
+        ValueError: a peer is not known, or ``out`` has rows of another machine.
     """
     console = console or Console()
     for name in {name for unit in units for name, _ in unit.cells()}:
@@ -59,7 +55,7 @@ def run(
     _check_machine(out, facts)
     run_id = _new_run_id(out)
     tables.add_environment(out, run_id, facts)
-    known = roofline.find(str(facts["gpu"])) if "gpu" in facts else None
+    known = roofline.gpu_at(torch.device(device))
     calibration = tables.read_calibration(out)
     if known is not None and calibration.get("device") == known.name:
         known = known.measured(calibration["measured"])
@@ -76,16 +72,18 @@ def run(
             for unit in units:
                 sweep.run(unit, lambda what: progress.update(bar, description=what))
                 progress.advance(bar)
-        except OutOfTimeError:
+        except (OutOfTimeError, KeyboardInterrupt):
             console.print(
-                f"Stopped after {time.monotonic() - started:.0f} s with "
-                f"{waiting(units, file.rows)} of {len(units)} cases to go; run the same command "
-                "again to continue."
+                f"Stopped after {time.monotonic() - started:.0f} s; run the same command again to "
+                "continue."
             )
         rows = file.rows[before:]
     counts = Counter(str(row["status"]) for row in rows)
     summary = ", ".join(f"{count} {status}" for status, count in counts.items()) or "nothing new"
-    console.print(f"{out}: {summary}; {len(file.rows)} rows in all.")
+    console.print(
+        f"{out}: {summary}; {len(file.rows)} rows in all, "
+        f"{waiting(units, file.rows)} of {len(units)} cases to go."
+    )
     return rows
 
 
@@ -107,6 +105,4 @@ def _check_machine(out: Path, facts: dict[str, object]) -> None:
         # A CPU and a GPU of one machine may share a folder.
         there = environment.machine(before)
         if there["device"] == here["device"] and there != here:
-            raise OtherMachineError(
-                f"{out} has rows of {there}, measured in {run_id}; here it is {here}"
-            )
+            raise ValueError(f"{out} has rows of {there}, measured in {run_id}; here it is {here}")

@@ -3,45 +3,33 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections import defaultdict
 from contextlib import suppress
 
 import torch
 
+SENSORS = {
+    "sm_MHz": torch.cuda.clock_rate,
+    "power_W": lambda device: torch.cuda.power_draw(device) / 1e3,
+    "temp_C": torch.cuda.temperature,
+}
+
 
 class Telemetry:
-    """Sample a GPU's state; do nothing on a CPU or without NVML."""
+    """Sample a GPU's state; do nothing on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self._samples: dict[str, list[float]] = {}
-        self._handle = None
-        if device.type != "cuda" or torch.version.hip is not None:
-            return
-        with suppress(ImportError):
-            import pynvml
-
-            with suppress(pynvml.NVMLError):
-                pynvml.nvmlInit()
-                # By UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, not NVML's.
-                uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-                self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        self._device = device
+        self._samples: defaultdict[str, list[float]] = defaultdict(list)
 
     def sample(self) -> None:
         """Read every sensor once; leave out those that fail, as some do in virtual machines."""
-        if self._handle is None:
-            return
-        import pynvml
-
-        readings: dict[str, Callable[[], float]] = {
-            "sm_MHz": lambda: pynvml.nvmlDeviceGetClockInfo(self._handle, pynvml.NVML_CLOCK_SM),
-            "power_W": lambda: pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3,
-            "temp_C": lambda: pynvml.nvmlDeviceGetTemperature(
-                self._handle, pynvml.NVML_TEMPERATURE_GPU
-            ),
-        }
-        for name, read in readings.items():
-            with suppress(pynvml.NVMLError):
-                self._samples.setdefault(name, []).append(read())
+        if self._device.type == "cuda":
+            for name, read in SENSORS.items():
+                # NVML may be missing, and has exceptions of its own.
+                with suppress(Exception):
+                    value = read(self._device)
+                    self._samples[name].append(value)
 
     def columns(self) -> dict[str, float]:
         """Return the median of each sensor that was read."""

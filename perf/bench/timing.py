@@ -25,12 +25,6 @@ CACHE_BYTES = 2**28
 Key = TypeVar("Key", bound=Hashable)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the work queued on ``device``."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def synchronized_time() -> float:
     """Wait for all queued work, and return the time in seconds.
 

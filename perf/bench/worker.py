@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
 from perf.bench.cases import Case
-from perf.bench.measure import Measurement, Row, Settings, failure
+from perf.bench.failures import Row, failure
+from perf.bench.measure import Measurement, Settings
 from perf.roofline.model import GPU
 
-# Unset, so that Triton's interpreter is never timed and each peer chooses its own back end.
+# Not for workers: Triton's interpreter is never timed, and each peer chooses its own back end.
 UNSET = ("TRITON_INTERPRET", "TRITONRNN_BACKEND")
 
 
@@ -45,25 +50,13 @@ class Begun:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Report a row."""
-
-    row: Row
-
-
-@dataclass(frozen=True)
-class Crashed:
-    """Report that the process can't continue."""
+class Ended:
+    """Report the end, and the columns of every cell that has no row."""
 
     columns: Row
 
 
-@dataclass(frozen=True)
-class Finished:
-    """Report that there is nothing more to do."""
-
-
-Message = Begun | Measured | Crashed | Finished
+Message = Begun | Row | Ended
 
 
 def serve(pipe: Connection, request: Request) -> None:
@@ -73,10 +66,9 @@ def serve(pipe: Connection, request: Request) -> None:
     output = os.open(request.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(output, stream.fileno())
-    for name in UNSET:
-        os.environ.pop(name, None)
     if request.settings.threads:
         torch.set_num_threads(request.settings.threads)
+    columns: Row = {"status": "error", "error": "the worker left it out"}
     try:
         if request.case.on_gpu:
             torch.cuda.set_device(torch.device(request.case.device))
@@ -87,13 +79,33 @@ def serve(pipe: Connection, request: Request) -> None:
             request.settings,
             request.gpu,
             begin=lambda *where: pipe.send(Begun(*where)),
-            emit=lambda row: pipe.send(Measured(row)),
+            emit=pipe.send,
         ).run(request.modes)
     except Exception as exception:
-        pipe.send(Crashed(failure(exception)))
-    else:
-        pipe.send(Finished())
+        columns = failure(exception)
+    pipe.send(Ended(columns))
     # After a fault of the GPU, Python's normal exit can hang.
     pipe.close()
     sys.stdout.flush()
     os._exit(0)
+
+
+@contextmanager
+def worker(request: Request) -> Iterator[tuple[Connection, BaseProcess]]:
+    """Start a worker, and yield the reading end of its pipe; kill it with all its processes."""
+    context = get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=serve, args=(sending, request))
+    # Before it starts, because tritonrnn and Triton read them when they are imported.
+    unset = {name: os.environ.pop(name) for name in UNSET if name in os.environ}
+    process.start()
+    os.environ.update(unset)
+    sending.close()
+    try:
+        yield receiving, process
+    finally:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid or 0, signal.SIGKILL)
+        process.kill()
+        process.join()
+        receiving.close()

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
-import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pandas as pd
 import torch
 import triton
-import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import track
 from triton.backends.compiler import GPUTarget
 
+from perf.compile import listing
+from perf.compile.listing import count, listing_of, time_loop
 from tritonrnn.kernels import launch
 from tritonrnn.kernels.devices import DEVICES, Device
 from tritonrnn.kernels.plan import PLANS, LaunchPlan, Problem
@@ -102,15 +99,8 @@ class Compiled:
     def resources(self) -> tuple[int, int]:
         """Return the registers of a thread, and the bytes that a thread spills to memory."""
         if self.plan.device.is_amd:
-            listing = self.assembly["amdgcn"]
-            spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", listing)
-            return _number(r"\.vgpr_count:\s+(\d+)", listing), 4 * spilled
-        return _number(r"REG:(\d+)", self._listing), _number(r"STACK:(\d+)", self._listing)
-
-    @property
-    def sass(self) -> list[str]:
-        """Return the instructions of the kernel, each with its address."""
-        return re.findall(r"^\s+/\*([0-9a-f]{4,}\*/\s+.*?);", self._listing, re.MULTILINE)
+            return listing.amd_resources(self.assembly["amdgcn"])
+        return listing.nvidia_resources(self._listing)
 
     @property
     def step_sass(self) -> list[str]:
@@ -119,19 +109,14 @@ class Compiled:
             return self.sass
         return time_loop(self.sass, nested=self.plan.name == "cooperative")
 
+    @property
+    def sass(self) -> list[str]:
+        """Return the instructions of the kernel, each with its address."""
+        return listing.instructions(self._listing)
+
     @cached_property
     def _listing(self) -> str:
         return listing_of(self.assembly["cubin"])
-
-
-def listing_of(cubin: bytes) -> str:
-    """Return what NVIDIA's ``cuobjdump`` prints of a kernel: its resources and instructions."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        command = [tool, "--dump-resource-usage", "-sass", file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def compile_case(case: CompileCase) -> Compiled:
@@ -158,9 +143,10 @@ def compile_case(case: CompileCase) -> Compiled:
         grid=launch.grid(problem, plan),
         **launch.kernel_arguments(
             a,
-            meta(G, B, H, dtype=torch.float32) if case.has_v_0 else None,
+            meta(G, B, H, dtype=dtype if backward else torch.float32) if case.has_v_0 else None,
             M.transpose(1, 2) if backward else M,
             meta(*a.shape) if backward else None,
+            meta(G, B, H) if case.has_v_0 or not backward else None,
             rows,
             problem,
             (False, True) if G == 2 else (False,),
@@ -174,33 +160,6 @@ def compile_case(case: CompileCase) -> Compiled:
         time.perf_counter() - started,
         kernel.asm,
     )
-
-
-def time_loop(sass: list[str], nested: bool = False) -> list[str]:
-    """Return the instructions of the time loop.
-
-    A loop is a branch to a lower address. The time loop is the longest of them or, nested in
-    the loop over batch blocks of a cooperative plan, the shortest that has all MMAs of the kernel.
-    """
-    spans = [(0, 0)]
-    addresses = [int(line.split("*/")[0], 16) for line in sass]
-    for position, line in enumerate(sass):
-        branch = re.search(r"\bBRA(?:\.\w+)*\s+(?:\S+,\s*)*`?\(?(?:\.L_x_\d+|0x([0-9a-f]+))", line)
-        if branch and branch[1] and int(branch[1], 16) < addresses[position]:
-            spans.append((addresses.index(int(branch[1], 16)), position + 1))
-    if nested:
-        products = count(sass, r"H(?:G?)MMA")
-        whole = [span for span in spans if count(sass[slice(*span)], r"H(?:G?)MMA") == products]
-        start, end = min(whole, key=lambda span: span[1] - span[0])
-    else:
-        start, end = max(spans, key=lambda span: span[1] - span[0])
-    return sass[start:end]
-
-
-def count(instructions: list[str], mnemonic: str) -> int:
-    """Return how many of the instructions are of one kind."""
-    pattern = re.compile(rf"\*/\s+(?:@!?\w+\s+)?{mnemonic}\b")
-    return sum(bool(pattern.search(line)) for line in instructions)
 
 
 def compile_cases(
@@ -225,33 +184,20 @@ def compile_cases(
     return made
 
 
-def table(
-    wanted: Sequence[CompileCase],
-    *,
-    processes: int | None = None,
-    tick: Callable[[], object] | None = None,
-) -> pd.DataFrame:
-    """Compile every case and return one row each.
+def table(wanted: Sequence[CompileCase], *, processes: int | None = None) -> pd.DataFrame:
+    """Compile every case and return one row each, in their order.
 
     Args:
         wanted: what to compile.
         processes: that compile at the same time; as many as there are cores, if not given.
-        tick: called after each.
     """
     processes = processes or len(os.sched_getaffinity(0))
     # New processes: what a fork would copy has threads, and the driver of this one.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(wanted)), context) as pool:
-        futures = [pool.submit(_compile_row, case) for case in wanted]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                if tick is not None:
-                    tick()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return pd.DataFrame([future.result() for future in futures])
+        rows = pool.map(_compile_row, wanted)
+        progress = track(rows, "compiling", len(wanted), console=Console(stderr=True))
+        return pd.DataFrame(list(progress))
 
 
 def _compile_row(case: CompileCase) -> dict[str, Any]:
@@ -295,12 +241,6 @@ def row(case: CompileCase, compiled: Compiled) -> dict[str, Any]:
     return made | {"compile_s": round(compiled.compile_s, 2)}
 
 
-def _number(pattern: str, text: str) -> int:
-    match = re.search(pattern, text)
-    assert match is not None, pattern
-    return int(match[1])
-
-
 def versions(arch: str) -> dict[str, str]:
     """Return the versions of the compilers that made the rows."""
     made_with = {"torch": torch.__version__, "triton": triton.__version__}
@@ -313,36 +253,29 @@ def versions(arch: str) -> dict[str, str]:
     return made_with | {"ptxas": tool.version}
 
 
-def static(
-    arch: Annotated[str, typer.Option(help=f"One of {', '.join(ARCHS)}.")] = "sm_90",
-    json: Annotated[Path | None, typer.Option(help="Write the rows to this file, too.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="Only bf16, fp16, tf32, fp32.")] = None,
-    plan: Annotated[list[str] | None, typer.Option(help="Only plans of this name.")] = None,
-    size: Annotated[list[int] | None, typer.Option(help="Only this many hidden units.")] = None,
-) -> None:
-    """Compile every plan for a GPU that need not be there, and show what the compiler made."""
+def run(
+    arch: str,
+    dtypes: Sequence[str] | None = None,
+    plans: Sequence[str] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> pd.DataFrame:
+    """Run ``python -m perf static``: compile the cases of some dtypes, plans and sizes.
+
+    Raises:
+        ValueError: an argument is not known, no plan fits, or Triton is set to interpret.
+    """
     if triton.knobs.runtime.interpret:
-        raise typer.BadParameter("Nothing is compiled where TRITON_INTERPRET is set.")
-    for option, chosen, known in (
-        ("--arch", [arch], ARCHS),
-        ("--dtype", dtype or [], list(DTYPES)),
-        ("--plan", plan or [], list(PLANS)),
+        raise ValueError("Nothing is compiled where TRITON_INTERPRET is set.")
+    for name, chosen, known in (
+        ("arch", [arch], ARCHS),
+        ("dtype", dtypes or [], list(DTYPES)),
+        ("plan", plans or [], list(PLANS)),
     ):
         if not set(chosen) <= set(known):
-            raise typer.BadParameter(f"Expected {option} to be one of {', '.join(known)}.")
+            raise ValueError(f"Expected {name} to be one of {', '.join(known)}.")
     wanted = compile_cases(
-        arch, dtypes=dtype or tuple(DTYPES), plans=plan or tuple(PLANS), sizes=size or HIDDEN_SIZES
+        arch, dtypes=dtypes or DTYPES, plans=plans or PLANS, sizes=sizes or HIDDEN_SIZES
     )
     if not wanted:
-        raise typer.BadParameter("No plan fits.")
-    columns = (TextColumn("compiled"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=len(wanted))
-        rows = table(wanted, tick=lambda: progress.advance(bar))
-    typer.echo(rows.to_string(index=False))
-    if json is not None:
-        rows.assign(**versions(arch)).to_json(json, orient="records", lines=True)
-
-
-if __name__ == "__main__":
-    typer.run(static)
+        raise ValueError("No plan fits.")
+    return table(wanted)

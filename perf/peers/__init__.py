@@ -6,36 +6,42 @@ A peer of your own is named ``module:Class``; see :class:`perf.peers.peer.Peer` 
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
-from perf.peers.flash import FlashRNN, FlashRNNAlternating
+import tritonrnn
+from perf.peers.flash import FlashRNN
 from perf.peers.loops import CompiledLoop, GraphedLoop, Loop
-from perf.peers.ours import Cooperative, OnTorch, Ours, Registers, Resident, Stepwise
+from perf.peers.ours import Forced, Ours
 from perf.peers.peer import Peer, Runner
-from perf.peers.torch_rnn import NNAgain, NNAten, NNCudnn, NNNoCudnn
+from perf.peers.torch_rnn import NN
 
-__all__ = ["BASELINE", "PEERS", "Peer", "Runner", "baseline", "defaults", "find"]
+__all__ = ["BASELINE", "OURS", "PEERS", "Peer", "Runner", "baseline", "defaults", "find"]
 
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Ours(),
-        OnTorch(),
-        Registers(),
-        Resident(),
-        Cooperative(),
-        Stepwise(),
-        NNCudnn(),
-        NNAten(),
-        NNAgain(),
-        NNNoCudnn(),
+        Ours("tritonrnn"),
+        Ours("tritonrnn-torch", partial(tritonrnn.backend, "torch")),
+        Forced("registers"),
+        Forced("resident"),
+        Forced("cooperative"),
+        Forced("stepwise"),
+        NN("nn_cudnn", "cuda"),
+        NN("nn_aten", "cpu"),
+        # Its speedup over nn.RNN, which is the same, is the noise.
+        NN("nn_again"),
+        NN("nn_no_cudnn", "cuda", cudnn=False),
         Loop(),
         CompiledLoop(),
         GraphedLoop(),
-        FlashRNN(),
-        FlashRNNAlternating(),
+        # All steps in one launch, or a product and a pointwise kernel for each.
+        FlashRNN("flashrnn", "cuda_fused"),
+        FlashRNN("flashrnn-alternating", "cuda"),
     )
 }
 
+# tritonrnn as a user gets it: the subject of every comparison.
+OURS = "tritonrnn"
 # nn.RNN at its default on each device; every speedup is relative to it.
 BASELINE = {"cpu": "nn_aten", "cuda": "nn_cudnn"}
 _ON_CPU = ("tritonrnn", "nn_aten", "nn_again", "loop")

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,13 @@ THREADS_PER_BLOCK = 1024
 
 
 class FlashRNN(Peer):
-    """Run ``flashrnn`` with its fused kernels; the input projection is timed with it."""
+    """Run ``flashrnn`` with one of its back ends; the input projection is timed with it."""
 
-    name = "flashrnn"
     compiles = True
-    backend: ClassVar[str] = "cuda_fused"
+
+    def __init__(self, name: str, backend: str) -> None:
+        self.name = name
+        self._backend = backend
 
     def supports(self, case: Case) -> str | None:
         """Return None for one layer and direction of tanh over a padded batch on a GPU."""
@@ -55,7 +57,7 @@ class FlashRNN(Peer):
         if (beside := str(Path(sys.executable).parent)) not in path:
             os.environ["PATH"] = os.pathsep.join([*path, beside])
         config = flashrnn.FlashRNNConfig(
-            backend=self.backend,
+            backend=self._backend,
             function="elman",
             hidden_dim=case.H,
             num_heads=1,
@@ -79,14 +81,7 @@ class FlashRNN(Peer):
             shape = (-1, case.B, case.H)
             return output.reshape(shape), final.reshape(shape)
 
-        return Runner(forward, parameters, plan=self.backend)
-
-
-class FlashRNNAlternating(FlashRNN):
-    """Run ``flashrnn`` with a matrix product and a pointwise kernel for each step."""
-
-    name = "flashrnn-alternating"
-    backend = "cuda"
+        return Runner(forward, parameters, plan=self._backend)
 
 
 def find_nvcc() -> str | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
-from typing import ClassVar
+from functools import partial
 
 from torch import nn
 
@@ -15,10 +14,20 @@ from perf.peers.peer import Peer, Runner
 
 
 class Ours(Peer):
-    """Run ``tritonrnn.RNN`` with its own choice."""
+    """Run ``tritonrnn.RNN`` with its own choice, or as switches have it.
 
-    name = "tritonrnn"
+    Args:
+        name: The name of the peer.
+        context: Returns the switches that are set during the calls.
+    """
+
     compiles = True
+
+    def __init__(
+        self, name: str, context: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
+        self.name = name
+        self._context = context
 
     def supports(self, case: Case) -> str | None:
         """Return None: ``tritonrnn.RNN`` takes every layout."""
@@ -28,68 +37,32 @@ class Ours(Peer):
         """Convert the module, and ask for the plan that will serve it."""
         ours = tritonrnn.convert(module)
         assert isinstance(ours, tritonrnn.RNN)
-        with self.context():
+        with self._context():
             choice = tritonrnn.explain(ours, workload.input_of(workload.tokens))
         return Runner(
             lambda tokens: workload.run(ours, tokens),
             list(ours.parameters()),
-            plan=f"{choice.backend}, {choice.plan}",
-            context=self.context,
+            plan=self._plan(choice),
+            context=self._context,
         )
 
-    def context(self) -> AbstractContextManager[object]:
-        """Return the switches that are set during the calls."""
-        return nullcontext()
+    def _plan(self, choice: tritonrnn.Explanation) -> str:
+        return f"{choice.backend}, {choice.plan}"
 
 
-class OnTorch(Ours):
-    """Run ``tritonrnn.RNN`` on its torch path."""
+class Forced(Ours):
+    """Run ``tritonrnn.RNN`` by the plan of a name, whatever it would choose."""
 
-    name = "tritonrnn-torch"
-
-    def context(self) -> AbstractContextManager[object]:
-        """Return the switch."""
-        return tritonrnn.backend("torch")
-
-
-class Resident(Ours):
-    """Run ``tritonrnn.RNN`` with W_hh in one multiprocessor, whatever it would choose."""
-
-    name = "tritonrnn-resident"
-    plan: ClassVar[str] = "resident"
+    def __init__(self, plan: str) -> None:
+        super().__init__(f"tritonrnn-{plan}", partial(forced_plan, plan))
+        self._forced = plan
 
     def supports(self, case: Case) -> str | None:
         """Return None on a GPU; a launch raises if the plan does not fit."""
         return None if case.on_gpu else "the interpreter is not timed"
 
-    def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
-        """Convert the module."""
-        return replace(super().build(case, module, workload), plan=f"triton, {self.plan} (forced)")
-
-    def context(self) -> AbstractContextManager[object]:
-        """Return the switches."""
-        return forced_plan(self.plan)
-
-
-class Registers(Resident):
-    """Run ``tritonrnn.RNN`` with W_hh in one multiprocessor's registers."""
-
-    name = "tritonrnn-registers"
-    plan = "registers"
-
-
-class Stepwise(Resident):
-    """Run ``tritonrnn.RNN`` with a launch a step."""
-
-    name = "tritonrnn-stepwise"
-    plan = "stepwise"
-
-
-class Cooperative(Resident):
-    """Run ``tritonrnn.RNN`` with W_hh spread over the CTAs of a group."""
-
-    name = "tritonrnn-cooperative"
-    plan = "cooperative"
+    def _plan(self, choice: tritonrnn.Explanation) -> str:
+        return f"triton, {self._forced} (forced)"
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class Peer(ABC):
         compiles: Whether its kernels are compiled at first use, and then kept on disk.
     """
 
-    name: ClassVar[str]
+    name: str
     compiles: ClassVar[bool] = False
 
     @abstractmethod
@@ -75,8 +75,3 @@ class Peer(ABC):
                 peer may keep it and change it.
             workload: The input, in the same dtype and on the same device.
         """
-
-
-def jagged(case: Case) -> str | None:
-    """Return why most peers decline a jagged case."""
-    return "it takes no nested tensors" if case.layout == "jagged" else None

@@ -25,6 +25,8 @@ _SIZES = [
     *("T", "B", "I", "H", "layers", "directions", "nonlinearity", "layout", "lengths", "device")
 ]
 _PRECISION = ["dtype", "fp32_mode"]
+# The cells of all peers, which share their noise.
+_NOISE_KEYS = ["case_id", "device", "mode"]
 
 
 class NotComparableError(Exception):
@@ -60,94 +62,78 @@ def check_machines(*runs: Sequence[dict[str, object]]) -> None:
 
 
 def judge(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """Compare two tables of the schema; see :func:`compare`."""
-    _check_precisions(before, after)
-    noise = {"before": _repeat_noise(before), "after": _repeat_noise(after)}
-    joined = pd.merge(
-        _times(before),
-        _times(after),
-        how="outer",
-        left_index=True,
-        right_index=True,
-        suffixes=("_before", "_after"),
-    )
-    statuses = ["status_before", "status_after"]
-    joined[statuses] = joined[statuses].fillna("absent")
-    joined = joined[(joined[statuses] == "ok").any(axis=1)]
-    rows = []
-    for key, cell in joined.iterrows():
-        assert isinstance(key, tuple)
-        place = (key[0], key[1], key[3])
-        repeats = max(noise["before"].get(place, 0.0), noise["after"].get(place, 0.0))
-        rows.append(dict(zip(KEYS, key)) | _judge(cell, max(LEAST_NOISE, repeats)))
-    columns = [*KEYS, "before_us", "after_us", "speedup", "noise", "verdict"]
-    table = pd.DataFrame(rows, columns=columns)
-    table["verdict"] = pd.Categorical(table["verdict"], VERDICTS, ordered=True)
-    return table.sort_values(["verdict", "speedup"], ignore_index=True)
-
-
-def _judge(cell: pd.Series, noise: float) -> dict[str, object]:
-    """Return the times of a cell and the verdict.
+    """Compare two tables of the schema; see :func:`compare`.
 
     FASTER and SLOWER: the ranges from p10 to p90 do not touch, and the medians differ by more than
     the noise. SAME: the medians differ by no more than the noise, and the ranges are narrow.
-    UNCLEAR: all other cells.
+    UNCLEAR: all other cells that both runs have.
     """
-    row: dict[str, object] = {
-        "before_us": cell["p50_before"],
-        "after_us": cell["p50_after"],
-        "speedup": cell["p50_before"] / cell["p50_after"],
-        "noise": noise,
-    }
-    if cell["status_before"] != "ok":
-        return row | {"verdict": "NEW"}
-    if cell["status_after"] != "ok":
-        return row | {"verdict": "LOST"}
-    change = abs(np.log(cell["p50_after"] / cell["p50_before"]))
-    apart = cell["p10_after"] > cell["p90_before"] or cell["p10_before"] > cell["p90_after"]
-    spread = max(
-        (cell[f"p90_{run}"] - cell[f"p10_{run}"]) / cell[f"p50_{run}"]
-        for run in ("before", "after")
+    _check_precisions(before, after)
+    suffixes = ("_before", "_after")
+    cells = pd.merge(
+        _times(before), _times(after), how="outer", on=list(KEYS), suffixes=suffixes
+    ).merge(_noise(before, after), how="left", on=_NOISE_KEYS)
+    cells["before_us"], cells["after_us"] = cells["us_p50_before"], cells["us_p50_after"]
+    cells["speedup"] = cells["before_us"] / cells["after_us"]
+    cells["noise"] = cells["noise"].fillna(0.0).clip(lower=LEAST_NOISE)
+    in_before, in_after = (cells[f"status{run}"].eq("ok").fillna(False) for run in suffixes)
+    spread = pd.concat(
+        [
+            (cells[f"us_p90{run}"] - cells[f"us_p10{run}"]) / cells[f"us_p50{run}"]
+            for run in suffixes
+        ],
+        axis=1,
+    ).max(axis=1)
+    apart = (cells["us_p10_after"] > cells["us_p90_before"]) | (
+        cells["us_p10_before"] > cells["us_p90_after"]
     )
-    if change > np.log1p(noise):
-        faster = cell["p50_after"] < cell["p50_before"]
-        verdict = ("FASTER" if faster else "SLOWER") if apart else "UNCLEAR"
-    else:
-        verdict = "SAME" if spread <= WIDEST_SAME or apart else "UNCLEAR"
-    return row | {"verdict": verdict}
+    differs = np.log(cells["speedup"]).abs() > np.log1p(cells["noise"])
+    verdicts = {
+        "NEW": ~in_before,
+        "LOST": ~in_after,
+        "FASTER": differs & apart & (cells["speedup"] > 1),
+        "SLOWER": differs & apart,
+        "SAME": ~differs & (apart | (spread <= WIDEST_SAME)),
+    }
+    conditions = [condition.to_numpy(bool) for condition in verdicts.values()]
+    names = np.select(conditions, list(verdicts), "UNCLEAR")
+    cells["verdict"] = pd.Categorical(names, VERDICTS, ordered=True)
+    columns = [*KEYS, "before_us", "after_us", "speedup", "noise", "verdict"]
+    return cells.loc[in_before | in_after, columns].sort_values(
+        ["verdict", "speedup"], ignore_index=True
+    )
 
 
 def _times(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the status and the quantiles of each cell: of GPU time on a GPU, else of wall time."""
-    on_gpu = rows["device"].str.startswith("cuda")
-    table = rows[list(KEYS)].astype("string").assign(status=rows["status"].astype("string"))
-    for quantile in ("p10", "p50", "p90"):
-        table[quantile] = rows[f"event_us_{quantile}"].where(on_gpu, rows[f"wall_us_{quantile}"])
+    """Return the keys, the status and the times of each cell."""
+    table = rows[[*KEYS, "status", "us_p10", "us_p50", "us_p90"]]
+    table = table.astype(dict.fromkeys([*KEYS, "status"], "string"))
     # If a cell was measured twice, the last row counts.
-    return table.drop_duplicates(list(KEYS), keep="last").set_index(list(KEYS))
+    return table.drop_duplicates(list(KEYS), keep="last")
 
 
-def _repeat_noise(rows: pd.DataFrame) -> dict[tuple[object, ...], float]:
-    """Return, for each case, device and mode, how far ``nn_again`` was from ``nn.RNN``."""
-    again = rows[(rows["peer"] == "nn_again") & rows["speedup_vs_nn"].notna()]
-    return {
-        (row["case_id"], row["device"], str(row["mode"])): abs(np.log(row["speedup_vs_nn"]))
-        for _, row in again.iterrows()
-    }
+def _noise(*runs: pd.DataFrame) -> pd.DataFrame:
+    """Return for each case, device and mode how far ``nn_again`` was from ``nn.RNN`` at most."""
+    again = pd.concat([rows[rows["peer"] == "nn_again"] for rows in runs])
+    noise = np.log(again["speedup_vs_nn"]).abs()
+    keyed = again[_NOISE_KEYS].astype("string").assign(noise=noise)
+    return keyed.groupby(_NOISE_KEYS, as_index=False)["noise"].max()
 
 
 def _check_precisions(before: pd.DataFrame, after: pd.DataFrame) -> None:
     """Raise if both runs have a case, but at no common precision."""
-    found: list[dict[tuple[object, ...], set[tuple[str, ...]]]] = []
-    for rows in (before, after):
-        cases: dict[tuple[object, ...], set[tuple[str, ...]]] = {}
-        for values in rows[_SIZES + _PRECISION].astype("string").drop_duplicates().values.tolist():
-            cases.setdefault(tuple(values[: len(_SIZES)]), set()).add(tuple(values[len(_SIZES) :]))
-        found.append(cases)
-    for sizes in found[0].keys() & found[1].keys():
-        if not found[0][sizes] & found[1][sizes]:
+    found = [
+        rows[_SIZES + _PRECISION].astype("string").drop_duplicates() for rows in (before, after)
+    ]
+    both = found[0].merge(found[1], on=_SIZES, suffixes=("_before", "_after"))
+    both["equal"] = (both["dtype_before"] == both["dtype_after"]) & (
+        both["fp32_mode_before"] == both["fp32_mode_after"]
+    )
+    for sizes, cases in both.groupby(_SIZES):
+        if not cases["equal"].any():
+            precisions = cases.drop(columns=[*_SIZES, "equal"]).drop_duplicates()
             raise NotComparableError(
-                f"different precisions: {sorted(found[0][sizes])} and {sorted(found[1][sizes])}"
+                f"different precisions of {sizes}: {precisions.to_dict('records')}"
             )
 
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.artist import Artist
+from matplotlib import patheffects
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogFormatter
 from PIL import Image
 
-from perf.peers import BASELINE, PEERS
+from perf.peers import BASELINE, OURS, PEERS
 
 # Sharp enough to read, small enough to keep under version control.
 DPI, COLOURS = 90, 256
@@ -25,7 +27,6 @@ DPI, COLOURS = 90, 256
 MOST_FACETS = 3
 # The first ten are filled; the others are strokes, which stay legible in the paler colours.
 MARKERS = "osD^vPX*<>x+1234"
-OURS = "tritonrnn"
 
 # The columns that all points of a figure share.
 FAMILY = [
@@ -42,14 +43,6 @@ class Picture:
     caption: str
 
 
-def peer_style(peer: str) -> dict[str, object]:
-    """Return the colour and the marker of a peer."""
-    names = list(PEERS)
-    place = names.index(peer) if peer in names else len(names) + sum(map(ord, peer)) % 7
-    colour = mpl.colormaps["tab20"](place % 10 * 2 + place // 10)
-    return {"color": colour, "marker": MARKERS[place % len(MARKERS)]}
-
-
 def draw(rows: pd.DataFrame, folder: Path) -> list[Picture]:
     """Draw every picture that the rows allow.
 
@@ -60,21 +53,18 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[Picture]:
     Returns:
         The pictures that were drawn.
     """
-    rows = rows[rows["status"] == "ok"].assign(
-        us=rows["event_us_p50"].fillna(rows["wall_us_p50"]).astype(float)
-    )
-    rows["peer"] = rows["peer"].astype("string")
     pictures = []
-    for key, family in rows.groupby(FAMILY, observed=True, sort=True):
+    timed = rows[rows["status"] == "ok"].astype({"peer": "string"})
+    for key, family in timed.groupby(FAMILY, observed=True, sort=True):
         assert isinstance(key, tuple)
-        title, stem = family_title(key), "-".join(str(part) for part in key if part != "none")
-        for kind, make in _KINDS.items():
-            figure = make(family, title)
-            if figure is None:
-                continue
-            path = folder / f"{kind}-{stem.replace(':', '')}.png"
-            save(figure, path)
-            pictures.append(Picture(path, f"{_CAPTIONS[kind]}: {title}"))
+        stem = "-".join(str(part) for part in key if part != "none").replace(":", "")
+        for name, (caption, make) in _KINDS.items():
+            figure = make(family)
+            if figure is not None:
+                figure.suptitle(family_title(key), fontsize=10)
+                path = folder / f"{name}-{stem}.png"
+                save(figure, path)
+                pictures.append(Picture(path, f"{caption}: {family_title(key)}"))
     return pictures
 
 
@@ -103,211 +93,163 @@ def family_title(key: Sequence[object]) -> str:
     )
 
 
-def _time_name(rows: pd.DataFrame) -> str:
-    return "GPU time" if rows["event_us_p50"].notna().any() else "wall time"
+def peers_of(rows: pd.DataFrame) -> list[str]:
+    """Return the peers of some rows: the project's in their order, then the others."""
+    found = set(rows["peer"])
+    return [*(name for name in PEERS if name in found), *sorted(found - set(PEERS))]
 
 
-def by_case(family: pd.DataFrame, title: str) -> Figure:
+def by_case(family: pd.DataFrame) -> Figure:
     """Draw the speed-up of every case over nn.RNN, with its spread; one line a case."""
-    cases = list(family.drop_duplicates("case_id").sort_values(["T", "B", "H", "I"])["case_id"])
-    figure, axes = _figure(1, 1, width=8, height=1.5 + 0.36 * len(cases))
-    ax = axes[0, 0]
+    family = family.sort_values(["T", "B", "H", "I"])
+    cases = family.drop_duplicates("case_id")
+    places = pd.Series(range(len(cases)), index=cases["case_id"])
+    figure = Figure((8, 1.5 + 0.36 * len(cases)), layout="constrained")
+    ax = figure.subplots()
     # The baseline is the line at 1.
     names = [name for name in peers_of(family) if name not in BASELINE.values()]
     for place, peer in enumerate(names):
         points = family[family["peer"] == peer].dropna(subset=["speedup_vs_nn"])
-        offset = 0.6 * ((place + 0.5) / len(names) - 0.5)
-        y = np.array([cases.index(case) for case in points["case_id"]]) + offset
-        x = points["speedup_vs_nn"].to_numpy(float)
-        low, high = (points[f"speedup_vs_nn_{q}"].to_numpy(float) for q in ("p10", "p90"))
-        ax.errorbar(
-            x,
-            y,
-            xerr=np.abs(np.stack([low - x, high - x])),
-            fmt="none",
-            ecolor=peer_style(peer)["color"],
-            alpha=0.6,
+        median, low, high = (
+            points[f"speedup_vs_nn{quantile}"].to_numpy(float) for quantile in ("", "_p10", "_p90")
         )
-        ax.plot(x, y, linestyle="none", label=peer, **peer_style(peer))  # type: ignore[arg-type]
+        ax.errorbar(
+            median,
+            places[points["case_id"]] + 0.6 * ((place + 0.5) / len(names) - 0.5),
+            xerr=np.abs(np.stack([low - median, high - median])),
+            linestyle="none",
+            label=peer,
+            **_style(peer),
+        )
     ax.axvline(1, color="black", linewidth=0.8, label="nn.RNN")
     ax.set_xscale("log")
-    _plain_log_ticks(ax, "x")
-    ax.set_yticks(range(len(cases)), [_sizes(family, case) for case in cases])
+    _plain_ticks(ax.xaxis)
+    sizes = [f"T {T}, B {B}, I {I}, H {H}" for T, B, I, H in cases[["T", "B", "I", "H"]].values]  # noqa: E741
+    ax.set_yticks(range(len(cases)), sizes)
     ax.set_ylim(len(cases) - 0.5, -0.5)
     ax.set_xlabel("times as fast as nn.RNN (median and p10 to p90 over rounds; log scale)")
     ax.grid(axis="x", which="both", alpha=0.3)
-    return _finish(figure, axes, title)
+    return _with_legend(figure, [ax])
 
 
-def _sizes(family: pd.DataFrame, case_id: str) -> str:
-    row = family[family["case_id"] == case_id].iloc[0]
-    return f"T {row['T']}, B {row['B']}, I {row['I']}, H {row['H']}"
-
-
-def time_by_steps(family: pd.DataFrame, title: str) -> Figure | None:
+def time_by_steps(family: pd.DataFrame) -> Figure | None:
     """Draw the time of a call against T, with the limit."""
-    return _facets(
-        family, title, x="T", y="us", x_name="T, steps",
-        y_name=f"{_time_name(family)} of a call, us", limit="limit_us",
-    )  # fmt: skip
+    return _lines(family, "T", "us_p50", "time of a call, us", across="H", limit="limit_us")
 
 
-def step_by_hidden(family: pd.DataFrame, title: str) -> Figure | None:
+def step_by_hidden(family: pd.DataFrame) -> Figure | None:
     """Draw the time of a step against H, with the limit."""
-    steps = family.assign(limit_step_us=family["limit_us"] / family["T"].astype(float))
-    return _facets(
-        steps, title, x="H", y="us_per_step", x_name="H, hidden units",
-        y_name=f"{_time_name(family)} of a step, us", limit="limit_step_us", columns="T",
-    )  # fmt: skip
+    family = family.assign(limit_step_us=family["limit_us"] / family["T"].astype(float))
+    name = "time of a step, us"
+    return _lines(family, "H", "us_per_step", name, across="T", limit="limit_step_us")
 
 
-def memory_by_steps(family: pd.DataFrame, title: str) -> Figure | None:
+def memory_by_steps(family: pd.DataFrame) -> Figure | None:
     """Draw the memory saved for backward, or in inference the peak, against T."""
-    kind = "peak_MiB" if (family["mode"] == "infer").all() else "saved_MiB"
-    name = "most memory in use, MiB" if kind == "peak_MiB" else "saved for backward, MiB"
-    # Some peers save nothing, and a logarithmic axis can't show 0.
-    return _facets(family, title, x="T", y=kind, x_name="T, steps", y_name=name, from_zero=True)
+    if (family["mode"] == "infer").all():
+        return _lines(family, "T", "peak_MiB", "most memory in use, MiB", across="H")
+    return _lines(family, "T", "saved_MiB", "saved for backward, MiB", across="H")
 
 
-def _facets(
-    family: pd.DataFrame,
-    title: str,
-    *,
-    x: str,
-    y: str,
-    x_name: str,
-    y_name: str,
-    limit: str | None = None,
-    columns: str = "H",
-    from_zero: bool = False,
+def _lines(
+    family: pd.DataFrame, x: str, y: str, y_name: str, *, across: str, limit: str | None = None
 ) -> Figure | None:
-    """Draw lines in facets, B down and ``columns`` across; return None if no facet has a line."""
-    positive = family[family[y].notna()]
-    lines = positive.groupby(["B", columns], observed=True)[x].nunique()
+    """Draw a line a peer in facets, B down; return None if no facet has a line.
+
+    Only with a limit is y logarithmic: some peers save no memory, and that axis can't show 0.
+    """
+    family = family[family[y].notna()]
+    lines = family.groupby(["B", across], observed=True)[x].nunique()
     if lines.empty or lines.max() < 2:
         return None
-    across = _some(positive[columns])
-    down = _some(positive["B"])
-    figure, axes = _figure(
-        len(down), len(across), width=3.4 * len(across) + 1.8, height=2.5 * len(down) + 1
-    )
-    for row, B in enumerate(down):
-        for column, value in enumerate(across):
-            ax = axes[row, column]
-            here = positive[(positive["B"] == B) & (positive[columns] == value)]
-            if here.empty:
-                # No case has this B with that H or T.
-                ax.set_axis_off()
-                continue
-            # Markers of different sizes, so that peers with equal values all stay visible.
-            names = [name for name in peers_of(positive) if name != "nn_again"]
-            for place, peer in enumerate(names):
-                points = here[here["peer"] == peer].groupby(x, observed=True)[y].median()
-                ax.plot(
-                    points.index.astype(float),
-                    points,
-                    label=peer,
-                    markersize=10 - 6 * place / len(names),
-                    linewidth=3 - 2 * place / len(names),
-                    **peer_style(peer),  # type: ignore[arg-type]
-                )
-            if limit is not None and here[limit].notna().any():
-                bound = here.groupby(x, observed=True)[limit].median()
-                ax.plot(bound.index.astype(float), bound, "k--", linewidth=1, label="limit (model)")
-            ax.set_xscale("log", base=2)
-            if from_zero:
-                ax.set_ylim(bottom=0)
-            else:
-                ax.set_yscale("log")
-                _plain_log_ticks(ax, "y")
-            ticks = _usual(positive[x])
-            ax.set_xlim(positive[x].min() / 1.2, positive[x].max() * 1.2)
-            ax.xaxis.set_major_locator(FixedLocator(ticks))
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:.0f}"))
-            ax.xaxis.set_minor_locator(NullLocator())
-            ax.set_title(f"B {B}, {columns} {value}", fontsize=9)
-            ax.grid(which="both", alpha=0.3)
-            if row == len(down) - 1:
-                ax.set_xlabel(x_name)
-            if column == 0:
-                ax.set_ylabel(y_name, fontsize=8)
-    return _finish(figure, axes, title)
+    rows, columns = _some(family["B"]), _some(family[across])
+    size = (3.4 * len(columns) + 1.8, 2.5 * len(rows) + 1)
+    figure = Figure(size, layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True)
+    # Markers of different sizes, so that peers with equal values all stay visible.
+    names = [name for name in peers_of(family) if name != "nn_again"]
+    for (i, j), ax in np.ndenumerate(grid):
+        here = family[(family["B"] == rows[i]) & (family[across] == columns[j])]
+        if here.empty:
+            # No case has this B with that H or T.
+            ax.set_axis_off()
+            continue
+        for place, peer in enumerate(names):
+            points = here[here["peer"] == peer].groupby(x)[y].median().astype(float)
+            thickness = {"ms": 10 - 6 * place / len(names), "lw": 3 - 2 * place / len(names)}
+            ax.plot(points, label=peer, **_style(peer), **thickness)
+        if limit is not None:
+            ax.set_yscale("log")
+            _plain_ticks(ax.yaxis)
+            if here[limit].notna().any():
+                bound = here.groupby(x)[limit].median().astype(float)
+                ax.plot(bound, "k--", lw=1, label="limit (model)")
+        else:
+            ax.set_ylim(bottom=0)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:.0f}")
+        ax.set_title(f"B {rows[i]}, {across} {columns[j]}", fontsize=9)
+        ax.grid(alpha=0.3)
+    for ax in grid[-1]:
+        ax.set_xlabel(x)
+    for ax in grid[:, 0]:
+        ax.set_ylabel(y_name, fontsize=8)
+    return _with_legend(figure, list(grid.flat))
 
 
-def speedup_map(family: pd.DataFrame, title: str) -> Figure | None:
+def speedup_map(family: pd.DataFrame) -> Figure | None:
     """Draw tritonrnn's speed-up over nn.RNN over B and H, a map for each T."""
-    values = family["speedup_vs_nn"]
-    if values.notna().sum() == 0:
-        return None
-    widest = max(1.05, float(np.exp(np.abs(np.log(values.dropna())).max())))
-    return _maps(
-        family, title, "speedup_vs_nn", "times as fast as nn.RNN (log scale)", "RdBu",
-        LogNorm(1 / widest, widest), lambda value: f"{value:.2f}",
-    )  # fmt: skip
+    widest = max(1.05, float(np.exp(np.abs(np.log(family["speedup_vs_nn"])).max())))
+    norm = LogNorm(1 / widest, widest)
+    name = f"{OURS}: times as fast as nn.RNN"
+    return _maps(family, "speedup_vs_nn", name, "RdBu", norm, "{:.2f}")
 
 
-def limit_map(family: pd.DataFrame, title: str) -> Figure | None:
+def limit_map(family: pd.DataFrame) -> Figure | None:
     """Draw the percentage of the limit that tritonrnn reaches, over B and H, a map for each T."""
-    return _maps(
-        family, title, "pct_of_limit", "% of the limit (model)", "viridis", Normalize(0, 100),
-        lambda value: f"{value:.0f}",
-    )  # fmt: skip
+    name = f"{OURS}: % of the limit (model)"
+    return _maps(family, "pct_of_limit", name, "viridis", Normalize(0, 100), "{:.0f}")
 
 
 def _maps(
-    family: pd.DataFrame,
-    title: str,
-    column: str,
-    name: str,
-    colours: str,
-    norm: Normalize,
-    text: Callable[[float], str],
+    family: pd.DataFrame, column: str, name: str, colours: str, norm: Normalize, text: str
 ) -> Figure | None:
     """Draw a heat map of a column for each T; return None if it would have one row or column."""
     ours = family[(family["peer"] == OURS) & family[column].notna()]
     if ours.empty:
         return None
-    ours = ours[ours["T"].isin(_some(ours["T"]))]
-    for axis in ("B", "H"):
-        ours = ours[ours[axis].isin(_usual(ours[axis]))]
     if not (ours.groupby("T")[["B", "H"]].nunique() >= 2).all(axis=1).any():
         return None
-    steps = sorted(ours["T"].unique())
-    sequences, hidden = (sorted(ours[axis].unique()) for axis in ("B", "H"))
-    figure, axes = _figure(1, len(steps), width=3.2 * len(steps) + 1.6, height=3.6)
-    image = None
-    for ax, T in zip(axes[0], steps):
-        table = (
-            ours[ours["T"] == T]
-            .pivot_table(index="B", columns="H", values=column, aggfunc="median", observed=True)
-            .reindex(index=sequences, columns=hidden)
+    steps, sequences, hidden = _some(ours["T"]), _usual(ours["B"]), _usual(ours["H"])
+    figure = Figure((3.2 * len(steps) + 1.6, 3.6), layout="constrained")
+    [axes] = figure.subplots(1, len(steps), squeeze=False)
+    for ax, T in zip(axes, steps):
+        table = ours[ours["T"] == T].pivot_table(
+            index="B", columns="H", values=column, aggfunc="median"
         )
-        image = ax.imshow(table.to_numpy(float), cmap=colours, norm=norm, aspect="auto")
-        for i, j in np.ndindex(table.shape):
-            value = float(table.iat[i, j])
+        table = table.reindex(index=sequences, columns=hidden).astype(float)
+        image = ax.imshow(table, cmap=colours, norm=norm, aspect="auto")
+        outline = [patheffects.withStroke(linewidth=2, foreground="white")]
+        for (i, j), value in np.ndenumerate(table):
             if np.isfinite(value):
-                ax.text(
-                    j, i, text(value), ha="center", va="center", fontsize=9,
-                    color=_legible(image.cmap(image.norm(value))),
-                )  # fmt: skip
-        ax.set_xticks(range(len(hidden)), [str(H) for H in hidden])
-        ax.set_yticks(range(len(sequences)), [str(B) for B in sequences])
+                words = text.format(value)
+                ax.text(j, i, words, ha="center", va="center", size=9, path_effects=outline)
+        ax.set_xticks(range(len(hidden)), hidden)
+        ax.set_yticks(range(len(sequences)), sequences)
         ax.set_title(f"T {T}", fontsize=9)
-        ax.set_xlabel("H, hidden units")
-    axes[0, 0].set_ylabel("B, sequences")
-    assert image is not None
-    bar = figure.colorbar(image, ax=list(axes[0]), label=name)
-    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.set(xlabel="H, hidden units", ylabel="B, sequences")
+    bar = figure.colorbar(image, ax=axes, label=name)
     if isinstance(norm, LogNorm):
-        _plain_log_ticks(bar.ax, "y")
-    figure.suptitle(f"{OURS}: {title}", fontsize=10)
+        _plain_ticks(bar.ax.yaxis)
     return figure
 
 
-def _legible(colour: tuple[float, ...]) -> str:
-    """Return black or white, whichever is legible on a colour."""
-    red, green, blue, *_ = colour
-    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+def _style(peer: str) -> dict[str, Any]:
+    """Return the colour and the marker of a peer."""
+    names = list(PEERS)
+    place = names.index(peer) if peer in names else len(names) + sum(map(ord, peer)) % 7
+    colour = mpl.colormaps["tab20"](place % 10 * 2 + place // 10)
+    return {"color": colour, "marker": MARKERS[place % len(MARKERS)]}
 
 
 def _usual(values: pd.Series) -> list[int]:
@@ -323,67 +265,35 @@ def _some(values: pd.Series) -> list[int]:
     return [every[place] for place in places]
 
 
-def peers_of(rows: pd.DataFrame) -> list[str]:
-    """Return the peers of some rows: the project's in their order, then the others."""
-    found = set(rows["peer"])
-    return [*(name for name in PEERS if name in found), *sorted(found - set(PEERS))]
+class PlainLogFormatter(LogFormatter):
+    """Label a logarithmic axis with plain numbers, within a decade too."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """Return the label of a tick; "" for those that would be too many."""
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, sharey=False)
+def _plain_ticks(axis: Axis) -> None:
+    for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+        set_formatter(PlainLogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
 
 
-def _plain_log_ticks(ax: Axes, which: str) -> None:
-    """Label a logarithmic axis with plain decimal numbers, also within a decade."""
-    axis = ax.xaxis if which == "x" else ax.yaxis
-    low, high = sorted(ax.get_xlim() if which == "x" else ax.get_ylim())
-    decades = np.log10(high / low)
-    for most, subs in _TICKS:
-        if decades <= most:
-            axis.set_major_locator(LogLocator(subs=subs))
-            break
-    axis.set_major_formatter(
-        FuncFormatter(lambda number, _: f"{number:,.0f}" if number >= 10 else f"{number:.3g}")
-    )
-    axis.set_minor_formatter(NullFormatter())
-
-
-# The ticks of each decade, for axes of at most so many decades.
-_TICKS: tuple[tuple[float, tuple[float, ...]], ...] = (
-    (0.8, (1, 1.5, 2, 3, 4, 6, 8)),
-    (1.7, (1, 2, 5)),
-    (3.0, (1, 3)),
-    (np.inf, (1,)),
-)
-
-
-def _finish(figure: Figure, axes: np.ndarray, title: str) -> Figure:
-    """Add a title and one legend for all facets."""
-    handles: dict[str, Artist] = {}
-    for ax in axes.flat:
-        found, names = ax.get_legend_handles_labels()
-        handles |= dict(zip(names, found))
+def _with_legend(figure: Figure, axes: Sequence[Axes]) -> Figure:
+    """Add one legend for all facets."""
+    entries = [zip(*reversed(ax.get_legend_handles_labels())) for ax in axes]
+    handles = {name: handle for of_one in entries for name, handle in of_one}
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=8
     )
-    figure.suptitle(title, fontsize=10)
     return figure
 
 
-_KINDS: dict[str, Callable[[pd.DataFrame, str], Figure | None]] = {
-    "speedup": by_case,
-    "time": time_by_steps,
-    "step": step_by_hidden,
-    "map": speedup_map,
-    "limit": limit_map,
-    "memory": memory_by_steps,
-}
-_CAPTIONS = {
-    "speedup": "Speed-up over nn.RNN, case by case",
-    "time": "Time of a call against T",
-    "step": "Time of a step against H",
-    "map": "Speed-up of tritonrnn over B and H; blank: not ok",
-    "limit": "Per cent of the limit that tritonrnn reaches, over B and H; blank: not ok",
-    "memory": "Memory against T",
+# By the name of the file: the caption, and what draws it.
+_KINDS: dict[str, tuple[str, Callable[[pd.DataFrame], Figure | None]]] = {
+    "speedup": ("Speed-up over nn.RNN, case by case", by_case),
+    "time": ("Time of a call against T", time_by_steps),
+    "step": ("Time of a step against H", step_by_hidden),
+    "map": (f"Speed-up of {OURS} over B and H; blank: not ok", speedup_map),
+    "limit": (f"Per cent of the limit that {OURS} reaches, over B and H; blank: not ok", limit_map),
+    "memory": ("Memory against T", memory_by_steps),
 }

@@ -1,8 +1,11 @@
-"""Define the columns of a table of results: the meaning, type and unit of each."""
+"""Define the columns of a table of results: the meaning, type and unit of each.
+
+What can be computed from other columns is computed here, when rows are read, and nowhere else.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from pandas.api.types import pandas_dtype
@@ -33,6 +36,12 @@ class Column:
         return self.kind if isinstance(self.kind, str) else "category"
 
 
+def _quantiles(name: str, unit: str, meaning: str) -> tuple[Column, ...]:
+    """Return three columns, the first of which has the meaning of all."""
+    p10, p50, p90 = (Column(f"{name}_p{percent}", "float", unit, "") for percent in (10, 50, 90))
+    return replace(p10, meaning=meaning), p50, p90
+
+
 COLUMNS = (
     Column("case_id", "text", "", "everything that names the case but its device"),
     Column("run_id", "text", "", "when the run began, in UTC; env.json has its facts"),
@@ -55,16 +64,11 @@ COLUMNS = (
     Column("note", "text", "", "a remark on an ok row"),
     Column("max_rel_err", "float", "", "against float64: largest of all results and gradients"),
     Column("tolerance", "float", "", "largest max_rel_err that is right: twice that of nn.RNN"),
-    Column("event_us_p10", "float", "us", "GPU: time between events, L2 flushed; over rounds"),
-    Column("event_us_p50", "float", "us", ""),
-    Column("event_us_p90", "float", "us", ""),
-    Column("graph_us_p10", "float", "us", "GPU: the same of a CUDA graph that replays the call"),
-    Column("graph_us_p50", "float", "us", ""),
-    Column("graph_us_p90", "float", "us", ""),
-    Column("wall_us_p10", "float", "us", "wall time of a call, calls back to back"),
-    Column("wall_us_p50", "float", "us", ""),
-    Column("wall_us_p90", "float", "us", ""),
-    Column("us_per_step", "float", "us", "median by T: of event_us on a GPU, of wall_us on a CPU"),
+    *_quantiles("event_us", "us", "GPU: time between events, L2 flushed; over rounds"),
+    *_quantiles("graph_us", "us", "GPU: the same of a CUDA graph that replays the call"),
+    *_quantiles("wall_us", "us", "wall time of a call, calls back to back"),
+    *_quantiles("us", "us", "the time that counts: event_us on a GPU, wall_us on a CPU"),
+    Column("us_per_step", "float", "us", "us_p50 by T"),
     Column("n_samples", "int", "", "rounds"),
     Column("compile_s", "float", "s", "first run, with building, compiling and tuning"),
     Column("event_floor_us", "float", "us", "event_us of a kernel that does nothing"),
@@ -80,9 +84,9 @@ COLUMNS = (
     Column("limit_strategy", "text", "", "model: what sets the chain"),
     Column("limit_constants", ("published", "measured"), "", "model: where its constants are from"),
     Column("plan", "text", "", "the plan by which the peer ran it"),
-    Column("tflops", "float", "TFLOP/s", "flop by the median time"),
-    Column("gbps", "float", "GB/s", "min_bytes by the median time"),
-    Column("pct_of_limit", "float", "%", "limit_us by the median time"),
+    Column("tflops", "float", "TFLOP/s", "flop by us_p50"),
+    Column("gbps", "float", "GB/s", "min_bytes by us_p50"),
+    Column("pct_of_limit", "float", "%", "limit_us by us_p50"),
     Column("speedup_vs_nn", "float", "", "nn.RNN's time by this one's, within a round; median"),
     Column("speedup_vs_nn_p10", "float", "", ""),
     Column("speedup_vs_nn_p90", "float", "", ""),
@@ -99,7 +103,7 @@ _TYPES = {"text": "string", "int": "Int64", "float": "float64"}
 
 
 def typed(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return rows with every column of the schema, in its order and type.
+    """Return rows with every column of the schema, in its order and type, the derived ones too.
 
     In the category of peers, peers of a user's own come after those of the project.
     """
@@ -112,7 +116,20 @@ def typed(rows: pd.DataFrame) -> pd.DataFrame:
             unknown = sorted(set(values.dropna()) - set(column.kind))
             categories = [*column.kind, *unknown]
             rows[column.name] = pd.Categorical(values, categories=categories, ordered=True)
-    return rows
+    return rows.assign(**_derived(rows))
+
+
+def _derived(rows: pd.DataFrame) -> dict[str, pd.Series]:
+    us = {
+        f"us_{quantile}": rows[f"event_us_{quantile}"].fillna(rows[f"wall_us_{quantile}"])
+        for quantile in ("p10", "p50", "p90")
+    }
+    return us | {
+        "us_per_step": us["us_p50"] / rows["T"].astype("float64"),
+        "tflops": rows["flop"] / us["us_p50"] / 1e6,
+        "gbps": rows["min_bytes"] / us["us_p50"] / 1e3,
+        "pct_of_limit": 100 * rows["limit_us"] / us["us_p50"],
+    }
 
 
 def document() -> str:

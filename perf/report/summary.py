@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from perf.bench import cpu
-from perf.peers import BASELINE
+from perf.bench import presets
+from perf.peers import BASELINE, OURS
 from perf.report import plots, tables
 from perf.roofline import calibrate
 
@@ -17,15 +17,15 @@ REPORT, PICTURES = "report.md", "plots"
 
 # The cells of a geometric mean share these columns.
 KINDS = ["peer", "device", "mode", "layout", "dtype", "fp32_mode"]
-OURS = "tritonrnn"
 METRICS = {
-    "us": "us",
+    "us_p50": "us",
     "us_per_step": "us/step",
     "speedup_vs_nn": "x nn.RNN",
     "pct_of_limit": "% of limit",
     "peak_MiB": "peak MiB",
     "saved_MiB": "saved MiB",
 }
+SPEEDUPS = ["speedup_vs_nn_p10", "speedup_vs_nn", "speedup_vs_nn_p90"]
 
 
 def write(folder: Path) -> Path:
@@ -46,7 +46,7 @@ def write(folder: Path) -> Path:
         "## Failures",
         *_failures(rows),
         "## Speed-up over nn.RNN",
-        *_speedups(rows),
+        *speedups(rows),
         "## Pictures",
         *(f"![{picture.caption}]({PICTURES}/{picture.path.name})" for picture in drawn),
         "## Tables",
@@ -83,29 +83,26 @@ def _calibration(folder: Path) -> str:
     content = tables.read_calibration(folder)
     if not content:
         return "None was made for this folder (`python -m perf calibrate --out ...`)."
-    table = calibrate.table(content["measured"], content["missing"], content["published"])
+    table = calibrate.table(content)
     return f"{content['device']}\n\n{table.to_markdown(index=False, floatfmt='.4g')}"
 
 
 def _failures(rows: pd.DataFrame) -> Iterator[str]:
-    counts = pd.crosstab(rows["peer"].astype("string"), rows["status"].astype("string"))
+    rows = rows.astype({"peer": "string", "status": "string"})
     yield "Cells by status:"
-    yield counts.to_markdown()
-    failed = rows[rows["status"] != "ok"]
+    yield pd.crosstab(rows["peer"], rows["status"]).to_markdown()
+    failed = rows[rows["status"] != "ok"].rename(columns={"error": "reason"})
     if failed.empty:
         yield "Every cell is ok."
         return
-    reasons = (
-        failed.astype({"peer": "string", "status": "string"})
-        .groupby(["peer", "status", "error"], dropna=False)["case_id"]
-        .agg(["size", "first"])
-        .reset_index()
-        .rename(columns={"size": "cells", "first": "for example", "error": "reason"})
-    )
-    yield reasons.to_markdown(index=False)
+    of_one_reason = failed.groupby(["peer", "status", "reason"], dropna=False)["case_id"]
+    reasons = of_one_reason.agg(["size", "first"]).reset_index()
+    names = {"size": "cells", "first": "for example"}
+    yield reasons.rename(columns=names).to_markdown(index=False)
 
 
-def _speedups(rows: pd.DataFrame) -> Iterator[str]:
+def speedups(rows: pd.DataFrame) -> Iterator[str]:
+    """Yield paragraphs on how fast each peer is, and where tritonrnn is slower than nn.RNN."""
     timed = rows[rows["speedup_vs_nn"].notna() & ~rows["peer"].isin(list(BASELINE.values()))]
     if timed.empty:
         yield "Nothing was timed beside nn.RNN."
@@ -114,70 +111,79 @@ def _speedups(rows: pd.DataFrame) -> Iterator[str]:
         "Geometric mean over the cells of a kind. A cell is won or lost where p10 to p90 of its "
         "rounds lie on one side of 1, else it is even. `nn_again` is nn.RNN against itself."
     )
-    summary = pd.DataFrame(
-        [
-            dict(zip(KINDS, key)) | _summary(cells)  # type: ignore[arg-type]
-            for key, cells in timed.groupby(KINDS, observed=True)
-        ]
+    won, lost = timed["speedup_vs_nn_p10"] > 1, timed["speedup_vs_nn_p90"] < 1
+    cells = timed.assign(won=won, lost=lost, even=~won & ~lost).groupby(KINDS, observed=True)
+    kinds = cells.agg(
+        **{
+            "geometric mean": ("speedup_vs_nn", _geometric_mean),
+            "worst": ("speedup_vs_nn", "min"),
+            "best": ("speedup_vs_nn", "max"),
+            "cells": ("case_id", "size"),
+            **{name: (name, "sum") for name in ("won", "even", "lost")},
+        }
     )
-    yield summary.to_markdown(index=False, floatfmt=".2f")
+    yield kinds.reset_index().to_markdown(index=False, floatfmt=".2f")
     ours = timed[timed["peer"] == OURS].sort_values("speedup_vs_nn")
     if ours.empty:
         return
-    lost = ours[ours["speedup_vs_nn"] < 1]
-    yield f"### Where {OURS} is slower: {len(lost)} of {len(ours)} cells"
-    if not lost.empty:
-        yield _cells(lost)
+    slower = ours[ours["speedup_vs_nn"] < 1]
+    yield f"### Where {OURS} is slower: {len(slower)} of {len(ours)} cells"
+    if not slower.empty:
+        yield _with_noise(slower, rows)
     yield f"### Where {OURS} is fastest"
-    yield _cells(ours.iloc[::-1].head(max(5, len(lost))))
-    if (rows["device"] == "cpu").any():
-        known = {unit.case.case_id for unit in cpu.units()}
-        judged = rows[rows["case_id"].isin(known) & (rows["device"] == "cpu")]
-        if set(judged["case_id"]) == known:
-            yield "### Targets of the CPU path"
-            yield "\n".join(f"- {sentence}" for sentence in cpu.verdict(cpu.summarize(judged)))
+    yield _with_noise(ours.iloc[::-1].head(max(5, len(slower))), rows)
+    yield from _cpu_targets(rows)
 
 
-def _summary(cells: pd.DataFrame) -> dict[str, object]:
-    speedups = cells["speedup_vs_nn"]
-    won = int((cells["speedup_vs_nn_p10"] > 1).sum())
-    lost = int((cells["speedup_vs_nn_p90"] < 1).sum())
-    return {
-        "geometric mean": float(np.exp(np.log(speedups).mean())),
-        "worst": speedups.min(),
-        "best": speedups.max(),
-        "cells": len(cells),
-        "won": won,
-        "even": len(cells) - won - lost,
-        "lost": lost,
-    }
+def _geometric_mean(speedups: pd.Series) -> float:
+    """Return the mean; NaN if a cell was not timed."""
+    return float(np.exp(np.log(speedups).mean(skipna=False)))
 
 
-def _cells(cells: pd.DataFrame) -> str:
-    columns = [
-        *("case_id", "mode", "speedup_vs_nn_p10", "speedup_vs_nn", "speedup_vs_nn_p90"),
-        *("us_per_step", "plan"),
-    ]
-    return cells[columns].to_markdown(index=False, floatfmt=".2f")
+def _with_noise(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """Return a table of cells, each with the p10 of nn.RNN against itself."""
+    keys = ["case_id", "device", "mode"]
+    again = rows.loc[rows["peer"] == "nn_again", [*keys, "speedup_vs_nn_p10"]]
+    noise = again.rename(columns={"speedup_vs_nn_p10": "nn_again_p10"})
+    columns = ["case_id", "mode", *SPEEDUPS, "nn_again_p10", "us_per_step", "plan"]
+    return cells.merge(noise, on=keys, how="left")[columns].to_markdown(index=False, floatfmt=".2f")
+
+
+def _cpu_targets(rows: pd.DataFrame) -> Iterator[str]:
+    """Yield whether the targets of the preset ``cpu`` are met, if all of its cases are there."""
+    units = presets.units("cpu", {}, (OURS,), "cpu")
+    known = pd.DataFrame(
+        [(unit.case.case_id, mode) for unit in units for mode in unit.modes],
+        columns=["case_id", "mode"],
+    )
+    ours = rows[(rows["device"] == "cpu") & (rows["peer"] == OURS)]
+    cells = ours.astype({"mode": "string"}).merge(known, on=["case_id", "mode"])
+    if len(cells) < len(known):
+        return
+    yield "### Targets of the CPU path"
+    judged = []
+    for kind, speedups in cells.groupby(["mode", "layout"], observed=True)["speedup_vs_nn"]:
+        if kind in presets.CPU_TARGETS:
+            mean, target = _geometric_mean(speedups), presets.CPU_TARGETS[kind]
+            judged.append(
+                f"- {', '.join(kind)}: {mean:.2f} times as fast as nn.RNN in the geometric mean; "
+                f"the target of {target} is {'met' if mean >= target else 'NOT met'}."
+            )
+    yield "\n".join(judged)
 
 
 def _pivots(rows: pd.DataFrame) -> Iterator[str]:
     timed = rows[rows["status"] == "ok"].astype({"peer": "string"})
-    timed = timed.assign(us=timed["event_us_p50"].fillna(timed["wall_us_p50"]))
     for key, family in timed.groupby(plots.FAMILY, observed=True, sort=True):
         assert isinstance(key, tuple)
         yield f"### {plots.family_title(key)}"
-        metrics = [metric for metric in METRICS if family[metric].notna().any()]
-        table = family.pivot_table(
-            index=["T", "B", "I", "H"], columns="peer", values=metrics, observed=True
-        )
-        table = table.swaplevel(axis=1).sort_index(axis=1, level=0, sort_remaining=False)
-        ordered = [
-            (peer, metric)
+        table = family.pivot_table(index=["T", "B", "I", "H"], columns="peer", values=[*METRICS])
+        columns = [
+            (metric, peer)
             for peer in plots.peers_of(family)
-            for metric in metrics
-            if (peer, metric) in table.columns
+            for metric in METRICS
+            if (metric, peer) in table.columns
         ]
-        table = table[ordered]
-        table.columns = pd.Index([f"{peer} {METRICS[metric]}" for peer, metric in ordered])
+        table = table[columns]
+        table.columns = pd.Index([f"{peer} {METRICS[metric]}" for metric, peer in columns])
         yield table.reset_index().to_markdown(index=False, floatfmt=",.4g")

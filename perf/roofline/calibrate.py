@@ -6,17 +6,18 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+from torch.utils.benchmark import Timer
 
 from perf.bench import environment
-from perf.bench.timing import Clock, EventClock, Job, WallClock
 from perf.report import tables
-from perf.roofline import model as roofline
+from perf.roofline import model
 from tritonrnn.kernels.devices import DEVICES
 
 COPY_BYTES = 2**30
@@ -40,7 +41,7 @@ class Probe:
     """Measure one constant.
 
     Attributes:
-        constant: Its name in :func:`perf.roofline.model.sources`.
+        constant: Its name in :func:`perf.roofline.model.published`.
         measure: Returns its value for a device, in the unit of the name.
         needs_gpu: Why it does not apply to a CPU, or None if it does.
     """
@@ -50,9 +51,10 @@ class Probe:
     needs_gpu: str | None = None
 
 
-def clock(job: Job, device: torch.device) -> Clock:
-    """Return the clock for a device."""
-    return EventClock(job, SAMPLE_S) if device.type == "cuda" else WallClock(job, SAMPLE_S)
+def time_us(call: Callable[[], object]) -> float:
+    """Return the median time of calls one after the other, on a CPU or a GPU."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return 1e6 * timer.blocked_autorange(min_run_time=SAMPLE_S).median
 
 
 def hbm_TBps(device: torch.device) -> float:
@@ -60,10 +62,10 @@ def hbm_TBps(device: torch.device) -> float:
     nbytes = COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES
     source = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * nbytes / clock(Job(lambda: target.copy_(source)), device).sample_us() / 1e6
+    return 2 * nbytes / time_us(lambda: target.copy_(source)) / 1e6
 
 
-def matrix_TFLOPps(dtype: torch.dtype, fp32_mode: str | None = None) -> Callable[..., float]:
+def matrix_TFLOPps(dtype: torch.dtype, fp32_mode: str = "ieee") -> Callable[..., float]:
     """Return a function that measures the rate of large products of random matrices."""
 
     def measure(device: torch.device) -> float:
@@ -72,9 +74,8 @@ def matrix_TFLOPps(dtype: torch.dtype, fp32_mode: str | None = None) -> Callable
         switch = torch.backends.cuda.matmul
         before = switch.fp32_precision
         try:
-            if fp32_mode and device.type == "cuda":
-                switch.fp32_precision = fp32_mode
-            return 2 * size**3 / clock(Job(lambda: a @ b), device).sample_us() / 1e6
+            switch.fp32_precision = fp32_mode
+            return 2 * size**3 / time_us(lambda: a @ b) / 1e6
         finally:
             switch.fp32_precision = before
 
@@ -83,8 +84,7 @@ def matrix_TFLOPps(dtype: torch.dtype, fp32_mode: str | None = None) -> Callable
 
 def slope_us(call: Callable[[int], object], short: int = SHORT, long: int = LONG) -> float:
     """Return the time of one repetition inside a call, from the difference of two calls."""
-    us = [EventClock(Job(lambda n=n: call(n)), SAMPLE_S).sample_us() for n in (short, long)]  # type: ignore[misc]
-    return (us[1] - us[0]) / (long - short)
+    return (time_us(lambda: call(long)) - time_us(lambda: call(short))) / (long - short)
 
 
 def run_chain(device: torch.device, steps: int) -> tuple[float, float]:
@@ -101,13 +101,7 @@ def run_chain(device: torch.device, steps: int) -> tuple[float, float]:
     # The first launch compiles, and the clock of an idle GPU takes a while to rise.
     while len(found) < MIN_LAUNCHES or time.monotonic() < deadline:
         probes.chain_kernel[(1,)](
-            matrix,
-            state,
-            ticks,
-            steps,
-            HIDDEN=H,
-            SEQUENCES=B,
-            num_warps=probes.CHAIN_WARPS,
+            matrix, state, ticks, steps, HIDDEN=H, SEQUENCES=B, num_warps=probes.CHAIN_WARPS
         )
         found.append(ticks.tolist())
     cycles, ns = zip(*found[len(found) // 2 :])
@@ -161,7 +155,7 @@ def launch_us(device: torch.device) -> float:
     """
     from perf.roofline.probes import empty_kernel
 
-    return WallClock(Job(lambda: empty_kernel[(1,)](num_warps=1)), SAMPLE_S).sample_us()
+    return time_us(lambda: empty_kernel[(1,)](num_warps=1))
 
 
 def graph_node_us(device: torch.device) -> float:
@@ -185,7 +179,7 @@ PROBES = (
     Probe("bf16_TFLOPps", matrix_TFLOPps(torch.bfloat16)),
     Probe("fp16_TFLOPps", matrix_TFLOPps(torch.float16)),
     Probe("tf32_TFLOPps", matrix_TFLOPps(torch.float32, "tf32"), "a CPU has no TF32 to round to"),
-    Probe("fp32_TFLOPps", matrix_TFLOPps(torch.float32, "ieee")),
+    Probe("fp32_TFLOPps", matrix_TFLOPps(torch.float32)),
     Probe("fp64_TFLOPps", matrix_TFLOPps(torch.float64)),
     Probe("clock_GHz", clock_GHz, "the model counts the cycles of a GPU's multiprocessors"),
     Probe("chain_clk", chain_clk, "a CPU has no multiprocessors"),
@@ -218,42 +212,27 @@ def calibrate(device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
 def run(device: torch.device, out: Path | None) -> pd.DataFrame:
     """Measure, write ``calibration.json`` to ``out``, and return the table.
 
-    The file has the published constants beside the measured ones. A run with the same ``out`` uses
-    the measured ones if the device is the same.
+    A run with the same ``out`` uses the measured constants if the device is the same.
     """
     facts = environment.describe(device)
-    name = str(facts["gpu"] if device.type == "cuda" else facts["cpu"])
+    gpu = model.gpu_at(device)
     measured, missing = calibrate(device)
-    published = roofline.sources().get(name, {})
+    content = {
+        "device": gpu.name if gpu else facts["cpu"],
+        "environment": facts,
+        "measured": measured,
+        "missing": missing,
+        "published": dict(gpu.constants) if gpu else {},
+    }
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        content = {
-            "device": name,
-            "environment": facts,
-            "measured": measured,
-            "missing": missing,
-            "published": published,
-        }
         (out / tables.CALIBRATION).write_text(json.dumps(content, indent=2) + "\n")
-    return table(measured, missing, published)
+    return table(content)
 
 
-def table(
-    measured: dict[str, float], missing: dict[str, str], published: dict[str, dict[str, object]]
-) -> pd.DataFrame:
-    """Return one row for each constant: measured, published, its source, why it is missing."""
-    names = list(dict.fromkeys([*measured, *missing, *published]))
-    return pd.DataFrame(
-        {
-            "constant": names,
-            "measured": [measured.get(name) for name in names],
-            "published": [published.get(name, {}).get("value") for name in names],
-            "source of the published": [
-                published.get(name, {}).get("source", "") for name in names
-            ],
-            "not measured because": [
-                missing.get(name, "" if name in measured else "there is no probe for it")
-                for name in names
-            ],
-        }
-    )
+def table(content: Mapping[str, Any]) -> pd.DataFrame:
+    """Return one row for each constant: measured, published, and why it was not measured."""
+    names = ["measured", "published", "missing"]
+    columns = {name: pd.Series(content[name], dtype=object) for name in names}
+    rows = pd.DataFrame(columns).rename_axis("constant").reset_index()
+    return rows.rename(columns={"missing": "not measured because"})

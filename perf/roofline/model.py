@@ -26,24 +26,37 @@ cheapest strategy counts.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+
+import torch
 
 from perf.bench.cases import DTYPES, Case
-from tritonrnn.kernels.devices import DEVICES, Device
-
-CONSTANTS = Path(__file__).with_name("roofline.json")
+from tritonrnn.kernels import cost
+from tritonrnn.kernels.devices import Device, device_of
 
 # MMA instructions take sequences in multiples of eight.
 SEQUENCES_PER_TILE = 8
 
+# The arithmetic of each precision, as the package's table of devices names it. The MMAs of fp64
+# reach the rate of fp32 on NVIDIA's GPUs for data centers, and less on others.
+ARITHMETIC = {"bf16": "16-bit", "fp16": "16-bit", "tf32": "tf32", "fp32": "fp32", "fp64": "fp32"}
+
+# What the package has no use for. The largest clusters, portable or not: CUDA programming guide.
+CLUSTER_MULTIPROCESSORS = {"sm_90": 16, "sm_100": 16, "sm_103": 16, "sm_120": 8}
+# Distributed shared memory takes 180 to 210 clocks (published microbenchmarks of an H100). No cost
+# of a cluster's barrier is published; it takes at least one exchange.
+CLUSTER_EXCHANGE_CLK, CLUSTER_BARRIER_CLK = 195, 180
+# A kernel node of a CUDA graph: published microbenchmarks.
+GRAPH_NODE_US = 1.3
+# The share of a multiprocessor's registers that may hold weights. An estimate.
+WEIGHT_REGISTERS = 0.5
+
 
 @dataclass(frozen=True)
 class GPU:
-    """Hold a GPU's constants, with units in their names; :func:`sources` has their sources.
+    """Hold a GPU's constants, with units in their names.
 
     Attributes:
         name: The GPU's name in torch.
@@ -66,6 +79,36 @@ class GPU:
     def us(self, clocks: float) -> float:
         """Return the microseconds of so many clock cycles."""
         return clocks / (1e3 * self["clock_GHz"])
+
+
+def gpu_at(device: torch.device) -> GPU | None:
+    """Return the GPU at hand with its published constants, or None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return GPU(torch.cuda.get_device_name(device), published(device_of(device)))
+
+
+def published(device: Device) -> dict[str, float]:
+    """Return the constants of a device: those that the choice of a plan uses, and a few more."""
+    constants = {
+        "multiprocessors": device.multiprocessors,
+        "clock_GHz": device.clock_mhz / 1e3,
+        "hbm_TBps": device.memory_gb_per_s / 1e3,
+        "shared_bytes": device.shared_bytes,
+        "register_weight_bytes": WEIGHT_REGISTERS * device.register_bytes,
+        "shared_bytes_per_clk": cost.SHARED_BYTES_PER_CLOCK,
+        "l2_bytes_per_clk": cost.L2_BYTES_PER_CLOCK,
+        "chain_clk": cost.STEP_CLOCKS,
+        "handoff_us": cost.HANDOFF_US,
+        "cluster_multiprocessors": CLUSTER_MULTIPROCESSORS.get(device.arch, 1),
+        "cluster_exchange_clk": CLUSTER_EXCHANGE_CLK,
+        "cluster_barrier_clk": CLUSTER_BARRIER_CLK,
+        "graph_node_us": GRAPH_NODE_US,
+    }
+    for name, arithmetic in ARITHMETIC.items():
+        constants[f"{name}_TFLOPps"] = device.peak_tflops(arithmetic)
+        constants[f"{name}_FLOP_per_clk"] = 1 / device.product_clocks(1, arithmetic)
+    return constants
 
 
 @dataclass(frozen=True)
@@ -101,39 +144,6 @@ class Limit:
             "limit_kind": max(parts, key=lambda part: parts[part]),
             "limit_strategy": self.strategy,
         }
-
-
-def sources() -> dict[str, dict[str, dict[str, object]]]:
-    """Return the value and the source of each constant of each known GPU."""
-    data = json.loads(CONSTANTS.read_text())
-    published = {
-        name: {"value": value, "source": "tritonrnn.kernels.devices"}
-        for name, value in device_constants(DEVICES["sm_90"]).items()
-    }
-    return {name: {**published, **data["sm_90"], **own} for name, own in data["gpus"].items()}
-
-
-def device_constants(device: Device) -> dict[str, float]:
-    """Return the constants that the choice of a plan uses too."""
-    constants = {
-        "multiprocessors": device.multiprocessors,
-        "clock_GHz": device.clock_mhz / 1e3,
-        "shared_bytes": device.shared_bytes,
-    }
-    names = {"bf16": "16-bit", "fp16": "16-bit", "tf32": "tf32", "fp32": "fp32"}
-    rates = {
-        f"{name}_FLOP_per_clk": 1 / device.product_clocks(1, arithmetic)
-        for name, arithmetic in names.items()
-    }
-    return constants | rates
-
-
-def find(name: str | None) -> GPU | None:
-    """Return the published constants of a GPU by its name in torch; None if unknown."""
-    constants = sources().get(name or "")
-    if constants is None:
-        return None
-    return GPU(str(name), {key: float(str(c["value"])) for key, c in constants.items()})
 
 
 def passes(mode: str) -> tuple[int, int]:

@@ -1,324 +1,336 @@
-"""Run ``python -m perf accept``: check on a GPU, in ten minutes, what only a GPU can show.
+"""Run ``python -m perf accept``: all that only a GPU can show, in pieces of nine minutes.
 
-The steps come in the order of their worth, each with its share of the time. Nothing is repeated:
-neither a test that passed nor a cell that has its row.
+A step is a command with a limit. Its outcome is written to ``steps.json`` at once, its output to a
+log, and everything is packed after each step. So the session may be killed at any moment; when it
+is run again, it does the steps that are not done.
 """
 
 from __future__ import annotations
 
+import ctypes
+import glob
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby, product
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import torch
-from rich.console import Console
 
-from perf.bench import samples
-from perf.bench.environment import CHECKOUT
-from perf.bench.measure import Settings
-from perf.bench.run import run as run_units
-from perf.bench.run import waiting
-from perf.report import summary as report
+from perf import peers
+from perf.bench import environment
 from perf.report import tables
-from perf.session import precompile, recorded_tests, sanitize
-from perf.session.steps import Ledger, Outcome, Record, Step, take
+from tritonrnn.kernels.plan import PLANS
 
-ARCHIVE = "accept.tar.gz"
-# Folder in which torch builds FlashRNN's kernels.
-EXTENSIONS = "extensions"
+# The pieces, and the longest time of a step of each.
+LIMITS_S = {"right": 240.0, "fast": 300.0, "why": 200.0}
+PIECES = tuple(LIMITS_S)
+STATE, ARCHIVE = "steps.json", "accept.tar.gz"
+# Folders of what is compiled: FlashRNN by torch, all else by Triton, which holds the records of
+# trials too. Only these are packed.
+EXTENSIONS, TRITON, TRIALS = "extensions", "triton", "triton/tritonrnn"
 
-# A few rounds of short samples, so that fifty cells fit into a few minutes.
-SETTINGS = Settings(rounds=7, sample_s=0.02, max_s=10.0)
-# Longer than nvcc takes to compile FlashRNN's kernels.
-TIMEOUT_S = 150.0
+# Of the other states, "unfinished" is a step whose time the budget cut, "timeout" one that took all
+# of its own: it continues when all others had their turn.
+FINAL = ("done", "failed", "unavailable")
+# pytest's exit code where there is no test to run.
+NOTHING_TO_RUN = 5
 
-NEEDS_GPU = Outcome("unavailable", "it needs a GPU")
-TOOLS = ("memcheck", "racecheck")
-SANITIZER_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+# Time that is kept for the report and the archive; time that is not worth beginning a step.
+LAST_S, SHORTEST_S = 40.0, 10.0
+POLL_S, KILL_AFTER_S = 0.1, 10
+PRCTL, PR_SET_PDEATHSIG = ctypes.CDLL(None).prctl, 1
+# Processes that share one GPU while they compile kernels and check results; one process times.
+MOST_PROCESSES = 8
+
 # Tests of the kernels against their oracle; on a GPU they run without the interpreter.
-KERNEL_TESTS = tuple(
-    f"tests/{name}.py"
-    for name in (
-        "kernels/test_recurrence",
-        "kernels/test_kernels",
-        "api/test_results",
-    )
+KERNEL_TESTS = (
+    "tests/kernels/test_recurrence.py tests/kernels/test_kernels.py tests/api/test_results.py"
 )
+TOOL_FOLDERS = (
+    "/usr/local/cuda/bin",
+    "/usr/local/cuda/compute-sanitizer",
+    "/opt/nvidia/nsight-compute/*",
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Describe a step: its piece, its command, its limit, and why it can't run here, if so."""
+
+    piece: str
+    name: str
+    command: Sequence[str]
+    seconds: float
+    unavailable: str | None = None
+
+    @property
+    def log(self) -> str:
+        """The name of its log."""
+        return f"{self.name.replace(' ', '-')}.log"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Hold the state of a step, the seconds that it took in all, and the end of its output."""
+
+    status: str = "not begun"
+    seconds: float = 0.0
+    message: str = ""
+
+
+def steps(out: Path, device: str) -> list[Step]:
+    """Return the steps: is it right, then how fast is it, then why.
+
+    A fault of the GPU fails whatever its process does next, so each plan and each file of tests
+    has a process of its own.
+
+    Args:
+        out: Folder for all results.
+        device: ``cuda``, or ``cpu``: kernels then run in Triton's interpreter, cells are those of
+            the preset ``smoke``, and what needs a GPU is unavailable.
+    """
+    found: list[Step] = []
+
+    def add(piece: str, name: str, command: str, unavailable: str | None = None) -> None:
+        found.append(Step(piece, name, tuple(shlex.split(command)), LIMITS_S[piece], unavailable))
+
+    on_gpu = device != "cpu"
+    needs_gpu = None if on_gpu else "it needs a GPU"
+    python, to = shlex.quote(sys.executable), f"--device {device} --out {shlex.quote(str(out))}"
+
+    # The kernels compile for this GPU, side by side, and their results are right.
+    launches = f"{python} -m perf.session.launches"
+    # Warnings of versions that are not pinned here are no failures.
+    pytest = f"{python} -m pytest --tb=short --maxfail=20 -W default::DeprecationWarning"
+    padded, packed = ("headline", "packed") if on_gpu else ("smoke", "smoke")
+    tune = f"{python} -m perf tune {to} --preset {padded}"
+    for plan in PLANS:
+        add("right", f"launches {plan}", f"{launches} {plan}")
+    for plan in PLANS:
+        trials = f"env TRITONRNN_AUTOTUNE=verify {tune} --plan {plan}"
+        add("right", f"trials {plan}", trials, needs_gpu)
+    for plan in (*PLANS, f"not ({' or '.join(PLANS)})"):
+        name = f"tests {plan if plan in PLANS else 'of all plans'}"
+        add("right", name, f"{pytest} {KERNEL_TESTS} -k '{plan}'")
+    for path in sorted((environment.CHECKOUT / "tests").glob("*/test_*.py")):
+        if "mark.gpu" in path.read_text():
+            tests = f"{pytest} {path.relative_to(environment.CHECKOUT)} -m gpu"
+            add("right", f"gpu {path.stem.removeprefix('test_')}", tests, needs_gpu)
+
+    # Neither an access out of bounds nor a race. Without a cache of memory, what lies beyond a
+    # tensor belongs to no other tensor.
+    sanitizer, missing = find_tool("compute-sanitizer")
+    for tool, plan in product(("memcheck", "racecheck"), PLANS):
+        checked = f"{sanitizer} --tool {tool} --error-exitcode 9 {launches} {plan}"
+        checked = f"env PYTORCH_NO_CUDA_MEMORY_CACHING=1 {checked}"
+        add("right", f"{tool} {plan}", checked, needs_gpu or missing)
+
+    # Trials of all plans, then whole calls: a few rounds of short samples, so that many cells fit
+    # into a few minutes.
+    run = f"{python} -m perf run {to} --rounds 7 --seconds 0.02 --max-seconds 10"
+    rivals = f"tritonrnn,{peers.baseline(device)}"
+    add("fast", "calibrate", f"{python} -m perf calibrate {to}")
+    add("fast", "tune", tune, needs_gpu)
+    add("fast", "padded", f"{run} --preset {padded} --layout padded --peers {rivals},loop_graphed")
+    add("fast", "packed", f"{run} --preset {packed} --layout packed --peers {rivals}")
+    sizes = "--T 1024 --B 16 --H 256,512,768 --dtype bf16"
+    missing = None if importlib.util.find_spec("flashrnn") else "flashrnn is not installed"
+    rivals += ",flashrnn,flashrnn-alternating"
+    flash = f"{run} --preset headline {sizes} --peers {rivals}"
+    add("fast", "flashrnn", flash, needs_gpu or missing)
+
+    # The plans beside each other, and what a profiler says of each; the clocks stay as they are.
+    plans = ",".join(name for name in peers.PEERS if name.startswith("tritonrnn"))
+    add("why", "plans", f"{run} --preset {padded} --layout padded --peers {plans}")
+    ncu, missing = find_tool("ncu")
+    for plan in PLANS:
+        profile = f"{ncu} --set full --clock-control none -k regex:{plan} -c 4 --page details -f"
+        profile = f"{profile} -o {shlex.quote(str(out / f'profile-{plan}'))} {launches} {plan}"
+        add("why", f"profile {plan}", profile, needs_gpu or missing)
+    return found
+
+
+def find_tool(name: str) -> tuple[str, str | None]:
+    """Return the path of a tool of CUDA's, and None or why there is none."""
+    folders = [folder for pattern in TOOL_FOLDERS for folder in sorted(glob.glob(pattern))]
+    path = shutil.which(name, path=os.pathsep.join([os.environ["PATH"], *folders]))
+    return path or name, None if path else f"{name} is not installed"
+
+
+class Session:
+    """Run steps in a folder, keep their records, and pack it all.
+
+    Args:
+        out: Folder for all results.
+        archive: File into which they are packed.
+        device: Where the steps run.
+
+    Raises:
+        ValueError: the steps of ``out`` ran on another machine.
+    """
+
+    def __init__(self, out: Path, archive: Path, device: str) -> None:
+        self._out, self._archive = out, archive
+        # A build that was killed left its lock behind, for which the next would wait.
+        for lock in (out / EXTENSIONS).glob("**/lock"):
+            lock.unlink()
+        self._environment = os.environ | {
+            "TORCH_EXTENSIONS_DIR": str(out / EXTENSIONS),
+            "TRITON_CACHE_DIR": str(out / TRITON),
+        }
+        if device == "cpu":
+            self._environment["TRITON_INTERPRET"] = "1"
+        self._machine = environment.machine(environment.describe(torch.device(device)))
+        path = out / STATE
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if known and known["machine"] != self._machine:
+            raise ValueError(f"{out} is of {known['machine']}; here it is {self._machine}")
+        records = known.get("steps", {})
+        self.records = {name: Record(**record) for name, record in records.items()}
+        out.mkdir(parents=True, exist_ok=True)
+
+    def record(self, step: Step) -> Record:
+        """Return what is known of a step."""
+        if step.unavailable:
+            return Record("unavailable", 0.0, step.unavailable)
+        return self.records.get(step.name, Record())
+
+    def run(self, todo: Sequence[Step], deadline: float, processes: int = 1) -> None:
+        """Run steps, so many at a time; begin none for which no time is left."""
+        waiting = list(todo)
+        running: dict[Step, tuple[float, float, subprocess.Popen[bytes]]] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < processes:
+                    step = waiting.pop(0)
+                    limit_s = min(step.seconds, deadline - time.monotonic())
+                    if limit_s >= SHORTEST_S:
+                        print(f"{step.name}, for {limit_s:.0f} s at most", flush=True)
+                        self._write(step, replace(self.record(step), status="running"))
+                        running[step] = time.monotonic(), limit_s, self._start(step, limit_s)
+                for step in [step for step in running if running[step][-1].poll() is not None]:
+                    started, limit_s, process = running.pop(step)
+                    self._end(step, process.returncode, time.monotonic() - started, limit_s)
+                time.sleep(POLL_S)
+        finally:
+            for *_, process in running.values():
+                process.send_signal(signal.SIGINT)
+            for *_, process in running.values():
+                process.wait()
+
+    def _start(self, step: Step, limit_s: float) -> subprocess.Popen[bytes]:
+        """Start a command, which is interrupted when its time is up or this process is gone."""
+        limit = ("timeout", "--signal=INT", f"--kill-after={KILL_AFTER_S}", f"{limit_s:.2f}")
+        with (self._out / step.log).open("a") as log:
+            log.write(f"$ {shlex.join(step.command)}\n")
+            log.flush()
+            return subprocess.Popen(
+                (*limit, *step.command),
+                cwd=environment.CHECKOUT,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=lambda: PRCTL(PR_SET_PDEATHSIG, signal.SIGINT),
+            )
+
+    def _end(self, step: Step, code: int, seconds: float, limit_s: float) -> None:
+        if code and seconds >= limit_s:
+            status = "timeout" if limit_s == step.seconds else "unfinished"
+        else:
+            status = {0: "done", NOTHING_TO_RUN: "unavailable"}.get(code, "failed")
+        text = (self._out / step.log).read_text(errors="replace")
+        lines = [line.strip("= ") for line in text.splitlines() if not line.startswith("$ ")]
+        message = next(filter(None, reversed(lines)), "")
+        if status == "failed":
+            message = f"exited with {code}, see {step.log}: {message}"
+        self._write(step, Record(status, self.record(step).seconds + seconds, message))
+        self.pack()
+
+    def _write(self, step: Step, record: Record) -> None:
+        self.records[step.name] = record
+        steps = {name: asdict(record) for name, record in self.records.items()}
+        unfinished = self._out / f"{STATE}.part"
+        unfinished.write_text(json.dumps({"machine": self._machine, "steps": steps}, indent=2))
+        unfinished.replace(self._out / STATE)
+
+    def pack(self) -> None:
+        """Pack the folder into one file, but for what is compiled."""
+        unfinished = self._archive.with_suffix(".part")
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        left_out = {self._archive, unfinished, self._out / EXTENSIONS, self._out / TRITON}
+        with tarfile.open(unfinished, "w:gz") as packed:
+            for path in (*self._out.iterdir(), self._out / TRIALS):
+                if path.exists() and path not in left_out:
+                    packed.add(path, Path(self._out.name) / path.relative_to(self._out))
+        unfinished.replace(self._archive)
 
 
 def accept(
     out: Path,
     device: str,
     budget_s: float,
+    pieces: Sequence[str] = PIECES,
     again: Sequence[str] = (),
-    console: Console | None = None,
+    archive: Path | None = None,
 ) -> dict[str, Record]:
-    """Run the steps that are not done in ``out`` yet, and pack their results into one archive.
+    """Run the steps that are not done in ``out`` yet, report, and pack all into one archive.
 
     Args:
         out: Folder for all results, and for the state of the steps.
-        device: Where to run. On a CPU the steps that need a GPU are unavailable, and the others run
-            the preset ``smoke``.
+        device: Where to run.
         budget_s: Time for all steps.
+        pieces: The pieces whose steps to run.
         again: Names of steps to repeat.
-        console: Shows the progress.
+        archive: File of the archive; by default in ``out``.
 
     Returns:
-        The record of each step.
+        The record of each step of the pieces.
 
     Raises:
-        ValueError: ``again`` names no step.
+        ValueError: a name is not known, or the steps of ``out`` ran on another machine.
     """
-    console = console or Console()
-    steps = Acceptance(out.resolve(), device, console).steps()
-    names = [step.name for step in steps]
+    out, deadline = out.resolve(), time.monotonic() + budget_s
+    wanted = [step for step in steps(out, device) if step.piece in pieces]
+    _check_names(pieces, PIECES)
+    _check_names(again, [step.name for step in wanted])
+    session = Session(out, (archive or out / ARCHIVE).resolve(), device)
     for name in again:
-        if name not in names:
-            raise ValueError(f"Expected a step of {', '.join(names)}, got {name!r}")
-        Ledger(out).forget(name)
-    return take(steps, out, budget_s, lambda message: console.print(message, style="bold"))
+        session.records.pop(name, None)
+    todo = [step for step in wanted if session.record(step).status not in FINAL]
+
+    def turn(step: Step) -> tuple[bool, int]:
+        return session.record(step).status == "timeout", PIECES.index(step.piece)
+
+    together = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2))
+    for (_, piece), group in groupby(sorted(todo, key=turn), turn):
+        processes = together if PIECES[piece] == "right" else 1
+        session.run(list(group), deadline - LAST_S, processes)
+    if (out / tables.ROWS).exists():
+        command = (sys.executable, "-m", "perf", "report", str(out))
+        session.run([Step("", "report", command, LAST_S)], deadline)
+    session.pack()
+    return {step.name: session.record(step) for step in wanted}
 
 
-class Acceptance:
-    """Run the steps in one folder and on one device."""
-
-    def __init__(self, out: Path, device: str, console: Console) -> None:
-        self._out, self._device, self._console = out, device, console
-        self._on_gpu = torch.device(device).type == "cuda"
-        self._units = samples.acceptance(device)
-        if self._on_gpu:
-            # For the process that builds the extensions, and for the workers that load them.
-            os.environ["TORCH_EXTENSIONS_DIR"] = str(self._out / EXTENSIONS)
-
-    def steps(self) -> list[Step]:
-        """Return the steps, each with its share of ten minutes in seconds."""
-        return [
-            # nvcc takes most of this; without nvcc, the time goes to the other steps.
-            Step("compile", 110, self.compile),
-            Step("gpu tests", 80, self.gpu_tests),
-            Step("sanitizer", 55, self.sanitizer),
-            Step("calibrate", 25, self.calibrate),
-            Step("cells", 200, self.cells),
-            Step("kernel tests", 55, self.kernel_tests),
-            Step("report", 12, self.report, again=True),
-            Step("archive", 3, self.archive, again=True),
-        ]
-
-    def compile(self, seconds: float) -> Outcome:
-        """Fill the disk caches with the kernels of the cells, and of the other epilogues."""
-        if not self._on_gpu:
-            return Outcome("unavailable", "nothing is compiled on a CPU")
-        extensions = self._out / EXTENSIONS
-        # A build that was killed left its lock behind; the next build would wait for it.
-        _unlock(extensions)
-        todo = precompile.tasks(self._units, every_epilogue=True)
-
-        def launch(plan: str) -> int | None:
-            # The launches that run under compute-sanitizer later, here without it.
-            command = [sys.executable, "-m", "perf.session.sanitize", plan]
-            return run_for(command, seconds, self._out / f"launches-{plan}.log", {})
-
-        with ThreadPoolExecutor(len(sanitize.PLANS)) as pool:
-            codes = pool.map(launch, sanitize.PLANS)
-            done = list(precompile.compile_all(todo, seconds))
-            launches = dict(zip(sanitize.PLANS, codes))
-        _unlock(extensions)
-        failed = Counter(f"{one.peer}: {one.error}" for one in done if one.error)
-        message = [f"{len(done) - failed.total()} of {len(todo)} compiled"]
-        message += [f"launches-{plan}.log: {code}" for plan, code in launches.items() if code]
-        message += [f"{count} {error}" for error, count in failed.items()]
-        # Never "unfinished": a worker compiles whatever is not in the caches.
-        return Outcome("failed" if any(launches.values()) else "done", "; ".join(message))
-
-    def gpu_tests(self, seconds: float) -> Outcome:
-        """Run the tests that only a GPU can show."""
-        return self._tests("gpu-tests", ("-m", "gpu"), seconds)
-
-    def kernel_tests(self, seconds: float) -> Outcome:
-        """Run the tests of the kernels, which run in the interpreter where there is no GPU."""
-        return self._tests("kernel-tests", KERNEL_TESTS, seconds)
-
-    def _tests(self, name: str, arguments: Sequence[str], seconds: float) -> Outcome:
-        if not self._on_gpu:
-            return NEEDS_GPU
-        if importlib.util.find_spec("pytest") is None:
-            return Outcome("unavailable", "pytest is not installed")
-        path = self._out / f"{name}.jsonl"
-        code = run_for(
-            [sys.executable, "-m", "pytest", "-p", "perf.session.recorded_tests", *arguments],
-            seconds,
-            self._out / f"{name}.log",
-            {recorded_tests.VARIABLE: str(path)},
-        )
-        outcomes = recorded_tests.outcomes(path)
-        counts = Counter(outcomes.values())
-        message = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "none ran"
-        failed = [test for test, outcome in outcomes.items() if outcome == "failed"]
-        if code is None:
-            return Outcome("unfinished", f"{message} so far")
-        if failed:
-            return Outcome("failed", f"{message}: {', '.join(failed)}")
-        # 5: no test was left to run.
-        if code not in (0, 5):
-            return Outcome("failed", f"{message}; pytest exited with {code}, see {name}.log")
-        return Outcome("done", message)
-
-    def sanitizer(self, seconds: float) -> Outcome:
-        """Run small ragged launches of each plan under compute-sanitizer, all at the same time."""
-        if not self._on_gpu:
-            return NEEDS_GPU
-        sanitizer = find_sanitizer()
-        if sanitizer is None:
-            return Outcome("unavailable", "compute-sanitizer is not installed")
-        path = self._out / "sanitizer.json"
-        known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-        todo = [(tool, plan) for tool in TOOLS for plan in sanitize.PLANS]
-        todo = [watch for watch in todo if " ".join(watch) not in known]
-
-        def watch(one: tuple[str, str]) -> tuple[str, str | None]:
-            tool, plan = one
-            log = self._out / f"sanitizer-{tool}-{plan}.log"
-            log.unlink(missing_ok=True)
-            code = run_for(
-                [
-                    *(str(sanitizer), "--tool", tool, "--error-exitcode", "9"),
-                    *(sys.executable, "-m", "perf.session.sanitize", plan),
-                ],
-                seconds,
-                log,
-                # So that memory beyond a tensor belongs to no other tensor.
-                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            )
-            return f"{tool} {plan}", None if code is None else _finding(code, log)
-
-        with ThreadPoolExecutor(len(todo) or 1) as pool:
-            found = dict(pool.map(watch, todo))
-        known |= {name: finding for name, finding in found.items() if finding is not None}
-        path.write_text(json.dumps(known, indent=2) + "\n")
-        message = "; ".join(f"{name}: {finding}" for name, finding in known.items())
-        if unfinished := [name for name, finding in found.items() if finding is None]:
-            return Outcome("unfinished", f"{message}; not in time: {', '.join(unfinished)}")
-        clean = all(finding.startswith("clean") for finding in known.values())
-        return Outcome("done" if clean else "failed", message)
-
-    def calibrate(self, seconds: float) -> Outcome:
-        """Measure the constants of the roofline model, in a process that can be killed."""
-        log = self._out / "calibrate.log"
-        command = [sys.executable, "-m", "perf", "calibrate", "--device", self._device]
-        code = run_for([*command, "--out", str(self._out)], seconds, log, {})
-        if code is None:
-            return Outcome("unfinished", "it took too long")
-        if code:
-            return Outcome("failed", f"exited with {code}, see {log.name}")
-        content = tables.read_calibration(self._out)
-        message = [f"{name} {value:.4g}" for name, value in content["measured"].items()]
-        if self._on_gpu:
-            message += [f"no {name}: {reason}" for name, reason in content["missing"].items()]
-        broken = self._on_gpu and content["missing"]
-        return Outcome("failed" if broken else "done", ", ".join(message))
-
-    def cells(self, seconds: float) -> Outcome:
-        """Measure the sample of cells beside nn.RNN, the graphed loop and FlashRNN."""
-        run_units(
-            self._units,
-            self._out,
-            SETTINGS,
-            device=self._device,
-            timeout_s=TIMEOUT_S,
-            budget_s=seconds,
-            console=self._console,
-        )
-        rows = tables.read_lines(self._out / tables.ROWS)
-        counts = Counter(str(row["status"]) for row in rows)
-        message = [", ".join(f"{count} {status}" for status, count in counts.items())]
-        for mode in samples.MODES:
-            speedups = [
-                row["speedup_vs_nn"]
-                for row in rows
-                if (row["peer"], row["mode"]) == (report.OURS, mode) and "speedup_vs_nn" in row
-            ]
-            if speedups:
-                mean = float(np.exp(np.mean(np.log(speedups))))
-                message.append(f"{mode} {mean:.2f} x nn.RNN over {len(speedups)} cells")
-        if left := waiting(self._units, rows):
-            message.append(f"{left} of {len(self._units)} cases to go")
-            return Outcome("unfinished", "; ".join(message))
-        broken = [
-            row
-            for row in rows
-            if row["peer"] == report.OURS and row["status"] in ("wrong", "error", "timeout")
-        ]
-        return Outcome("failed" if broken else "done", "; ".join(message))
-
-    def report(self, seconds: float) -> Outcome:
-        """Write the report of the rows."""
-        if not tables.read_lines(self._out / tables.ROWS):
-            return Outcome("unfinished", "there are no rows yet")
-        return Outcome("done", str(report.write(self._out)))
-
-    def archive(self, seconds: float) -> Outcome:
-        """Pack the folder into one file."""
-        path = self._out / ARCHIVE
-        unfinished = path.with_suffix(".part")
-        with tarfile.open(unfinished, "w:gz") as archive:
-            for one in sorted(self._out.iterdir()):
-                if one not in (path, unfinished) and one.name != EXTENSIONS:
-                    archive.add(one, arcname=f"{self._out.name}/{one.name}")
-        unfinished.replace(path)
-        return Outcome("done", f"{path}, {path.stat().st_size / 1e3:,.0f} kB")
+def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"Expected any of {', '.join(known)}, got {name!r}")
 
 
-def run_for(
-    command: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str]
-) -> int | None:
-    """Run a command in the checkout; kill it and all its processes if it takes too long.
-
-    Returns:
-        Its exit code, or None if it was killed.
-    """
-    with log.open("a") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=CHECKOUT,
-            env={**os.environ, **environment},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-def find_sanitizer() -> str | None:
-    """Return the path of compute-sanitizer, from PATH or from a folder of CUDA's toolkit."""
-    return shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path=os.pathsep.join(SANITIZER_FOLDERS)
-    )
-
-
-def _finding(code: int, log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    summaries = [line.strip("= ") for line in lines if "SUMMARY" in line]
-    last = summaries[-1] if summaries else next(reversed(lines), "no output")
-    return f"clean, {last}" if code == 0 else f"exited with {code}, {last}"
-
-
-def _unlock(folder: Path) -> None:
-    for lock in folder.glob("**/lock"):
-        lock.unlink()
+def table(records: dict[str, Record]) -> str:
+    """Return a markdown table with a row for each step."""
+    rows = pd.DataFrame({"step": name, **asdict(record)} for name, record in records.items())
+    return rows.to_markdown(index=False, floatfmt=".1f")

@@ -1,194 +1,165 @@
-"""Run ``python -m perf tune``: time every feasible plan, and compute the regret of the choice.
+"""Run ``python -m perf tune``: try every plan on the GPU at hand, before a call asks for it.
 
-The peers of this sweep are the plans: tritonrnn with each plan forced, and the torch path. The
-regret of a cell is the time of the chosen plan divided by that of the best one, less 1.
+A call tries the first few plans of its ranking. Here all are tried, so that what the ranking loses
+is known too. What has been tried is not tried again: Triton's cache keeps the records.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
+import torch
 
-from perf import peers
+import tritonrnn
 from perf.bench import presets
-from perf.bench.measure import Settings
-from perf.bench.run import run as run_units
-from perf.bench.run import waiting
-from perf.bench.sweep import Unit
+from perf.bench.cases import DTYPES, Case
+from perf.bench.switches import set_precision
 from perf.report import tables
-from perf.session import precompile
+from tritonrnn import autotune
+from tritonrnn.autotune.records import Kernel, Shapes
+from tritonrnn.kernels.cost import rank_plans
+from tritonrnn.kernels.devices import device_of
+from tritonrnn.precision import rounds_to_tf32
 
-REGRET, PAGE = "regret", "tune.md"
-OURS = "tritonrnn"
-MODES = ("infer", "fwdbwd")
-# The largest geometric mean of the regret over all shapes.
-TARGET = 0.05
-WORST = 10
-SETTINGS = Settings(rounds=9, sample_s=0.02, max_s=15.0)
-TIMEOUT_S = 120.0
-# The share of the budget that may go into compiling in parallel.
-COMPILING = 0.3
-
-# The peer that runs a plan of the torch path, by the device and by the name of the plan in
-# ``tritonrnn.explain``; a Triton plan has the peer "tritonrnn-" and its name. On a GPU, the plan
-# "aten" is cuDNN, and the torch path has no other plan.
-_ON_TORCH = {
-    "cpu": {"in-place": "tritonrnn-torch", "aten": "nn_aten"},
-    "cuda": {"aten": "tritonrnn-torch"},
-}
-
-_KEYS = ["case_id", "device", "mode"]
-_SIZES = ["T", "B", "I", "H", "layers", "directions", "dtype", "fp32_mode"]
-_COLUMNS = [*_KEYS, *_SIZES, "chosen", "chosen_us", "best", "best_us", "regret"]
+TRIALS, PLANS, TORCH = "trials", "plans", "torch"
+TIMED = ["faster", "tie", "slower"]
+VERDICTS = ["right", "wrong", "failed", *TIMED]
+# Columns that name a class of calls, and a trial.
+CLASS = [field.name for field in fields(Shapes) if field.name != "plan"]
+KEY = ["kind", *dict.fromkeys(field.name for key in (Kernel, Shapes) for field in fields(key))]
 
 
-def plans(device: str) -> tuple[str, ...]:
-    """Return the peers that are plans on a device.
-
-    On a CPU, where no Triton plan is timed, they are those of the torch path: in place, and ATen's
-    kernels.
-    """
-    if device == "cpu":
-        return tuple(_ON_TORCH["cpu"].values())
-    return tuple(name for name in peers.PEERS if name.startswith(f"{OURS}-"))
-
-
-def units(preset: str, device: str) -> list[Unit]:
-    """Return the cases of a preset, forward and forward+backward, with every plan as a peer."""
-    names = (OURS, *plans(device))
-    modes = ",".join(MODES)
-    found = presets.units(preset, {"modes": modes, "layouts": "padded"}, names, device)
-    # Shuffled, so that the cells measured so far are a sample of all.
-    Random(0).shuffle(found)
-    return found
-
-
-def chosen_peer(plan: str, device: str) -> str | None:
-    """Return the peer that runs a plan of tritonrnn's rows, if there is one."""
-    backend, _, name = plan.partition(", ")
-    if backend == "torch":
-        return _ON_TORCH[device.split(":")[0]].get(name)
-    peer = f"{OURS}-{name.partition(':')[0]}"
-    return peer if peer in peers.PEERS else None
-
-
-def regrets(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row for each case and mode whose choice was timed.
-
-    Args:
-        rows: Rows of the schema, of tritonrnn and of the plans.
-
-    Returns:
-        Keys and sizes, then ``chosen`` and ``best`` with their times, ``regret``, and a column
-        with the time of each plan; the largest regret first. The chosen plan's time is that of its
-        own peer, which is forced as the others are; if the plan has no peer, it is tritonrnn's.
-    """
-    timed = rows[rows["status"] == "ok"].astype({"peer": "string"})
-    timed = timed.assign(us=timed["event_us_p50"].fillna(timed["wall_us_p50"]))
-    found = []
-    for key, cell in timed.groupby(_KEYS, observed=True):
-        assert isinstance(key, tuple)
-        by_peer = cell.set_index("peer")
-        if OURS not in by_peer.index:
-            continue
-        device = str(key[1])
-        names = [name for name in plans(device.split(":")[0]) if name in by_peer.index]
-        chosen = chosen_peer(str(by_peer["plan"][OURS]), device)
-        chosen = chosen if chosen in names else OURS
-        us = {name: float(by_peer["us"][name]) for name in {*names, chosen}}
-        best = min(us, key=lambda name: (us[name], name))
-        found.append(
-            dict(zip(_KEYS, key))
-            | {name: by_peer[name].iloc[0] for name in _SIZES}
-            | {
-                "chosen": chosen,
-                "chosen_us": us[chosen],
-                "best": best,
-                "best_us": us[best],
-                "regret": us[chosen] / us[best] - 1,
-            }
-            | {f"{name}_us": us[name] for name in names}
-        )
-    table = pd.DataFrame(found)
-    return table if table.empty else table.sort_values("regret", ascending=False, ignore_index=True)
-
-
-def mean_regret(table: pd.DataFrame) -> float:
-    """Return the geometric mean of chosen over best, less 1."""
-    return float(np.expm1(np.log1p(table["regret"]).mean()))
-
-
-def verdict(table: pd.DataFrame) -> Iterator[str]:
-    """Yield sentences about what the choices lose."""
-    for mode, cells in table.groupby("mode", observed=True):
-        mean = mean_regret(cells)
-        best = int((cells["chosen"] == cells["best"]).sum())
-        yield (
-            f"{mode}: the chosen plan takes {100 * mean:.1f} % longer than the best in the "
-            f"geometric mean over {len(cells)} cells; the target of {100 * TARGET:.0f} % is "
-            f"{'met' if mean < TARGET else 'NOT met'}. It is the best in {best} of them, and at "
-            f"worst takes {100 * cells['regret'].max():.0f} % longer."
-        )
-
-
-def summary(table: pd.DataFrame, rows: int = WORST) -> str:
-    """Return the verdict and the cells of the largest regret in markdown."""
-    if table.empty:
-        return "No choice was timed."
-    shown = table.head(rows)[["case_id", "mode", "chosen", "chosen_us", "best", "best_us"]].assign(
-        regret=[f"{100 * regret:.1f} %" for regret in table["regret"].head(rows)]
-    )
-    plans = table.head(rows)[[name for name in table if name not in _COLUMNS]]
-    return "\n\n".join(
-        [
-            "\n".join(f"- {line}" for line in verdict(table)),
-            "Medians in us; the largest regret first.",
-            pd.concat([shown, plans], axis=1).to_markdown(index=False, floatfmt=",.1f"),
-        ]
+def call_of(case: Case, *, training: bool) -> autotune.Call:
+    """Return what a case asks of the plans, in the precision that is set."""
+    device, dtype = torch.device(case.device), DTYPES[case.dtype]
+    return autotune.Call(
+        device,
+        dtype,
+        rounds_to_tf32(device, dtype),
+        T=case.T,
+        B=case.B,
+        I=case.I,
+        G=case.directions,
+        H=case.H,
+        L=case.layers,
+        nonlinearity=case.nonlinearity,
+        mapped=case.layout != "padded",
+        ragged=case.layout == "jagged",
+        hx=False,
+        training=training,
+        torch_path="aten",
     )
 
 
 def run(
-    out: Path,
-    preset: str,
-    device: str,
-    budget_s: float,
-    console: Console | None = None,
-) -> pd.DataFrame:
-    """Time the cells that have no row, and write ``regret.csv``, ``regret.parquet``, ``tune.md``.
+    out: Path, preset: str, device: str, plan: str | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Make the trials that have no record, and write ``trials`` and ``plans`` as tables.
+
+    Args:
+        out: Folder for the tables.
+        preset: Whose cases to try, for inference and for training.
+        device: Where to try.
+        plan: The only plan to try; then the tables have its name.
 
     Returns:
-        The table of :func:`regrets` for all rows of ``out``.
+        The rows of :func:`tritonrnn.trials` of this device and these kernels, and those of
+        :func:`side_by_side`.
+
+    Raises:
+        ValueError: no plan is tried on the device.
     """
-    console = console or Console()
-    started = time.monotonic()
-    wanted: Sequence[Unit] = units(preset, device)
-    if device != "cpu":
-        before = tables.read_lines(out / tables.ROWS)
-        todo = precompile.tasks(unit.left(before) for unit in wanted)
-        compiled = list(precompile.compile_all(todo, COMPILING * budget_s))
-        console.print(f"{len(compiled)} of {len(todo)} compiled beforehand.")
-    run_units(
-        wanted,
-        out,
-        SETTINGS,
-        device=device,
-        timeout_s=TIMEOUT_S,
-        budget_s=budget_s - (time.monotonic() - started),
-        console=console,
+    tuner = autotune.tuner_of(torch.device(device))
+    if tuner is None:
+        raise ValueError(f"No plan is tried on {device}")
+    serving, asked = [], autotune.mode()
+    try:
+        for unit in presets.units(preset, {}, ("tritonrnn",), device):
+            set_precision(unit.case)
+            for training in (False, True):
+                call = call_of(unit.case, training=training)
+                plans = rank_plans(call.problem, device_of(call.device), training)
+                for one in plans:
+                    if plan in (None, one.name):
+                        tuner.choose_among((one,), call, plans, asked, may_try=True)
+                decision = tuner.decide(call, plans, asked, may_try=False)
+                name = decision.plan.name if decision.plan else TORCH
+                serving.append(asdict(call.shapes(name)))
+                print(f"{call.shapes(name)}: {name}. {decision.reason}", flush=True)
+    finally:
+        # Ties are remembered by this process only, so no later one could write them.
+        here = {f"device_{name}": value for name, value in tuner.store.device.items()}.items()
+        trials = pd.DataFrame(row for row in tritonrnn.trials() if here <= row.items())
+        beside = side_by_side(trials, pd.DataFrame(serving))
+        out.mkdir(parents=True, exist_ok=True)
+        if plan is not None and not trials.empty:
+            trials = trials[trials["plan"] == plan]
+        for name, rows in ((TRIALS, trials), (PLANS, beside)):
+            if not rows.empty:
+                tables.write(out, f"{name}-{plan}" if plan else name, rows)
+    return trials, beside
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """Return the trials in the tables of a folder, each as it was last made."""
+    found = [pd.read_parquet(path) for path in folder.glob(f"{TRIALS}*.parquet")]
+    if not found:
+        return pd.DataFrame()
+    rows = pd.concat(found).sort_values("when")
+    return rows.drop_duplicates([name for name in KEY if name in rows], keep="last")
+
+
+def side_by_side(trials: pd.DataFrame, serving: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each class of calls: the time by each plan, and what the choice loses.
+
+    Args:
+        trials: Rows of :func:`tritonrnn.trials`.
+        serving: Classes of calls with the ``plan`` that serves each, or ``torch``.
+
+    Returns:
+        The class and what serves it; the microseconds of a call by each plan and by torch's own
+        path; ``regret``, the time of what serves it divided by the shortest, less 1. The largest
+        regret comes first.
+    """
+    if trials.empty or serving.empty or not (is_timed := trials["verdict"].isin(TIMED)).any():
+        return pd.DataFrame()
+    timed = trials[is_timed]
+    us = timed.pivot_table(index=CLASS, columns="plan", values="plan_us_p50", observed=True)
+    us[TORCH] = timed.groupby(CLASS)["other_us_p50"].median()
+    serves = serving.drop_duplicates(CLASS).set_index(CLASS)["plan"].rename("serves")
+    table = us.join(serves, how="inner")
+    chosen_us = [row.get(row["serves"]) for _, row in table.iterrows()]
+    table["regret"] = chosen_us / table[us.columns].min(axis=1) - 1
+    return table.sort_values("regret", ascending=False).reset_index()
+
+
+def verdict(beside: pd.DataFrame) -> str:
+    """Return in a sentence what the choices of :func:`side_by_side` lose."""
+    if beside.empty:
+        return "No plan was timed."
+    mean, best = np.expm1(np.log1p(beside["regret"]).mean()), (beside["regret"] == 0).sum()
+    return (
+        f"What serves takes {100 * mean:.1f} % longer than the best in the geometric mean over "
+        f"{len(beside)} classes of calls, is the best in {best} of them, and takes "
+        f"{100 * beside['regret'].max():.0f} % longer at worst."
     )
-    lines = tables.read_lines(out / tables.ROWS)
-    table = regrets(tables.load(out)) if lines else pd.DataFrame()
-    if not table.empty:
-        tables.write(out, REGRET, table)
-    title = "# What the choice of a plan loses"
-    (out / PAGE).write_text(f"{title}\n\n{summary(table, len(table))}\n")
-    if left := waiting(wanted, lines):
-        console.print(f"{left} of {len(wanted)} cases to go; run the same command again.")
-    return table
+
+
+def summary(trials: pd.DataFrame) -> str:
+    """Return a table of verdicts by plan and arithmetic, and why plans are wrong or failed."""
+    if trials.empty:
+        return "No plan was tried."
+    arithmetic = trials["dtype"].where(~trials["tf32"], "tf32")
+    by = [trials["plan"], arithmetic.rename("arithmetic")]
+    table = pd.crosstab(by, trials["verdict"]).reindex(columns=VERDICTS, fill_value=0)
+    table["largest error"] = trials["error"].groupby(by).max()
+    is_timed = trials["verdict"].isin(TIMED)
+    speedup = (trials["other_us_p50"] / trials["plan_us_p50"]).where(is_timed)
+    table["times torch"] = np.exp(np.log(speedup).groupby(by).mean())
+    bad = trials[trials["verdict"].isin(["wrong", "failed"])]
+    lines = [f"- {one.plan} {one.verdict}: {one.reason}" for one in bad.itertuples()]
+    shown = table.reset_index().to_markdown(index=False, floatfmt=".2f")
+    return "\n".join([shown, "", *dict.fromkeys(lines)]).rstrip()

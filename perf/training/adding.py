@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,21 +10,17 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 from torch import Tensor, nn
 
-from perf.bench import environment
-from perf.report import loss_curves, plots, tables
+from perf.report import plots
 from perf.training.paired_training import (
     OURS,
     REFERENCE,
     TWIN,
     MakeRNN,
-    Recipe,
+    Task,
     Trainee,
-    curves_table,
-    make_trainees,
-    speedup,
+    conclude,
     train,
 )
 
@@ -76,9 +71,6 @@ def loss_of(model: Adder, batch: Batch) -> Tensor:
     return nn.functional.mse_loss(model(batch.input), batch.sums)
 
 
-RECIPE = Recipe(loss_of, functools.partial(torch.optim.Adam, lr=LEARNING_RATE), CLIP_NORM)
-
-
 def make_batch(T: int, generator: torch.Generator) -> Batch:
     """Draw numbers uniform in [0, 1); one is marked in each half of a sequence."""
     numbers = torch.rand(T, BATCH_SIZE, generator=generator)
@@ -97,56 +89,30 @@ def portions(steps: int, T: int, seed: int, device: torch.device) -> Iterator[li
         yield [Batch(*(tensor.to(device) for tensor in batch)) for batch in batches]
 
 
-def results_table(trainees: Sequence[Trainee[Adder]]) -> pd.DataFrame:
-    """Return one row for each trainee, the reference first."""
-    return pd.DataFrame(
-        [
-            {
-                "model": trainee.name,
-                "loss": float(np.mean(trainee.losses[-WINDOW:])),
-                "blind_loss": BLIND_LOSS,
-                "steps_per_s": len(trainee.losses) / sum(trainee.chunk_seconds),
-                "seconds": sum(trainee.chunk_seconds),
-                "speedup_vs_nn": speedup(trainees[0], trainee),
-            }
-            for trainee in trainees
-        ]
-    )
-
-
 def draw(trainees: Sequence[Trainee[Adder]], T: int) -> Figure:
     """Draw the losses, and how far two trainings drift from torch.nn.RNN's."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    by_name = {trainee.name: np.array(trainee.losses) for trainee in trainees}
-    smooth = {
-        name: pd.Series(losses).rolling(WINDOW, min_periods=1).mean()
-        for name, losses in by_name.items()
-    }
-    left.plot(smooth[REFERENCE], label=REFERENCE, color="tab:gray", linewidth=4, alpha=0.5)
-    left.plot(smooth[OURS], label=OURS, color="tab:blue", linewidth=1.2)
-    left.axhline(BLIND_LOSS, color="black", linestyle=":", linewidth=1)
-    left.annotate(
-        "always answer 1",
-        (1, BLIND_LOSS),
-        (-4, 3),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        ha="right",
-    )
-    left.set_yscale("log")
-    left.set(xlabel="training step", ylabel=f"mean squared error, mean of {WINDOW} steps")
-    left.set_title(f"Adding problem, {T} steps", fontsize=10)
-    for name, style in ((OURS, "tab:blue"), (TWIN, "tab:gray")):
-        drift = np.maximum.accumulate(np.abs(by_name[name] - by_name[REFERENCE]))
+    losses = pd.DataFrame({trainee.name: trainee.losses for trainee in trainees})
+    drift = losses.sub(losses[REFERENCE], axis=0).abs().cummax()
+    styles = {REFERENCE: ("tab:gray", 4), OURS: ("tab:blue", 1.2), TWIN: ("tab:gray", 1.2)}
+    for ax, names, curves in (
+        (left, (REFERENCE, OURS), losses.rolling(WINDOW, min_periods=1).mean()),
         # A logarithmic axis can't show 0.
-        right.plot(np.where(drift > 0, drift, np.nan), label=name, color=style)
-    right.set_yscale("log")
-    right.set(xlabel="training step", ylabel="largest difference so far")
+        (right, (OURS, TWIN), drift.where(drift > 0)),
+    ):
+        for name in names:
+            colour, width = styles[name]
+            ax.plot(curves[name], label=name, color=colour, linewidth=width, alpha=0.7)
+        ax.set(xlabel="training step", yscale="log")
+    left.axhline(BLIND_LOSS, color="black", linestyle=":", linewidth=1, label="always answer 1")
+    left.set_title(f"Adding problem, {T} steps", fontsize=10)
+    left.set_ylabel(f"mean squared error, mean of {WINDOW} steps")
     right.set_title(f"Loss, compared with that of {REFERENCE}", fontsize=10)
-    for axes in (left, right):
-        axes.legend(frameon=False, fontsize=9, loc="best")
-        axes.grid(alpha=0.3)
+    right.set_ylabel("largest difference so far")
+    for ax in (left, right):
+        ax.legend(frameon=False, fontsize=9, loc="best")
+        ax.grid(alpha=0.3)
     return figure
 
 
@@ -166,25 +132,38 @@ def run(
     Returns:
         Whether the loss curves agree.
     """
-    console = Console()
-    console.print(
+    print(
         f"Sums of 2 of {T} numbers, {BATCH_SIZE} sequences a batch; {device}, "
         f"{torch.get_num_threads()} threads"
     )
-    trainees = make_trainees(lambda rnn_class: Adder(rnn_class, hidden_size), RECIPE, seed, device)
-    batches = portions(steps, T, seed, device)
-    train(trainees, batches, steps=steps, seed=seed, device=device, console=console)
-    results = results_table(trainees)
-    reference, ours, twin = trainees
-    comparison = loss_curves.compare(reference.losses, twin.losses, ours.losses)
-    print(results.to_markdown(index=False, floatfmt=("", ".5f", ".3f", ",.0f", ".1f", ".2f")))
+    task = Task(
+        "adding",
+        lambda rnn_class: Adder(rnn_class, hidden_size),
+        loss_of,
+        portions(steps, T, seed, device),
+        steps,
+        LEARNING_RATE,
+        CLIP_NORM,
+    )
+    trainees = train(task, seed=seed, device=device)
+
+    def columns(trainee: Trainee[Adder]) -> dict[str, float]:
+        return {
+            "loss": float(np.mean(trainee.losses[-WINDOW:])),
+            "blind_loss": BLIND_LOSS,
+            "steps_per_s": steps / trainee.seconds,
+            "seconds": trainee.seconds,
+        }
+
     print(f"loss: mean squared error over the last {WINDOW} steps. blind_loss: of answering 1.")
-    print(comparison)
+    agrees = conclude(
+        trainees,
+        columns,
+        ("", ".5f", ".3f", ",.0f", ".1f", ".2f"),
+        facts={"steps": steps, "T": T, "hidden_size": hidden_size, "seed": seed},
+        device=device,
+        out=out,
+    )
     if out is not None:
-        run_id = environment.new_run_id()
-        keys = {"steps": steps, "T": T, "hidden_size": hidden_size, "seed": seed}
-        tables.append_rows(out, "adding", results.assign(run_id=run_id, **keys))
-        tables.append_rows(out, "adding_curves", curves_table(trainees).assign(run_id=run_id))
-        tables.add_environment(out, run_id, environment.describe(device))
         plots.save(draw(trainees, T), out / "adding.png")
-    return comparison.agrees
+    return agrees

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
+from statistics import median
 from typing import Any, Generic, TypeVar
 
 import pandas as pd
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 import tritonrnn
-from perf.bench.timing import synchronize
+from perf.bench import environment
+from perf.bench.timing import synchronized_time
+from perf.report import tables
+from perf.training import loss_curves
 
 # Consecutive training steps of one model, before the next one continues: short compared with the
 # drift of a machine's speed, long enough that a synchronisation after them costs nothing.
@@ -32,18 +35,27 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Recipe(Generic[Model]):
-    """Hold how a model is trained.
+class Task(Generic[Model]):
+    """Hold what is learned, and how.
 
     Attributes:
+        name: Names the tables of results.
+        build: Returns a model around an RNN.
         loss: Returns the loss of a model on a batch.
-        optimizer: Returns an optimizer of the parameters.
-        clip_norm: Largest norm of all gradients, if they are clipped.
+        portions: Yields batches, on the device. A portion is built before any model trains on it,
+            so that building batches is not timed.
+        steps: The number of batches in all.
+        learning_rate: Of Adam.
+        clip_norm: Largest norm of all gradients.
     """
 
+    name: str
+    build: Callable[[MakeRNN], Model]
     loss: Callable[[Model, Any], Tensor]
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-    clip_norm: float | None = None
+    portions: Iterable[Sequence[Any]]
+    steps: int
+    learning_rate: float
+    clip_norm: float = float("inf")
 
 
 @dataclass
@@ -57,33 +69,79 @@ class Trainee(Generic[Model]):
 
     name: str
     model: Model
-    recipe: Recipe[Model]
+    task: Task[Model]
     losses: list[float] = field(default_factory=list)
     chunk_seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.optimizer = self.recipe.optimizer(self.model.parameters())
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.task.learning_rate)
 
-    def warm_up(self, batches: Sequence[Any], device: torch.device) -> None:
-        """Take a few steps with a copy, so that no start-up cost is timed."""
-        Trainee(self.name, copy.deepcopy(self.model), self.recipe).train(batches, device)
+    @property
+    def seconds(self) -> float:
+        """Return the time of all training steps."""
+        return sum(self.chunk_seconds)
 
-    def train(self, batches: Sequence[Any], device: torch.device) -> None:
+    def train(self, batches: Sequence[Any]) -> None:
         """Train on the batches, one step each, and record losses and time."""
         losses = []
-        synchronize(device)
-        start = time.perf_counter()
+        start = synchronized_time()
         for batch in batches:
             self.optimizer.zero_grad()
-            loss = self.recipe.loss(self.model, batch)
+            loss = self.task.loss(self.model, batch)
             loss.backward()
-            if self.recipe.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+            if self.task.clip_norm < float("inf"):
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.task.clip_norm)
             self.optimizer.step()
             losses.append(loss.detach())
-        synchronize(device)
-        self.chunk_seconds.append(time.perf_counter() - start)
+        self.chunk_seconds.append(synchronized_time() - start)
         self.losses += torch.stack(losses).tolist()
+
+
+def train(task: Task[Model], *, seed: int, device: torch.device) -> list[Trainee[Model]]:
+    """Train every model on the same batches, chunk by chunk, each chunk in random order.
+
+    Args:
+        task: What is learned.
+        seed: Seed of the initial weights, and of the order.
+        device: Where to train.
+
+    Returns:
+        The reference, ours, and the reference's perturbed twin.
+    """
+    trainees = make_trainees(task, seed, device)
+    random = Random(seed)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.3f}")
+    ) as progress:
+        bars = [
+            progress.add_task(trainee.name, total=task.steps, loss=float("nan"))
+            for trainee in trainees
+        ]
+        for index, batches in enumerate(task.portions):
+            if index == 0:
+                # With copies, so that no start-up cost is timed.
+                for one in trainees:
+                    copied = Trainee(one.name, copy.deepcopy(one.model), task)
+                    copied.train(batches[:WARM_UP_STEPS])
+            for start in range(0, len(batches), CHUNK_STEPS):
+                chunk = batches[start : start + CHUNK_STEPS]
+                for one, bar in random.sample(list(zip(trainees, bars)), len(bars)):
+                    one.train(chunk)
+                    progress.update(bar, advance=len(chunk), loss=one.losses[-1])
+    return trainees
+
+
+def make_trainees(task: Task[Model], seed: int, device: torch.device) -> list[Trainee[Model]]:
+    """Build the reference, ours and the reference's perturbed twin from one seed."""
+    trainees = []
+    for name, rnn_class in ((REFERENCE, nn.RNN), (OURS, tritonrnn.RNN), (TWIN, nn.RNN)):
+        torch.manual_seed(seed)
+        model = task.build(rnn_class)
+        if name == TWIN:
+            perturb(model, rounding_unit(device))
+        trainees.append(Trainee(name, model.to(device), task))
+    return trainees
 
 
 def rounding_unit(device: torch.device) -> float:
@@ -106,80 +164,55 @@ def perturb(model: nn.Module, unit: float) -> None:
         parameter.add_(torch.ldexp(torch.full_like(parameter, unit), exponent) * parameter.sign())
 
 
-def make_trainees(
-    build: Callable[[MakeRNN], Model], recipe: Recipe[Model], seed: int, device: torch.device
-) -> list[Trainee[Model]]:
-    """Build the reference, ours and the reference's perturbed twin from one seed."""
-    trainees = []
-    for name, rnn_class in ((REFERENCE, nn.RNN), (OURS, tritonrnn.RNN), (TWIN, nn.RNN)):
-        torch.manual_seed(seed)
-        model = build(rnn_class)
-        if name == TWIN:
-            perturb(model, rounding_unit(device))
-        trainees.append(Trainee(name, model.to(device), recipe))
-    return trainees
-
-
-def train(
+def conclude(
     trainees: Sequence[Trainee[Model]],
-    portions: Iterable[Sequence[Any]],
+    columns: Callable[[Trainee[Model]], Mapping[str, object]],
+    formats: Sequence[str],
     *,
-    steps: int,
-    seed: int,
+    facts: Mapping[str, object],
     device: torch.device,
-    console: Console,
-) -> None:
-    """Train every model on the same batches, chunk by chunk, each chunk in random order.
+    out: Path | None,
+) -> bool:
+    """Print a row for each trainee and whether the loss curves agree; add them to the tables.
+
+    ``speedup_vs_nn``, the last column, is the median over the chunks, which other work on the
+    machine for a while does not change.
 
     Args:
-        trainees: The models to train.
-        portions: Batches, on the device. A portion is built before any model trains on it, so that
-            building batches is not timed.
-        steps: The number of batches in all.
-        seed: Seed of the order.
-        device: Where to train.
-        console: Shows the progress.
+        trainees: Those of :func:`train`.
+        columns: Returns the columns of a trainee, without its name and its speedup.
+        formats: Those of all columns.
+        facts: The columns that say what was run.
+        device: Where it was run.
+        out: Folder for the tables, if they are wanted.
+
+    Returns:
+        Whether the curves agree.
     """
-    random = Random(seed)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        console=console,
-    ) as progress:
-        bars = {
-            trainee.name: progress.add_task(trainee.name, total=steps, loss=float("nan"))
-            for trainee in trainees
+    reference, ours, twin = trainees
+    results = pd.DataFrame(
+        {
+            "model": one.name,
+            **columns(one),
+            "speedup_vs_nn": median(
+                theirs / its for theirs, its in zip(reference.chunk_seconds, one.chunk_seconds)
+            ),
         }
-        for index, batches in enumerate(portions):
-            if index == 0:
-                for trainee in trainees:
-                    trainee.warm_up(batches[:WARM_UP_STEPS], device)
-            for start in range(0, len(batches), CHUNK_STEPS):
-                chunk = batches[start : start + CHUNK_STEPS]
-                for trainee in random.sample(trainees, len(trainees)):
-                    trainee.train(chunk, device)
-                    progress.update(bars[trainee.name], advance=len(chunk), loss=trainee.losses[-1])
-
-
-def speedup(reference: Trainee[Model], own: Trainee[Model]) -> float:
-    """Return how much faster one model trained than the reference.
-
-    It is the median over the chunks, which other work on the machine for a while does not change.
-    """
-    chunks = zip(reference.chunk_seconds, own.chunk_seconds)
-    return float(pd.Series([theirs / its for theirs, its in chunks]).median())
-
-
-def curves_table(trainees: Sequence[Trainee[Model]]) -> pd.DataFrame:
-    """Return the loss of every trainee at every step, one row each."""
-    return pd.concat(
-        [
-            pd.DataFrame({"model": c.name, "step": range(len(c.losses)), "loss": c.losses})
-            for c in trainees
-        ],
-        ignore_index=True,
+        for one in trainees
     )
+    comparison = loss_curves.compare(reference.losses, twin.losses, ours.losses)
+    print(results.to_markdown(index=False, floatfmt=formats))
+    print(
+        f"speedup_vs_nn: median over {len(ours.chunk_seconds)} chunks of up to {CHUNK_STEPS} "
+        f"steps; the models train in random order in each chunk.\n{comparison}"
+    )
+    if out is not None:
+        run_id, name = environment.new_run_id(), reference.task.name
+        curves = pd.concat(
+            pd.DataFrame({"model": one.name, "step": range(len(one.losses)), "loss": one.losses})
+            for one in trainees
+        )
+        tables.append_rows(out, name, results.assign(run_id=run_id, **facts))
+        tables.append_rows(out, f"{name}_curves", curves.assign(run_id=run_id))
+        tables.add_environment(out, run_id, environment.describe(device))
+    return comparison.agrees

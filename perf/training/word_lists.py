@@ -5,11 +5,11 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 LANGUAGES = ("cs", "de", "en", "es", "fi", "fr", "hu", "it", "nl", "pl", "pt", "sv", "tr", "ro")
 SHORTEST, LONGEST = 3, 22
@@ -21,136 +21,21 @@ TOP = 9_200
 UNKNOWN_LETTER = 0
 
 
-@dataclass(frozen=True)
-class LabelledWords:
-    """Hold words, each with the index of its language in :data:`LANGUAGES`."""
+class Word(NamedTuple):
+    """Hold a spelling, and the index of its language in :data:`LANGUAGES`."""
 
-    words: tuple[str, ...]
-    labels: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def split(self, held_out: float, seed: int) -> tuple[LabelledWords, LabelledWords]:
-        """Shuffle the words, and hold a share of them out.
-
-        Args:
-            held_out: The share of the words to hold out, between 0 and 1.
-            seed: Seed of the split.
-
-        Returns:
-            The words to train on and the words held out.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self), generator=generator).tolist()
-        cut = round(len(self) * held_out)
-        return self._take(order[cut:]), self._take(order[:cut])
-
-    def _take(self, indices: Sequence[int]) -> LabelledWords:
-        return LabelledWords(
-            tuple(self.words[i] for i in indices), tuple(self.labels[i] for i in indices)
-        )
+    spelling: str
+    label: int
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Hold packed letters, longest word first, and the language of each word."""
 
     letters: PackedSequence
     labels: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on ``device``."""
-        # torch declares PackedSequence.to as a function of a tensor's self.
-        return Batch(self.letters.to(device), self.labels.to(device))  # type: ignore[arg-type]
 
-
-class Alphabet:
-    """Map letters to indices.
-
-    Args:
-        words: The words whose letters get an index of their own, from 1 on.
-    """
-
-    def __init__(self, words: Sequence[str]) -> None:
-        letters = sorted(set().union(*words))
-        self._indices = {letter: index for index, letter in enumerate(letters, start=1)}
-
-    def __len__(self) -> int:
-        return len(self._indices) + 1
-
-    def indices(self, word: str) -> list[int]:
-        """Return the index of each letter of ``word``."""
-        return [self._indices.get(letter, UNKNOWN_LETTER) for letter in word]
-
-
-class EncodedWords:
-    """Hold words as one matrix of letter indices, so that a batch of them is cheap to build.
-
-    Args:
-        words: At least one word.
-        labels: The language of each word.
-        alphabet: Maps letters to indices.
-    """
-
-    def __init__(self, words: Sequence[str], labels: Sequence[int], alphabet: Alphabet) -> None:
-        self.labels = torch.tensor(labels)
-        self._lengths = torch.tensor([len(word) for word in words])
-        longest = int(self._lengths.max())
-        # The padding after a word is never read: packing drops it.
-        self._letters = torch.tensor(
-            [alphabet.indices(word.ljust(longest)) for word in words], dtype=torch.int64
-        )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batches(self, size: int, order: Tensor | None = None) -> Iterator[Batch]:
-        """Pack the words, ``size`` at a time.
-
-        The indices of letters are packed, not their embeddings: they are small, and the embedding
-        then has no padding to look up. A batch is sorted here, so that no result needs unsorting.
-
-        Args:
-            size: Words in a batch; the last one may be smaller.
-            order: The words' indices in the order of use; if None, the order of the words.
-        """
-        if order is None:
-            order = torch.arange(len(self))
-        for chosen in order.split(size):
-            lengths, by_length = self._lengths[chosen].sort(descending=True, stable=True)
-            chosen = chosen[by_length]
-            letters = self._letters[chosen, : int(lengths[0])]
-            yield Batch(
-                pack_padded_sequence(letters, lengths, batch_first=True), self.labels[chosen]
-            )
-
-    def shuffled(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Pack the words as :meth:`batches` does, in random order."""
-        return self.batches(size, torch.randperm(len(self), generator=generator))
-
-
-def distinct_words(
-    ranked: Mapping[str, Sequence[str]], known: Mapping[str, set[str]]
-) -> LabelledWords:
-    """Keep the words that belong to one language only and are written in Latin letters.
-
-    Args:
-        ranked: For each of :data:`LANGUAGES`, the words to choose from.
-        known: For each of :data:`LANGUAGES`, every word it has. A word is dropped if another
-            language has it too, however rare it is there.
-    """
-    languages_of = Counter(word for words in known.values() for word in words)
-    words, labels = [], []
-    for label, language in enumerate(LANGUAGES):
-        for word in ranked[language]:
-            if languages_of[word] == 1 and _is_latin(word) and SHORTEST <= len(word) <= LONGEST:
-                words.append(word)
-                labels.append(label)
-    return LabelledWords(tuple(words), tuple(labels))
-
-
-def load_words(top: int = TOP) -> LabelledWords:
+def load_words(top: int = TOP) -> list[Word]:
     """Read the word lists of the package ``wordfreq``; nothing is downloaded.
 
     Args:
@@ -171,6 +56,73 @@ def load_words(top: int = TOP) -> LabelledWords:
         {code: wordfreq.top_n_list(code, top, wordlist="small") for code in LANGUAGES},
         {code: set(wordfreq.get_frequency_dict(code, wordlist="small")) for code in LANGUAGES},
     )
+
+
+def distinct_words(
+    ranked: Mapping[str, Sequence[str]], known: Mapping[str, set[str]]
+) -> list[Word]:
+    """Keep the words that belong to one language only and are written in Latin letters.
+
+    Args:
+        ranked: For each of :data:`LANGUAGES`, the words to choose from.
+        known: For each of :data:`LANGUAGES`, every word it has. A word is dropped if another
+            language has it too, however rare it is there.
+    """
+    languages_of = Counter(word for words in known.values() for word in words)
+    return [
+        Word(word, label)
+        for label, language in enumerate(LANGUAGES)
+        for word in ranked[language]
+        if languages_of[word] == 1 and _is_latin(word) and SHORTEST <= len(word) <= LONGEST
+    ]
+
+
+def split(words: Sequence[Word], held_out: float, seed: int) -> tuple[list[Word], list[Word]]:
+    """Shuffle words, and return those to train on and a share that is held out."""
+    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed)).tolist()
+    cut = round(len(words) * held_out)
+    return [words[i] for i in order[cut:]], [words[i] for i in order[:cut]]
+
+
+def alphabet_of(words: Sequence[Word]) -> dict[str, int]:
+    """Return the index of every letter, from 1 on."""
+    letters = sorted(set().union(*(word.spelling for word in words)))
+    return {letter: index for index, letter in enumerate(letters, start=1)}
+
+
+def batches(
+    words: Sequence[Word],
+    alphabet: Mapping[str, int],
+    size: int,
+    device: torch.device,
+    generator: torch.Generator | None = None,
+) -> Iterator[Batch]:
+    """Pack words, ``size`` at a time; the last batch may be smaller.
+
+    The indices of letters are packed, not their embeddings: they are small, and the embedding then
+    has no padding to look up. A batch is sorted here, so that no result needs unsorting.
+
+    Args:
+        words: What to pack.
+        alphabet: Maps letters to indices.
+        size: Words in a batch.
+        device: Where the batches are to be.
+        generator: Shuffles the words, if they are to be.
+    """
+    order = torch.arange(len(words))
+    if generator is not None:
+        order = torch.randperm(len(words), generator=generator)
+    for chosen in order.split(size):
+        batch = sorted((words[i] for i in chosen.tolist()), key=lambda word: -len(word.spelling))
+        letters = pack_sequence([encode(word.spelling, alphabet) for word in batch])
+        labels = torch.tensor([word.label for word in batch])
+        # torch declares PackedSequence.to as a function of a tensor's self.
+        yield Batch(letters.to(device), labels.to(device))  # type: ignore[arg-type]
+
+
+def encode(spelling: str, alphabet: Mapping[str, int]) -> Tensor:
+    """Return the index of each letter."""
+    return torch.tensor([alphabet.get(letter, UNKNOWN_LETTER) for letter in spelling])
 
 
 def normalize(word: str) -> str:

@@ -4,36 +4,25 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import tritonrnn
-from perf.bench import environment
-from perf.report import loss_curves, tables
-from perf.training.paired_training import (
-    CHUNK_STEPS,
-    MakeRNN,
-    Recipe,
-    Trainee,
-    curves_table,
-    make_trainees,
-    speedup,
-    train,
-)
+from perf.training.paired_training import MakeRNN, Task, Trainee, conclude, train
 from perf.training.word_lists import (
     LANGUAGES,
-    Alphabet,
     Batch,
-    EncodedWords,
-    LabelledWords,
+    Word,
+    alphabet_of,
+    batches,
     load_words,
     normalize,
+    split,
 )
 
 EMBEDDING_SIZE = 32
@@ -47,7 +36,7 @@ class WordClassifier(nn.Module):
 
     Args:
         rnn_class: ``torch.nn.RNN``, or a class with its interface.
-        letters: Size of the alphabet.
+        letters: Size of the alphabet, and one for letters outside it.
         hidden_size: Hidden units of the RNN in each direction.
     """
 
@@ -72,94 +61,50 @@ def loss_of(model: WordClassifier, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(model(batch.letters), batch.labels)
 
 
-RECIPE = Recipe(loss_of, functools.partial(torch.optim.Adam, lr=LEARNING_RATE))
-
-
 @torch.no_grad()
-def accuracy(model: nn.Module, words: EncodedWords, device: torch.device) -> float:
+def accuracy(model: WordClassifier, held_out: Sequence[Batch]) -> float:
     """Return the share of words whose language the model gets right."""
-    right = 0
-    for batch in words.batches(BATCH_SIZE):
-        batch = batch.to(device)
-        right += int((model(batch.letters).argmax(1) == batch.labels).sum())
-    return right / len(words)
+    right = torch.cat([model(batch.letters).argmax(1) == batch.labels for batch in held_out])
+    return right.double().mean().item()
 
 
-def majority_accuracy(training: LabelledWords, held_out: LabelledWords) -> float:
+def majority_accuracy(training: Sequence[Word], held_out: Sequence[Word]) -> float:
     """Return the accuracy of always answering the most frequent language of the training words."""
-    [(label, _)] = Counter(training.labels).most_common(1)
-    return held_out.labels.count(label) / len(held_out)
+    [(label, _)] = Counter(word.label for word in training).most_common(1)
+    return sum(word.label == label for word in held_out) / len(held_out)
 
 
-def backend_of(trainee: Trainee[WordClassifier], letters: PackedSequence) -> str:
+def backend_of(model: WordClassifier, letters: PackedSequence) -> str:
     """Return the back end of a model's recurrence on this batch."""
-    embedded = trainee.model.embed(letters)
-    rnn = trainee.model.rnn
-    if isinstance(rnn, tritonrnn.RNN):
-        return tritonrnn.explain(rnn, embedded).backend
+    embedded = model.embed(letters)
+    if isinstance(model.rnn, tritonrnn.RNN):
+        return tritonrnn.explain(model.rnn, embedded).backend
     return "cuDNN" if torch.backends.cudnn.is_acceptable(embedded.data) else "ATen"
 
 
 @torch.no_grad()
 def classify(
     model: WordClassifier,
-    alphabet: Alphabet,
+    alphabet: Mapping[str, int],
     words: Sequence[str],
-    training: LabelledWords,
+    training: Sequence[Word],
     device: torch.device,
 ) -> pd.DataFrame:
     """Return the two likeliest languages of each word, and whether it was trained on."""
-    spellings = [normalize(word) for word in words]
-    # One by one, because a batch is sorted by length.
+    known = {word.spelling for word in training}
+    spelt = [Word(normalize(word), 0) for word in words]
     rows = []
-    for word, spelling in zip(words, spellings):
-        [batch] = EncodedWords([spelling], [0], alphabet).batches(1)
-        likelihood = model(batch.to(device).letters).softmax(1).squeeze(0)
-        [first, second] = likelihood.topk(2).indices.tolist()
+    # One by one, because a batch is sorted by length.
+    for word, (spelling, _), batch in zip(words, spelt, batches(spelt, alphabet, 1, device)):
+        likelihood, language = model(batch.letters).softmax(1).squeeze(0).topk(2)
         rows.append(
             {
                 "word": word,
-                "language": LANGUAGES[first],
-                "probability": float(likelihood[first]),
-                "or": LANGUAGES[second],
-                "probability of that": float(likelihood[second]),
-                "trained on": "yes" if spelling in training.words else "no",
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def results_table(
-    trainees: Sequence[Trainee[WordClassifier]],
-    training: LabelledWords,
-    held_out: LabelledWords,
-    alphabet: Alphabet,
-    *,
-    epochs: int,
-    device: torch.device,
-) -> pd.DataFrame:
-    """Return one row for each trainee, the reference first.
-
-    ``loss`` is its mean over the last epoch. Other work on the machine for a while changes
-    ``seconds``, but not ``speedup_vs_nn``.
-    """
-    encoded = EncodedWords(held_out.words, held_out.labels, alphabet)
-    letters = next(encoded.batches(BATCH_SIZE)).to(device).letters
-    majority = majority_accuracy(training, held_out)
-    rows = []
-    for trainee in trainees:
-        seconds = sum(trainee.chunk_seconds)
-        last_epoch = trainee.losses[-(len(trainee.losses) // epochs) :]
-        rows.append(
-            {
-                "model": trainee.name,
-                "loss": sum(last_epoch) / len(last_epoch),
-                "held_out_accuracy": accuracy(trainee.model, encoded, device),
-                "majority_accuracy": majority,
-                "words_per_s": epochs * len(training) / seconds,
-                "seconds": seconds,
-                "backend": backend_of(trainee, letters),
-                "speedup_vs_nn": speedup(trainees[0], trainee),
+                "language": LANGUAGES[language[0]],
+                "probability": float(likelihood[0]),
+                "or": LANGUAGES[language[1]],
+                "probability of that": float(likelihood[1]),
+                "trained on": "yes" if spelling in known else "no",
             }
         )
     return pd.DataFrame(rows)
@@ -189,53 +134,47 @@ def run(
     Returns:
         Whether the loss curves agree.
     """
-    console = Console()
-    training, held_out = load_words(top).split(HELD_OUT, seed)
-    alphabet = Alphabet(training.words)
-    console.print(
+    training, held_out = split(load_words(top), HELD_OUT, seed)
+    alphabet = alphabet_of(training)
+    print(
         f"{len(training) + len(held_out):,} words of {len(LANGUAGES)} languages, "
         f"{len(held_out):,} of them held out; {device}, {torch.get_num_threads()} threads"
     )
-    trainees = make_trainees(
-        lambda rnn_class: WordClassifier(rnn_class, len(alphabet), hidden_size),
-        RECIPE,
-        seed,
-        device,
-    )
-    encoded = EncodedWords(training.words, training.labels, alphabet)
+    pack = functools.partial(batches, alphabet=alphabet, size=BATCH_SIZE, device=device)
     generator = torch.Generator().manual_seed(seed)
-    train(
-        trainees,
-        (
-            [batch.to(device) for batch in encoded.shuffled(BATCH_SIZE, generator)]
-            for _ in range(epochs)
-        ),
-        steps=epochs * -(-len(encoded) // BATCH_SIZE),
-        seed=seed,
-        device=device,
-        console=console,
+    steps_per_epoch = -(-len(training) // BATCH_SIZE)
+    task = Task(
+        "words",
+        lambda rnn_class: WordClassifier(rnn_class, len(alphabet) + 1, hidden_size),
+        loss_of,
+        (list(pack(training, generator=generator)) for _ in range(epochs)),
+        epochs * steps_per_epoch,
+        LEARNING_RATE,
     )
-    results = results_table(trainees, training, held_out, alphabet, epochs=epochs, device=device)
-    reference, ours, twin = trainees
-    comparison = loss_curves.compare(reference.losses, twin.losses, ours.losses)
+    trainees = train(task, seed=seed, device=device)
+    tests = list(pack(held_out))
 
-    formats = ("", ".5f", ".3f", ".3f", ",.0f", ".1f", "", ".2f")
-    print(results.to_markdown(index=False, floatfmt=formats))
-    print(
-        f"loss: mean over the last epoch. speedup_vs_nn: median over {len(ours.chunk_seconds)} "
-        f"chunks of up to {CHUNK_STEPS} steps; the models train in random order in each chunk."
+    def columns(trainee: Trainee[WordClassifier]) -> dict[str, object]:
+        last_epoch = trainee.losses[-steps_per_epoch:]
+        return {
+            "loss": sum(last_epoch) / len(last_epoch),
+            "held_out_accuracy": accuracy(trainee.model, tests),
+            "majority_accuracy": majority_accuracy(training, held_out),
+            "words_per_s": epochs * len(training) / trainee.seconds,
+            "seconds": trainee.seconds,
+            "backend": backend_of(trainee.model, tests[0].letters),
+        }
+
+    print("loss: mean over the last epoch.")
+    agrees = conclude(
+        trainees,
+        columns,
+        ("", ".5f", ".3f", ".3f", ",.0f", ".1f", "", ".2f"),
+        facts={"epochs": epochs, "hidden_size": hidden_size, "seed": seed, "top": top},
+        device=device,
+        out=out,
     )
-    print(comparison)
     if own_words:
-        print(
-            classify(ours.model, alphabet, own_words, training, device).to_markdown(
-                index=False, floatfmt=".2f"
-            )
-        )
-    if out is not None:
-        run_id = environment.new_run_id()
-        keys = {"epochs": epochs, "hidden_size": hidden_size, "seed": seed, "top": top}
-        tables.append_rows(out, "words", results.assign(run_id=run_id, **keys))
-        tables.append_rows(out, "words_curves", curves_table(trainees).assign(run_id=run_id))
-        tables.add_environment(out, run_id, environment.describe(device))
-    return comparison.agrees
+        table = classify(trainees[1].model, alphabet, own_words, training, device)
+        print(table.to_markdown(index=False, floatfmt=".2f"))
+    return agrees

@@ -14,7 +14,14 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import tritonrnn
-from tests.support.cases import Case, as_function, assert_same_results, pair, run
+from tests.support.cases import (
+    Case,
+    as_function,
+    assert_as_accurate_as_on_cpu,
+    assert_same_results,
+    pair,
+    run,
+)
 from tests.support.cudnn import imitated_kernels, through_cudnn
 from tritonrnn import dispatch, ops, validation
 from tritonrnn.paths import aten, inplace
@@ -319,14 +326,8 @@ def test_what_is_longer_than_cudnn_takes_is_walked():
     assert plans == ["aten", "in-place"]
 
 
+@pytest.mark.feature("more than 65,535 steps")
 @pytest.mark.gpu
-def test_65536_steps_run_and_train():
-    case = Case(T=65536, B=1, H=4, dtype=torch.float64)
-    outcomes = []
-    for device in ("cpu", "cuda"):
-        module = case.module(tritonrnn.RNN).to(device)
-        data = case.tensors()[0].detach().to(device)
-        output, h_n = module(data)
-        (output.square().sum() + h_n.sum()).backward()
-        outcomes.append([output.cpu(), h_n.cpu(), *(p.grad.cpu() for p in module.parameters())])
-    torch.testing.assert_close(outcomes[1], outcomes[0])
+def test_65536_steps_run_and_train(implementation):
+    case = implementation.of(Case(T=65536, B=1, H=4, dtype=torch.bfloat16))
+    assert_as_accurate_as_on_cpu(case, run(case, case.module(implementation.rnn), *case.tensors()))

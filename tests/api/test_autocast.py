@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -16,22 +18,29 @@ from tests.support.cases import (
     plain,
     run,
 )
+from tests.support.implementations import implementations
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
 
+@pytest.mark.feature("tanh and relu, bias or none, layers, both directions, dropout")
 @pytest.mark.parametrize("dropout", [0.3, 1.0])
-@pytest.mark.parametrize("L", [2, 3], ids="L{}".format)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_dropout_is_torchs_for_a_seed(layout, L, dropout):
-    case = Case(layout=layout, L=L, D=2, dropout=dropout, dtype=torch.float64)
+@implementations(
+    "layout,L",
+    nn=[("unsorted", 3)],
+    torch=product(LAYOUTS, (2, 3)),
+    triton=[("unsorted", 3)],
+)
+def test_dropout_is_torchs_for_a_seed(layout, L, dropout, implementation):
+    case = Case(T=3, layout=layout, L=L, D=2, dropout=dropout, dtype=torch.float64)
+    case = implementation.of(case)
     data, hx = case.tensors()
     results, states = [], []
-    for module in pair(case):
+    for module in pair(case, implementation.rnn):
         torch.manual_seed(7)
         results.append(run(case, module, data, hx))
         states.append(torch.get_rng_state())
-    assert_same_results(results[1], results[0])
+    assert_same_results(results[1], results[0], **implementation.tolerance)
     assert torch.equal(*states)
 
 
@@ -49,18 +58,25 @@ def test_dropout_does_nothing_in_eval_mode(layout):
     assert torch.equal(plain(first), plain(second))
 
 
-@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=DTYPE_NAMES.get)
-@pytest.mark.parametrize("hx", [True, False], ids=["hx", "nohx"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_autocast_follows_torchs_rules(layout, hx, input_dtype):
-    case = Case(T=12, H=33, layout=layout, L=2, D=2, hx=hx)
-    assert_autocast_as_accurate(case, torch.bfloat16, input_dtype)
+AUTOCASTS = [
+    (layout, hx, dtype, input_dtype)
+    for layout in LAYOUTS
+    for hx, dtype, input_dtype in [
+        (True, torch.bfloat16, torch.float32),
+        (True, torch.bfloat16, torch.bfloat16),
+        (False, torch.bfloat16, torch.float32),
+        (False, torch.bfloat16, torch.bfloat16),
+        (True, torch.float16, torch.float32),
+    ]
+]
+FEWER = [("unsorted", True, dtype, torch.float32) for dtype in (torch.bfloat16, torch.float16)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_autocast_to_float16_follows_torchs_rules(layout):
-    case = Case(T=12, H=33, layout=layout, L=2, D=2)
-    assert_autocast_as_accurate(case, torch.float16, torch.float32)
+@pytest.mark.feature("autocast to bfloat16 and float16, `GradScaler`")
+@implementations("layout,hx,dtype,input_dtype", nn=FEWER, torch=AUTOCASTS, triton=FEWER)
+def test_autocast_follows_torchs_rules(layout, hx, dtype, input_dtype, implementation):
+    case = implementation.of(Case(T=12, H=33, layout=layout, L=2, D=2, hx=hx))
+    assert_autocast_as_accurate(case, dtype, input_dtype, implementation.rnn)
 
 
 ON_CUDA = [

@@ -213,17 +213,19 @@ def test_warning_that_is_an_error_comes_after_the_record(bench, monkeypatch):
 @pytest.mark.parametrize(
     ("fault", "why"),
     [
-        (lambda a: a.add_(torch.rand(()) * 1e-3), "two runs of it differ"),
-        (lambda a: a.as_strided((1,), (1,), 0).zero_(), "it writes where no token is"),
-        (lambda a: a[0, 0].fill_(torch.nan), "times the error that is allowed, in 3 of 3 seeds"),
+        (lambda a, ends: a.add_(torch.rand(()) * 1e-3), "two runs of it differ"),
+        (lambda a, ends: a.as_strided((1,), (1,), 0).zero_(), "it writes where no token is"),
+        (lambda a, ends: a[0, 0].fill_(torch.nan), "times the error that is allowed, in 3 of 3"),
+        (lambda a, ends: ends[0, 0].neg_(), "what it says that walks end with is wrong"),
     ],
-    ids=["racy", "out of bounds", "nan"],
+    ids=["racy", "out of bounds", "nan", "ends"],
 )
 def test_faults_of_every_kind_are_found(fault, why, bench, monkeypatch):
-    on_launch(
-        monkeypatch,
-        lambda plan, arguments: fault(arguments["a_ptr"]) if plan.name == "resident" else None,
-    )
+    def spoil(plan, arguments):
+        if plan.name == "resident":
+            fault(arguments["a_ptr"], arguments["ends_ptr"])
+
+    on_launch(monkeypatch, spoil)
     with pytest.warns(RuntimeWarning, match=why):
         served(*a_call())
     assert why in rows(verdict="wrong")[0]["reason"]

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import tritonrnn
 from tests.support.cases import Case
 from tests.support.exported import Model, arguments_of, dynamic_shapes_of
+from tests.support.implementations import implementations
 from tests.support.operators import OperatorCall
 from tests.support.processes import run_alone
 
@@ -20,6 +21,8 @@ pytestmark = [
     # torch's exporter imports modules of its own that warn.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:The given buffer is not writable"),
+    # Of torch.nn.RNN, which sets its weights anew.
+    pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning"),
 ]
 
 CASES = [
@@ -67,18 +70,22 @@ def assert_agrees(case: Case, program: torch.export.ExportedProgram, model: Mode
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_exported_program_agrees_and_trains_whatever_the_length_and_batch(case):
-    model = Model(case).double()
+@pytest.mark.feature(
+    "`torch.export`, padded and packed, any number of steps and sequences", nn="no"
+)
+@implementations("case", nn=CASES, torch=CASES, triton=CASES[2:])
+def test_exported_program_agrees_and_trains_whatever_the_length_and_batch(case, implementation):
+    case = implementation.of(case)
+    model = Model(case, implementation.rnn)
     program = saved_and_loaded(exported(case, model))
-    assert operators_of(program).count("tritonrnn.elman.with_reserve") == case.L
     for T, B in ((2, 3), (11, 4)):
         assert_agrees(replace(case, T=T, B=B, seed=T), program, model)
+    assert operators_of(program).count("tritonrnn.elman.with_reserve") == case.L
 
 
 def test_decompositions_of_torch_keep_the_operator():
     case = CASES[0]
-    model = Model(case).double()
+    model = Model(case)
     program = exported(case, model).run_decompositions()
     assert operators_of(program).count("tritonrnn.elman.with_reserve") == case.L
     assert_agrees(case, program, model)
@@ -87,7 +94,7 @@ def test_decompositions_of_torch_keep_the_operator():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
 def test_lowered_program_agrees_and_trains_whatever_the_length_and_batch(case):
-    model = Model(case).double()
+    model = Model(case)
     lowered = exported(case, model).run_decompositions(tritonrnn.export.decompositions())
     lowered = saved_and_loaded(lowered)
     names = operators_of(lowered)
@@ -99,7 +106,7 @@ def test_lowered_program_agrees_and_trains_whatever_the_length_and_batch(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
 def test_lowered_program_of_static_length_is_unrolled(case):
-    model = Model(case).double()
+    model = Model(case)
     program = torch.export.export(model, arguments_of(case), strict=False)
     lowered = program.run_decompositions(tritonrnn.export.decompositions())
     assert all(name.startswith(("aten.", "<built-in")) for name in operators_of(lowered))
@@ -197,7 +204,7 @@ def test_layout_that_can_not_be_lowered_is_a_clear_error():
 @pytest.mark.slow
 def test_lowered_program_runs_where_there_is_no_tritonrnn(tmp_path):
     case = Case(layout="packed", hx=False, dtype=torch.float64)
-    model = Model(case).double()
+    model = Model(case)
     program = exported(case, model)
     torch.export.save(program, tmp_path / "program.pt2")
     lowered = program.run_decompositions(tritonrnn.export.decompositions())

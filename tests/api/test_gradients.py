@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.support.cases import (
     pair,
     plain,
 )
+from tests.support.implementations import implementations
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
@@ -108,9 +110,9 @@ def test_output_changed_in_place_has_no_wrong_gradient(layout):
         torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def tensors_saved(case: Case) -> int:
+def tensors_saved(case: Case, module_class: type[torch.nn.Module]) -> int:
     """Return the bytes saved for backward, each storage once and no parameter."""
-    _, ours = pair(case)
+    ours = case.module(module_class)
     data, hx = case.tensors()
     saved = {}
 
@@ -126,9 +128,9 @@ def tensors_saved(case: Case) -> int:
     return sum(nbytes for pointer, (nbytes, _) in saved.items() if pointer not in parameters)
 
 
-def tensors_alive(case: Case) -> int:
+def tensors_alive(case: Case, module_class: type[torch.nn.Module]) -> int:
     """Return the bytes that a forward pass allocates and keeps, its results included."""
-    _, ours = pair(case)
+    ours = case.module(module_class)
     data, hx = case.tensors()
     input = case.input(data)
     # What is derived once from an input may be cached with it.
@@ -139,26 +141,28 @@ def tensors_alive(case: Case) -> int:
     return calls.bytes_alive() + data.nbytes
 
 
+KEPT = [
+    Case(B=1 if layout == "unbatched" else 6, H=16, layout=layout, L=L, D=D, nonlinearity=phi)
+    for layout, phi, (L, D) in product(LAYOUTS, ("tanh", "relu"), [(1, 1), (1, 2), (3, 1), (2, 2)])
+]
+
+
+@pytest.mark.feature("training keeps no more than each layer's input and output", nn="no")
 @pytest.mark.parametrize("measure", [tensors_saved, tensors_alive], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
-@pytest.mark.parametrize(
-    ("L", "D"), [(1, 1), (1, 2), (3, 1), (2, 2)], ids=["L1-D1", "L1-D2", "L3-D1", "L2-D2"]
-)
-def test_backward_keeps_input_and_output_of_each_layer_only(layout, nonlinearity, L, D, measure):
-    case = Case(T=24, B=1 if layout == "unbatched" else 6, H=16, layout=layout, L=L, D=D)
-    case = replace(case, nonlinearity=nonlinearity)
-    longer = replace(case, T=48)
+@implementations("case", nn=KEPT[3:4], torch=KEPT, triton=[replace(KEPT[3], D=1, H=5)])
+def test_backward_keeps_input_and_output_of_each_layer_only(case, measure, implementation):
+    case, longer = (implementation.of(replace(case, T=T)) for T in (6, 12))
     more_tokens = int(longer.lengths().sum() - case.lengths().sum())
-    grown = measure(longer) - measure(case)
+    grown = measure(longer, implementation.rnn) - measure(case, implementation.rnn)
     # Row maps: a few int64 elements a time step.
     row_maps = 4 * 8 * (longer.T - case.T)
-    assert grown <= more_tokens * (case.I + L * D * case.H) * 4 + row_maps
+    assert grown <= more_tokens * (case.I + case.L * case.D * case.H) * 4 + row_maps
 
 
+@pytest.mark.parametrize("lengths", [False, True], ids=["padded", "lengths"])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("D", [1, 2])
-def test_infinite_output_of_one_sequence_stays_out_of_the_next(batch_first, D):
+def test_infinite_output_of_one_sequence_stays_out_of_the_next(batch_first, D, lengths):
     """The last output of the first sequence overflows; it is no step's previous state."""
     data = torch.ones(2, 3, 1)
     data[0, -1], data[1, 0] = torch.inf, torch.inf
@@ -168,7 +172,12 @@ def test_infinite_output_of_one_sequence_stays_out_of_the_next(batch_first, D):
         module = module_class(1, 1, 1, "relu", False, batch_first, bidirectional=D == 2)
         for name, parameter in module.named_parameters():
             torch.nn.init.constant_(parameter, float("ih" in name))
-        output, _ = module(data)
+        input, given = data, {}
+        if lengths and module_class is tritonrnn.RNN:
+            # Padding behind each sequence.
+            input = torch.cat([data, torch.full_like(data, torch.nan)], 1 if batch_first else 0)
+            given["lengths"] = torch.tensor([3, 3])
+        output, _ = module(input, **given)
         output[output.isfinite()].sum().backward()
         gradients.append([parameter.grad for parameter in module.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0], equal_nan=True)

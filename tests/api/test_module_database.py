@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
-from torch.testing._internal.common_utils import freeze_rng_state
 
 import tritonrnn
 from tests.support.cases import DTYPE_NAMES
+
+# torch's own tests need the package expecttest.
+common_modules = pytest.importorskip("torch.testing._internal.common_modules")
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
@@ -22,7 +23,9 @@ pytestmark = pytest.mark.usefixtures("torch_back_end")
 torch.backends.__allow_nonbracketed_mutation_flag = True
 
 OURS = {nn.RNN: tritonrnn.RNN, nn.RNNCell: tritonrnn.RNNCell}
-ENTRIES = {info.module_cls.__name__: info for info in module_db if info.module_cls in OURS}
+ENTRIES = {
+    info.module_cls.__name__: info for info in common_modules.module_db if info.module_cls in OURS
+}
 
 
 def samples(name: str, dtype=torch.float64, training: bool = True, requires_grad: bool = False):
@@ -83,7 +86,7 @@ def test_forward_agrees_with_torch_and_the_reference(name, dtype, training):
         got = ours(*arguments, **options)
         torch.testing.assert_close(plain(got), plain(theirs(*arguments, **options)))
         if sample.reference_fn is not None and not isinstance(arguments[0], PackedSequence):
-            with freeze_rng_state():
+            with common_modules.freeze_rng_state():
                 reference = sample.reference_fn(ours, *arguments, **options)
             torch.testing.assert_close(plain(got), plain(reference))
 
@@ -140,7 +143,7 @@ def test_errors_are_those_of_the_entry(name, dtype):
             given = {"dtype": dtype, **constructor.kwargs}
             return OURS[info.module_cls](*constructor.args, **given)
 
-        if error.error_on is ModuleErrorEnum.CONSTRUCTION_ERROR:
+        if error.error_on is common_modules.ModuleErrorEnum.CONSTRUCTION_ERROR:
             with pytest.raises(error.error_type, match=error.error_regex):
                 construct()
         else:

@@ -118,7 +118,7 @@ def test_state_dict_goes_both_ways(kind, arguments, options):
     assert torch.equal(result(other, x), expected)
 
 
-def test_state_dict_loads_with_assign_and_under_swap():
+def test_state_dict_loads_with_assign():
     source = tritonrnn.RNN(3, 5, 2)
     x = torch.randn(4, 2, 3)
     expected, _ = source(x)
@@ -126,15 +126,6 @@ def test_state_dict_loads_with_assign_and_under_swap():
     module(x)
     module.load_state_dict(source.state_dict(), assign=True)
     assert torch.equal(module(x)[0], expected)
-    module = tritonrnn.RNN(3, 5, 2)
-    module(x)
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        module.load_state_dict(source.state_dict())
-        assert torch.equal(module(x)[0], expected)
-        assert module.double()(x.double())[0].dtype == torch.float64
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 def through_pickle(module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from dataclasses import replace
 
@@ -12,17 +13,25 @@ from torch import nn
 import tritonrnn
 from tests.support.cases import Case
 from tests.support.exported import Model, arguments_of, dynamic_shapes_of
+from tests.support.implementations import implementations
 
-onnx = pytest.importorskip("onnx")
-onnxruntime = pytest.importorskip("onnxruntime")
-translation = pytest.importorskip("tritonrnn.onnx")
+NEEDED = ("onnx", "onnxruntime", "onnxscript")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+if not MISSING:
+    import onnx
+    import onnxruntime
+
+    import tritonrnn.onnx as translation
 
 pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}"),
     pytest.mark.slow,
     pytest.mark.usefixtures("torch_back_end"),
     # torch's exporter and onnxscript use what torch and Python deprecate.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:# The axis name"),
+    # Of torch.nn.RNN, which sets its weights anew.
+    pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning"),
     # Checks of sizes are not traced. torch.nn's modules warn of that as well.
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size other than 1"),
@@ -63,24 +72,28 @@ def run_in_onnxruntime(proto, arguments: tuple[torch.Tensor, ...]) -> list[torch
     session = onnxruntime.InferenceSession(proto.SerializeToString())
     names = [x.name for x in session.get_inputs()]
     assert len(names) == len(arguments)
-    feeds = {name: tensor.numpy() for name, tensor in zip(names, arguments)}
+    feeds = {name: tensor.cpu().numpy() for name, tensor in zip(names, arguments)}
     return [torch.from_numpy(result) for result in session.run(None, feeds)]
 
 
+@pytest.mark.feature("ONNX export, any number of steps and sequences", nn="no")
 @pytest.mark.parametrize("table", [False, True], ids=["plain", "table"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_exported_model_agrees_whatever_the_length_and_batch(case, table):
-    model = Model(case).eval()
+@implementations("case", nn=CASES[:1], torch=CASES, triton=CASES[:1])
+def test_exported_model_agrees_whatever_the_length_and_batch(case, table, implementation):
+    case = implementation.of(case)
+    model, theirs = (Model(case, rnn).eval() for rnn in (implementation.rnn, nn.RNN))
     proto = exported(case, model, table)
-    assert sum(node.op_type == "RNN" for node in proto.graph.node) == case.L
-    assert not any(node.domain for node in proto.graph.node)
-    assert (proto.opset_import[0].version == OLDEST_OPSET) == (case.layout == "packed")
+    # A size that may vary has a name.
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for T, B in ((case.T, case.B), (2, 3), (40, 9), (1, 1)):
         arguments = arguments_of(replace(case, T=T, B=B, seed=T))
         with torch.no_grad():
-            expected = model(*arguments)
+            expected = theirs(*arguments)
         for got, y in zip(run_in_onnxruntime(proto, arguments), expected):
-            torch.testing.assert_close(got, y, rtol=0, atol=2e-6)
+            torch.testing.assert_close(got, y.cpu(), rtol=0, atol=2e-6)
+    assert sum(node.op_type == "RNN" for node in proto.graph.node) == case.L
+    assert not any(node.domain for node in proto.graph.node)
+    assert (proto.opset_import[0].version == OLDEST_OPSET) == (case.layout == "packed")
 
 
 def test_dtype_that_onnx_does_not_know_is_a_clear_error():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.library import opcheck
 
 from tests.support.cases import Case
+from tests.support.implementations import implementations
 from tests.support.operators import OperatorCall
 
 pytestmark = [
@@ -38,16 +41,17 @@ CALLS = [
         ("jagged", 2, "relu", True, "triton"),
     ]
 ]
-calls = pytest.mark.parametrize(
-    "call",
-    [pytest.param(call, marks=[pytest.mark.slow] * (call.backend == "triton")) for call in CALLS],
-    ids=str,
-)
 
 
+@pytest.mark.feature("`torch.library.opcheck` of its operators", nn="has none of its own")
 @pytest.mark.slow
-@calls
-def test_elman_passes_opcheck(call):
+@implementations(
+    "call",
+    torch=[call for call in CALLS if call.backend == "torch"],
+    triton=[call for call in CALLS if call.backend == "triton"],
+)
+def test_elman_passes_opcheck(call, implementation):
+    call = replace(call, case=implementation.of(call.case))
     opcheck(torch.ops.tritonrnn.elman.with_reserve, call.forward(requires_grad=True))
 
 
@@ -56,7 +60,7 @@ def test_elman_passes_opcheck_where_nothing_is_trained():
 
 
 @pytest.mark.slow
-@calls
+@pytest.mark.parametrize("call", CALLS, ids=str)
 def test_elman_backward_passes_opcheck(call):
     opcheck(torch.ops.tritonrnn.elman_backward.default, call.backward())
 

@@ -14,8 +14,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import tritonrnn
-from perf.bench.oracle import assert_as_accurate, elman
 from tests.support.cases import DTYPE_NAMES, assert_same_results
+from tests.support.implementations import implementations
+from tests.support.oracle import assert_as_accurate, elman
 
 pytestmark = [
     pytest.mark.usefixtures("torch_back_end"),
@@ -195,12 +196,6 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_ragged_batch_is_every_stretch_by_itself(case):
-    module = case.module()
-    assert_same_results(case.ours(module), case.theirs(module))
-
-
 ON_TRITON = [
     Ragged("zeros", L=2, D=2, dtype=torch.float32, H=5, device=DEVICE),
     Ragged("unsorted", batch_first=True, dtype=torch.bfloat16, H=19, hx=False, device=DEVICE),
@@ -210,12 +205,13 @@ ON_TRITON = [
 ]
 
 
-@pytest.mark.parametrize("case", ON_TRITON, ids=str)
-def test_kernels_take_ragged_batches(case):
-    module = case.module()
-    with tritonrnn.backend("triton"):
-        assert tritonrnn.explain(module, *case.tensors(), **case.arguments()).backend == "triton"
-        got = case.ours(module)
+@pytest.mark.feature(
+    "`lengths=`, zeros allowed, and `reset=`: the state put back to zero before a step", nn="no"
+)
+@implementations("case", nn=CASES, torch=CASES, triton=ON_TRITON)
+def test_ragged_batch_is_every_stretch_by_itself(case, implementation):
+    module = case.module(implementation.rnn)
+    got = case.ours(module)
     of_torch, exact = case.theirs(module, case.dtype), case.theirs(module)
     for name in exact:
         assert_as_accurate([got[name].cpu()], [of_torch[name]], [exact[name]], name)
@@ -523,36 +519,35 @@ def test_vmap_over_the_input_takes_lengths_and_resets():
 # jagged nested tensors
 
 
-def a_jagged(lengths=(3, 1, 5), features=I, dtype=torch.float64) -> Tensor:
+def a_jagged(lengths=(3, 1, 5), features=I, **placed) -> Tensor:
     torch.manual_seed(1)
-    sequences = [torch.randn(length, features, dtype=dtype) for length in lengths]
+    placed = {"dtype": torch.float64, **placed}
+    sequences = [torch.randn(length, features, **placed) for length in lengths]
     return torch.nested.nested_tensor(sequences, layout=torch.jagged, requires_grad=True)
 
 
-@pytest.mark.parametrize(
-    ("D", "backend", "dtype"),
-    [(1, "torch", torch.float64), (2, "torch", torch.float64), (2, "triton", torch.float32)],
-    ids=["D1-torch-fp64", "D2-torch-fp64", "D2-triton-fp32"],
-)
-def test_jagged_batch_is_every_sequence_by_itself(D, backend, dtype):
-    module = tritonrnn.RNN(I, 4, 2, bidirectional=D == 2, dtype=dtype)
-    x = a_jagged((3, 1, 5, 2), dtype=dtype)
-    hx = torch.randn(2 * D, 4, 4, dtype=dtype)
-    with tritonrnn.backend(backend):
-        output, h_n = module(x, hx)
+@pytest.mark.feature("jagged nested tensors", nn="no")
+@implementations("D", nn=[1, 2], torch=[1, 2], triton=[2])
+def test_jagged_batch_is_every_sequence_by_itself(D, implementation):
+    placed = {"dtype": implementation.dtype, "device": implementation.device}
+    theirs, module = (
+        module_class(I, 4, 2, bidirectional=D == 2, **placed)
+        for module_class in (nn.RNN, implementation.rnn)
+    )
+    module.load_state_dict(theirs.state_dict())
+    x = a_jagged((3, 1, 5, 2), **placed)
+    hx = torch.randn(2 * D, 4, 4, **placed)
+    output, h_n = module(x, hx)
     leaves = [x, *module.parameters()]
     gradients = torch.autograd.grad(output.values().sin().sum() + h_n.sum(), leaves)
     apart = [one.detach().requires_grad_() for one in x.unbind()]
-    theirs = [module(one[:, None], hx[:, b, None]) for b, one in enumerate(apart)]
-    loss = sum(out.sin().sum() + last.sum() for out, last in theirs)
-    expected = torch.autograd.grad(loss, [*apart, *module.parameters()])
-    exact = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {}
-    for got, (one, _) in zip(output.unbind(), theirs):
-        torch.testing.assert_close(got, one[:, 0], **exact)
-    torch.testing.assert_close(h_n, torch.cat([last for _, last in theirs], 1), **exact)
-    torch.testing.assert_close(gradients[0].values(), torch.cat(expected[:4]), **exact)
-    for got, want in zip(gradients[1:], expected[4:]):
-        torch.testing.assert_close(got, want, **exact)
+    results = [theirs(one[:, None], hx[:, b, None]) for b, one in enumerate(apart)]
+    loss = sum(out.sin().sum() + last.sum() for out, last in results)
+    expected = torch.autograd.grad(loss, [*apart, *theirs.parameters()])
+    got = [*output.unbind(), h_n, gradients[0].values(), *gradients[1:]]
+    wanted = [out[:, 0] for out, _ in results] + [torch.cat([last for _, last in results], 1)]
+    wanted += [torch.cat(expected[:4]), *expected[4:]]
+    torch.testing.assert_close(got, wanted, **implementation.tolerance)
 
 
 def test_jagged_output_adds_to_its_input():

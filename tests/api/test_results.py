@@ -10,18 +10,19 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
-import tritonrnn
 from tests.support.cases import (
     DTYPE_NAMES,
     LAYOUTS,
     Case,
     assert_accurate_over,
+    assert_as_accurate_as_on_cpu,
     assert_same_results,
     assert_zero_gradients,
     pair,
     plain,
     run,
 )
+from tests.support.implementations import here_and_on_gpu, implementations
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
@@ -57,10 +58,31 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("case", EVERY_OPTION + EVERY_DTYPE + SIZES, ids=str)
-def test_results_are_as_accurate_as_torch(case):
+# Few, for Triton's interpreter.
+FEWER = [
+    Case(T=3, B=2, H=5, layout=layout, L=L, D=D, nonlinearity=nonlinearity, dtype=dtype,
+         bias=bias, hx=hx)
+    for layout, (L, D), nonlinearity, dtype, (bias, hx) in [
+        ("time-major", (1, 1), "tanh", torch.float32, (True, True)),
+        ("batch-first", (2, 1), "tanh", torch.float32, (True, False)),
+        ("unbatched", (1, 2), "tanh", torch.float32, (True, True)),
+        ("packed", (1, 2), "relu", torch.float32, (False, False)),
+        ("unsorted", (2, 2), "tanh", torch.float32, (True, True)),
+        ("unsorted", (1, 1), "tanh", torch.bfloat16, (True, True)),
+        ("time-major", (1, 2), "tanh", torch.float16, (True, False)),
+    ]
+]  # fmt: skip
+
+
+@pytest.mark.feature("tanh and relu, bias or none, layers, both directions, dropout")
+@pytest.mark.feature("padded, batch_first, unbatched, `PackedSequence`, `hx`")
+@pytest.mark.feature("float32, bfloat16, float16")
+@implementations("case", nn=FEWER, torch=EVERY_OPTION + EVERY_DTYPE + SIZES, triton=FEWER)
+def test_results_are_as_accurate_as_torch(case, implementation):
+    case = implementation.of(case)
     kinks = case.nonlinearity == "relu" and case.dtype in (torch.bfloat16, torch.float16)
-    assert_accurate_over([replace(case, seed=seed) for seed in range(5 if kinks else 1)])
+    draws = [replace(case, seed=seed) for seed in range(5 if kinks else 1)]
+    assert_accurate_over(draws, module_class=implementation.rnn)
 
 
 @pytest.mark.parametrize(
@@ -81,12 +103,15 @@ def test_extreme_inputs_are_as_accurate_as_torch(scale, layout, dtype):
     assert_accurate_over([case], scale)
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=DTYPE_NAMES.get)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_complex_numbers_agree_with_torch(layout, dtype):
+@pytest.mark.feature("float64, complex numbers", triton="yes, on torch")
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.complex64, torch.complex128], ids=DTYPE_NAMES.get
+)
+@implementations("layout", nn=["time-major"], torch=LAYOUTS, triton=["unsorted"])
+def test_float64_and_complex_numbers_agree_with_torch(layout, dtype, implementation):
     case = Case(layout=layout, L=2, D=2)
     theirs = nn.RNN(case.I, case.H, **case.options, dtype=dtype)
-    ours = tritonrnn.RNN(case.I, case.H, **case.options, dtype=dtype)
+    ours = implementation.rnn(case.I, case.H, **case.options, dtype=dtype)
     # Small, for tanh has poles in the complex plane.
     with torch.no_grad():
         for weight in theirs.parameters():
@@ -217,12 +242,14 @@ def test_one_result_alone_can_be_differentiated(which, layout):
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.feature("backward in eval mode")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_backward_works_in_eval_mode(layout):
-    case = Case(layout=layout, L=2, D=2, dropout=0.5, dtype=torch.float64)
-    theirs, ours = (module.eval() for module in pair(case))
-    data, hx = case.tensors()
-    assert_same_results(run(case, ours, data, hx), run(case, theirs, data, hx))
+@here_and_on_gpu
+def test_backward_works_in_eval_mode(layout, where, implementation):
+    dtype = torch.bfloat16 if where == "on-gpu" else torch.float64
+    case = implementation.of(Case(layout=layout, L=2, D=2, dropout=0.5, dtype=dtype))
+    got = run(case, case.module(implementation.rnn).eval(), *case.tensors())
+    assert_as_accurate_as_on_cpu(case, got)
 
 
 def test_backward_twice_through_one_graph_agrees():

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import tritonrnn
-from perf.bench.oracle import assert_as_accurate
 from tests.support.cases import Case, assert_accurate_over, exact, plain, run
+from tests.support.implementations import implementations
+from tests.support.oracle import assert_as_accurate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,10 +96,15 @@ def assert_agrees(
         assert_as_accurate([got[name]], [expected[name]], [truth[name]], name)
 
 
+# Padded and packed, of fewer cases.
+FEWER = [THROUGH_KERNELS[0], THROUGH_KERNELS[4]]
+
+
+@pytest.mark.feature("CUDA graph capture, forward and backward, padded and packed")
 @pytest.mark.parametrize("trains", [False, True], ids=["forward", "forward-and-backward"])
-@pytest.mark.parametrize("case", [*THROUGH_KERNELS, WIDE], ids=str)
-def test_captured_call_replays_on_new_inputs(case, trains):
-    module = case.module(tritonrnn.RNN)
+@implementations("case", nn=FEWER, torch=[*FEWER, WIDE], triton=THROUGH_KERNELS)
+def test_captured_call_replays_on_new_inputs(case, trains, implementation):
+    module = case.module(implementation.rnn)
     data, hx = case.tensors()
     graph, results = captured_call(case, module, data, hx, trains=trains)
     # These would overwrite a row map that was freed from pinned memory.
@@ -170,9 +176,10 @@ def test_graphed_callable_agrees(case):
         assert_agrees(case, module, data, hx, run(case, graphed, data, hx))
 
 
-@pytest.mark.parametrize("case", THROUGH_KERNELS, ids=str)
-def test_work_is_queued_on_the_current_stream_without_waiting(case):
-    module = case.module(tritonrnn.RNN)
+@pytest.mark.feature("work is queued on the current stream")
+@implementations("case", nn=FEWER[:1], torch=FEWER[:1], triton=THROUGH_KERNELS)
+def test_work_is_queued_on_the_current_stream_without_waiting(case, implementation):
+    module = case.module(implementation.rnn)
     values, hx = case.tensors()
     # Compiles the kernels, which may wait for the device.
     output, h_n = module(case.input(values), hx)
@@ -201,13 +208,14 @@ def test_work_is_queued_on_the_current_stream_without_waiting(case):
     assert_agrees(case, module, values, hx, results)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("case", [*THROUGH_KERNELS, WIDE], ids=str)
-def test_tensors_on_a_device_that_is_not_the_current_one(case):
+@pytest.mark.feature("tensors on a device that is not the current one")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@implementations("case", nn=FEWER, torch=[*FEWER, WIDE], triton=THROUGH_KERNELS)
+def test_tensors_on_a_device_that_is_not_the_current_one(case, implementation):
     case = replace(case, device="cuda:1")
     with torch.cuda.device(0):
-        assert_accurate_over([case])
-        output, _ = case.module(tritonrnn.RNN)(case.input(case.tensors()[0]))
+        assert_accurate_over([case], module_class=implementation.rnn)
+        output, _ = case.module(implementation.rnn)(case.input(case.tensors()[0]))
         assert plain(output).device == torch.device("cuda:1")
         assert torch.cuda.current_device() == 0
 

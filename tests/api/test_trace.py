@@ -67,3 +67,21 @@ def test_traced_model_chooses_its_back_end_when_it_runs():
         traced = torch.jit.trace(rnn, torch.randn(4, 2, 3))
     (call,) = (node for node in traced.graph.nodes() if node.kind() == "tritonrnn::elman")
     assert [*call.inputs()][-2].toIValue() == "auto"
+
+
+class Called(torch.nn.Module):
+    """Scripted by itself, torch.nn.RNN has no ``forward``."""
+
+    def __init__(self, rnn: torch.nn.Module):
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, input: torch.Tensor):
+        return self.rnn(input)
+
+
+@pytest.mark.feature("`torch.jit.script`", torch="no", triton="no")
+def test_scripted_model_agrees(implementation):
+    model = Called(implementation.rnn(3, 5))
+    x = torch.randn(4, 2, 3)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))

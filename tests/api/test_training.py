@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from torch.utils.checkpoint import checkpoint
 
-import tritonrnn
-from perf.bench.oracle import assert_as_accurate
 from tests.support.cases import DTYPE_NAMES, Case, assert_same_results, plain, run, with_gradients
+from tests.support.implementations import implementations
+from tests.support.oracle import assert_as_accurate
 
 pytestmark = [
     # cuDNN warns of weights that torch.nn.RNN no longer keeps in one buffer.
@@ -34,14 +33,10 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
-def cases(request):
-    """Return the cases of a path, which serves the calls meanwhile."""
-    with tritonrnn.backend(request.param):
-        yield CASES[request.param]
-
-
-through_kernels = pytest.mark.parametrize("cases", ["triton"], indirect=True)
+@pytest.fixture
+def cases(implementation):
+    """Return the cases of an implementation; those of torch.nn.RNN are those of the torch path."""
+    return CASES["triton" if implementation.name == "triton" else "torch"]
 
 
 def as_they_are(module):
@@ -144,18 +139,16 @@ def changed(case: Case, module_class: type[nn.Module], change) -> nn.Module:
 FEWER = [as_they_are, weight_norm, bounded, prune_half, tie, freeze]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-@pytest.mark.parametrize(
-    ("cases", "change"),
-    [("torch", change) for change in CHANGES] + [("triton", change) for change in FEWER],
-    indirect=["cases"],
-    ids=lambda value: getattr(value, "__name__", value),
+@pytest.mark.feature(
+    "weights tied, frozen, pruned, parametrised (weight_norm, spectral_norm, your own)"
 )
-def test_trained_weights_agree_with_torchs(change, cases):
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@implementations("change", nn=CHANGES, torch=CHANGES, triton=FEWER)
+def test_trained_weights_agree_with_torchs(change, cases, implementation):
     got, expected, truth = (
         [trained(case, changed(case, module_class, change), dtype) for case in cases]
         for module_class, dtype in (
-            (tritonrnn.RNN, torch.float32),
+            (implementation.rnn, torch.float32),
             (nn.RNN, torch.float32),
             (nn.RNN, torch.float64),
         )
@@ -163,13 +156,14 @@ def test_trained_weights_agree_with_torchs(change, cases):
     assert_as_accurate(
         *([weights_of(module) for module in modules] for modules in (got, expected, truth))
     )
-    before = changed(cases[0], tritonrnn.RNN, change)
+    before = changed(cases[0], implementation.rnn, change)
     for start, end in zip(before.parameters(), got[0].parameters()):
         assert torch.equal(start, end) == (not start.requires_grad)
 
 
+@pytest.mark.feature("autocast to bfloat16 and float16, `GradScaler`")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=DTYPE_NAMES.get)
-def test_scaled_training_skips_an_overflow_as_torch_does(dtype, cases):
+def test_scaled_training_skips_an_overflow_as_torch_does(dtype, cases, implementation):
     """Under autocast with a GradScaler; the second of four steps overflows."""
 
     def scaled(case: Case, module: nn.Module):
@@ -201,26 +195,10 @@ def test_scaled_training_skips_an_overflow_as_torch_does(dtype, cases):
 
     got, expected = (
         [scaled(case, case.module(module_class)) for case in cases]
-        for module_class in (tritonrnn.RNN, nn.RNN)
+        for module_class in (implementation.rnn, nn.RNN)
     )
     truth = [without_scaler(case) for case in cases]
     assert_as_accurate(got, expected, truth)
-
-
-@through_kernels
-@pytest.mark.parametrize("use_reentrant", [False, True], ids=["recomputed", "reentrant"])
-def test_checkpointed_kernels_return_the_same_gradients(use_reentrant, cases):
-    [case] = cases
-    module = case.module(tritonrnn.RNN)
-    data, hx = case.tensors()
-    results = []
-    for call in (module, lambda *a: checkpoint(module, *a, use_reentrant=use_reentrant)):
-        output, h_n = call(data, hx)
-        module.zero_grad()
-        data.grad = hx.grad = None
-        ((output * output).sum() + h_n.sum()).backward()
-        results.append([x.grad for x in (data, hx, *module.parameters())])
-    assert all(map(torch.equal, *results))
 
 
 LAYOUTS = ["time-major", "batch-first", "unsorted"]
@@ -233,21 +211,29 @@ def ragged(case: Case, layout: str) -> Case:
     return replace(case, T=40, B=9, I=33, H=64, layout=layout)
 
 
+@pytest.mark.feature(
+    "`use_deterministic_algorithms(True)`; gradients bitwise equal from run to run"
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_results_are_bitwise_equal_from_run_to_run(layout, cases):
+def test_results_are_bitwise_equal_from_run_to_run(layout, cases, implementation):
     case = ragged(cases[0], layout)
-    module = case.module(tritonrnn.RNN)
+    module = case.module(implementation.rnn)
     first, *others = (run(case, module, *case.tensors()) for _ in range(3))
     for other in others:
         assert_same_results(other, first, rtol=0, atol=0)
 
 
+@pytest.mark.feature(
+    "`use_deterministic_algorithms(True)`; gradients bitwise equal from run to run"
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_deterministic_algorithms_hold_and_change_nothing(layout, cases, monkeypatch):
+def test_deterministic_algorithms_hold_and_change_nothing(
+    layout, cases, monkeypatch, implementation
+):
     # Without it cuBLAS refuses, on a GPU.
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     case = ragged(cases[0], layout)
-    module = case.module(tritonrnn.RNN)
+    module = case.module(implementation.rnn)
     data, hx = case.tensors()
     expected = run(case, module, data, hx)
     torch.use_deterministic_algorithms(True)

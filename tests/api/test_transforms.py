@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import tritonrnn
-from perf.bench.switches import cudnn_off
 from tests.support.cases import Case, as_function, pair, plain
+from tests.support.implementations import here_and_on_gpu, implementations
 
 pytestmark = [
     pytest.mark.usefixtures("torch_back_end"),
@@ -57,28 +59,38 @@ def test_gradgradcheck_passes(case):
     assert gradgradcheck(function, arguments, fast_mode=True)
 
 
-@pytest.mark.parametrize("back_end", ["torch", "triton"])
+def second_derivatives(case: Case, module_class: type[nn.Module]) -> list[torch.Tensor]:
+    """Return the gradients of a gradient penalty, as of a Wasserstein critic."""
+    module = case.module(module_class)
+    data, hx = case.tensors()
+    output, h_n = module(case.input(data), hx)
+    loss = plain(output).square().sum() + h_n.sum()
+    gradients = torch.autograd.grad(loss, [data, hx], create_graph=True)
+    penalty = sum(gradient.square().sum() for gradient in gradients)
+    leaves = [data, hx, *module.parameters()]
+    # relu has no second derivative in its biases: torch returns None or zero.
+    second = torch.autograd.grad(penalty, leaves, allow_unused=True, materialize_grads=True)
+    return [gradient.cpu() for gradient in second]
+
+
+@pytest.mark.feature("double backward, vectorised jacobians")
 @transformed
-def test_double_backward_agrees_with_torch(case, back_end):
-    """A gradient penalty, as of a Wasserstein critic."""
-    device = "cuda" if back_end == "triton" and torch.cuda.is_available() else "cpu"
-    if back_end == "triton":
-        case = replace(case, dtype=torch.float32, device=device)
-    outcomes = []
-    for module in pair(case):
-        data, hx = case.tensors()
-        # cuDNN has no second derivative.
-        with tritonrnn.backend(back_end), cudnn_off():
-            output, h_n = module(case.input(data), hx)
-            loss = plain(output).square().sum() + h_n.sum()
-            gradients = torch.autograd.grad(loss, [data, hx], create_graph=True)
-            penalty = sum(gradient.square().sum() for gradient in gradients)
-            leaves = [data, hx, *module.parameters()]
-            # relu has no second derivative in its biases: torch returns None or zero.
-            second = torch.autograd.grad(penalty, leaves, allow_unused=True)
-        outcomes.append([torch.zeros_like(x) if g is None else g for x, g in zip(leaves, second)])
-    tolerance = {"rtol": 1e-3, "atol": 1e-4} if back_end == "triton" else {}
-    torch.testing.assert_close(outcomes[1], outcomes[0], **tolerance)
+@here_and_on_gpu
+def test_double_backward_agrees_with_torch(case, where, implementation):
+    expected = second_derivatives(replace(case, dtype=implementation.dtype), nn.RNN)
+    got = second_derivatives(implementation.of(case), implementation.rnn)
+    torch.testing.assert_close(got, expected, **implementation.tolerance)
+
+
+@pytest.mark.feature("double backward, vectorised jacobians")
+def test_vectorised_jacobian_agrees_with_the_loop(implementation):
+    case = implementation.of(replace(TRANSFORMED[0], hx=False))
+    module, (data, _) = case.module(implementation.rnn), case.tensors(1.0)
+    expected, got = (
+        torch.autograd.functional.jacobian(lambda x: module(x)[0], data, vectorize=vectorize)
+        for vectorize in (False, True)
+    )
+    torch.testing.assert_close(got, expected)
 
 
 def scalar(function):
@@ -107,17 +119,29 @@ TRANSFORMS = {
 }
 
 
-@transformed
-@pytest.mark.parametrize("argument", [0, 1, 3], ids=["input", "hx", "weight_hh"])
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms_agree_with_the_recurrence_written_out(case, argument, transform):
+OF_TORCH_FUNC = ["grad", "jvp", "jacrev", "jacfwd", "hessian", "jacobian-forward"]
+FEWER = [(TRANSFORMED[1], 0, transform) for transform in OF_TORCH_FUNC]
+
+
+@pytest.mark.feature("`torch.func.grad`, `jacrev`, `jvp`, forward AD", triton="yes, on torch")
+@implementations(
+    "case,argument,transform",
+    nn=FEWER,
+    # Of the input, of hx and of weight_hh.
+    torch=product(TRANSFORMED, (0, 1, 3), TRANSFORMS),
+    triton=FEWER,
+)
+def test_transforms_agree_with_the_recurrence_written_out(
+    case, argument, transform, implementation
+):
     """Not with torch.nn.RNN, which takes no packed input under torch.func."""
-    function, arguments = as_function(case, case.module(tritonrnn.RNN))
+    case = implementation.of(case)
+    function, arguments = as_function(case, case.module(implementation.rnn))
     arguments = [x.detach() for x in arguments]
     # Cached before the transform, inside which lengths can't be read.
     assert case.rows
 
-    def ours(x):
+    def tried(x):
         return function(*arguments[:argument], x, *arguments[argument + 1 :])
 
     def written_out(x):
@@ -126,19 +150,24 @@ def test_transforms_agree_with_the_recurrence_written_out(case, argument, transf
 
     expected = TRANSFORMS[transform](written_out, arguments[argument])
     assert any(x.any() for x in tree_leaves(expected))
-    torch.testing.assert_close(TRANSFORMS[transform](ours, arguments[argument]), expected)
+    torch.testing.assert_close(TRANSFORMS[transform](tried, arguments[argument]), expected)
 
 
-@transformed
-@pytest.mark.parametrize("leaf", ["input", "hx", "weight_ih_l0", "weight_hh_l0", "bias_hh_l0"])
-def test_forward_ad_has_no_silent_zero_tangent(case, leaf):
+LEAVES = ["input", "hx", "weight_ih_l0", "weight_hh_l0", "bias_hh_l0"]
+FEWER = [(TRANSFORMED[1], leaf) for leaf in LEAVES]
+
+
+@pytest.mark.feature("`torch.func.grad`, `jacrev`, `jvp`, forward AD", triton="yes, on torch")
+@implementations("case,leaf", nn=FEWER, torch=product(TRANSFORMED, LEAVES), triton=FEWER)
+def test_forward_ad_has_no_silent_zero_tangent(case, leaf, implementation):
+    case = implementation.of(case)
     tangents = []
-    for module in pair(case):
+    for module in pair(case, implementation.rnn):
         data, hx = (x.detach() for x in case.tensors())
         with forward_ad.dual_level():
             parameters = {n: p.detach() for n, p in module.named_parameters()}
             leaves = {"input": data, "hx": hx, **parameters}
-            tangent = torch.linspace(-1, 1, leaves[leaf].numel(), dtype=torch.float64)
+            tangent = torch.linspace(-1, 1, leaves[leaf].numel()).to(data)
             leaves[leaf] = forward_ad.make_dual(leaves[leaf], tangent.view(leaves[leaf].shape))
             output, h_n = torch.func.functional_call(
                 module,
@@ -152,11 +181,12 @@ def test_forward_ad_has_no_silent_zero_tangent(case, leaf):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.feature("activation checkpointing")
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["recomputed", "reentrant"])
 @pytest.mark.parametrize("layout", ["time-major", "packed"])
-def test_checkpointing_agrees_and_repeats_dropout(layout, use_reentrant):
-    case = Case(layout=layout, L=2, dropout=0.4, dtype=torch.float64)
-    _, ours = pair(case)
+def test_checkpointing_agrees_and_repeats_dropout(layout, use_reentrant, implementation):
+    case = implementation.of(Case(layout=layout, L=2, dropout=0.4, dtype=torch.float64))
+    ours = case.module(implementation.rnn)
     data, hx = case.tensors()
 
     def function(data, hx):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
@@ -9,6 +11,7 @@ from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import tritonrnn
 from tests.support.cases import Case, pair, plain
+from tests.support.implementations import implementations
 
 CASES = [
     Case(T=4, B=3, I=2, H=3, L=L, D=D, layout=layout, nonlinearity=nonlinearity,
@@ -24,11 +27,9 @@ CASES = [
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-@pytest.fixture(autouse=True, params=["torch", "auto"])
-def _back_end(request):
-    """Auto is Triton without the transform, where the interpreter or a GPU runs it."""
-    with tritonrnn.backend(request.param):
-        yield
+mapped = pytest.mark.feature(
+    "`torch.func.vmap` over inputs, or over weights", nn="no", triton="yes, on torch"
+)
 
 
 def stacked(results):
@@ -54,51 +55,59 @@ def several(case: Case, count: int = 4):
     return [torch.stack([x * factor for factor in scale]) for x in (data, hx)]
 
 
+@mapped
 @pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 0)], ids=str)
 @cases
-def test_vmap_over_inputs_agrees_with_a_loop(case, in_dims):
-    module = case.module(tritonrnn.RNN).requires_grad_(False)
+def test_vmap_over_inputs_agrees_with_a_loop(case, in_dims, implementation):
+    case = implementation.of(case)
+    theirs, module = (module.requires_grad_(False) for module in pair(case, implementation.rnn))
     weights, run = dict(module.named_parameters()), of_tensors(case)
     arguments = [x if dim == 0 else x[1] for x, dim in zip(several(case), in_dims)]
     got = vmap(lambda *x: run(module, weights, *x), in_dims)(*arguments)
     one_by_one = zip(*(x if dim == 0 else [x] * 4 for x, dim in zip(arguments, in_dims)))
-    torch.testing.assert_close(list(got), stacked(run(module, weights, *x) for x in one_by_one))
+    torch.testing.assert_close(list(got), stacked(run(theirs, {}, *x) for x in one_by_one))
 
 
+@mapped
 @cases
-def test_ensemble_trains_as_its_members_do(case):
+def test_ensemble_trains_as_its_members_do(case, implementation):
     """Over weights, stacked."""
-    modules = [case.module(tritonrnn.RNN) for _ in range(3)]
-    for factor, module in enumerate(modules, 1):
-        for parameter in module.parameters():
+    case = implementation.of(case)
+    members, modules = zip(*(pair(case, implementation.rnn) for _ in range(3)))
+    for factor, (member, module) in enumerate(zip(members, modules), 1):
+        for parameter in (*member.parameters(), *module.parameters()):
             parameter.data.mul_(factor / 2)
     weights, buffers = stack_module_state(modules)
     assert not buffers
     (data, *_), (hx, *_) = several(case)
     run = of_tensors(case)
     got = vmap(lambda weights: run(modules[0], weights, data, hx))(weights)
-    expected = stacked(run(module, {}, data, hx) for module in modules)
+    expected = stacked(run(member, {}, data, hx) for member in members)
     torch.testing.assert_close(list(got), expected)
     sum(y.square().sum() for y in got).backward()
     sum(y.square().sum() for y in expected).backward()
     for name, weight in weights.items():
-        gradients = [module.get_parameter(name).grad for module in modules]
+        gradients = [member.get_parameter(name).grad for member in members]
         torch.testing.assert_close(weight.grad, torch.stack(gradients), msg=name)
 
 
-@cases
-def test_gradients_per_sample_agree_with_a_loop(case):
-    module = case.module(tritonrnn.RNN)
-    weights, run = dict(module.named_parameters()), of_tensors(case)
+@pytest.mark.feature(
+    "gradients of each sample by `torch.func.vmap`", nn="not if packed", triton="yes, on torch"
+)
+@implementations("case", nn=CASES[3:], torch=CASES, triton=CASES)
+def test_gradients_per_sample_agree_with_a_loop(case, implementation):
+    case = implementation.of(case)
+    theirs, module = pair(case, implementation.rnn)
+    run, samples = of_tensors(case), several(case)
 
-    def loss(weights, *x):
+    def loss(module, weights, *x):
         output, h_n = run(module, weights, *x)
         return output.square().sum() + h_n.pow(3).sum()
 
-    samples = several(case)
-    got = vmap(grad(loss), in_dims=(None, 0, 0))(weights, *samples)
+    weights = dict(module.named_parameters())
+    got = vmap(grad(functools.partial(loss, module)), in_dims=(None, 0, 0))(weights, *samples)
     expected = stacked(
-        torch.autograd.grad(loss(weights, *x), list(weights.values())) for x in zip(*samples)
+        torch.autograd.grad(loss(theirs, {}, *x), list(theirs.parameters())) for x in zip(*samples)
     )
     torch.testing.assert_close(list(got.values()), expected)
 

@@ -170,19 +170,41 @@ def test_weights_stepped_by_an_optimizer_are_the_ones_used():
     assert curves[0][-1] < curves[0][0]
 
 
-def test_weights_swapped_by_torch_are_the_ones_used_and_trained():
+swapped = pytest.mark.feature(
+    "weights swapped: `swap_tensors`, `load_state_dict` with swapping set", nn="no"
+)
+
+
+@swapped
+def test_weights_swapped_by_torch_are_the_ones_used_and_trained(implementation):
     """torch.nn.RNN, which keeps weak references to its weights, refuses."""
-    case = Case(L=2, D=2, dtype=torch.float64)
+    case = implementation.of(Case(T=3, L=2, D=2, dtype=torch.float64))
     data, hx = case.tensors()
-    other, ours = replace(case, seed=3).module(), case.module(tritonrnn.RNN)
+    other, ours = replace(case, seed=3).module(), case.module(implementation.rnn)
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
     ours(data, hx)
     for mine, new in zip(ours.parameters(), other.parameters()):
         torch.utils.swap_tensors(mine, nn.Parameter(new.detach().clone()))
-    assert_same_results(run(case, ours, data, hx), run(case, other, data, hx))
+    got, expected = run(case, ours, data, hx), run(case, other, data, hx)
+    assert_same_results(got, expected, **implementation.tolerance)
     ours(data, hx)[0].sum().backward()
     optimizer.step()
     assert not any(map(torch.equal, ours.parameters(), other.parameters()))
+
+
+@swapped
+def test_state_dict_loads_under_swap(implementation):
+    source, module = (implementation.rnn(3, 5, 2, device=implementation.device) for _ in range(2))
+    x = torch.randn(4, 2, 3, device=implementation.device)
+    expected, _ = source(x)
+    module(x)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module.load_state_dict(source.state_dict())
+        assert torch.equal(module(x)[0], expected)
+        assert module.bfloat16()(x.bfloat16())[0].dtype == torch.bfloat16
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 def test_weight_changed_between_forward_and_backward_raises():

@@ -53,7 +53,7 @@ def test_cooperative_calls_on_two_streams():
     for stream in streams:
         # Its copy of the row map, for which the host may wait.
         with torch.cuda.stream(stream):
-            layout.row_map(DEVICE)
+            layout.terms(DEVICE)
     torch.cuda.synchronize()
     # Both begin when all has been queued, so that each has a launch to run at any time.
     torch.cuda._sleep(10**9)

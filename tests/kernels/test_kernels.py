@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 
 import tritonrnn
-from tests.support.cases import (
-    DTYPE_NAMES,
-    Case,
-    assert_accurate_over,
-    assert_autocast_as_accurate,
-    assert_no_shared_storage,
-    assert_zero_gradients,
-    pair,
-)
+from tests.support.cases import Case, assert_no_shared_storage, assert_zero_gradients
 from tritonrnn.kernels import launch
 
 pytestmark = [
@@ -29,21 +20,6 @@ pytestmark = [
 
 # Natively where there is a GPU.
 KernelCase = functools.partial(Case, device="cuda" if torch.cuda.is_available() else "cpu")
-ON_TRITON = [
-    KernelCase(
-        T=3, B=2, H=5, dtype=dtype, nonlinearity=nonlinearity, layout=layout, L=L, D=D, hx=hx
-    )
-    for layout, (L, D), nonlinearity, dtype, hx in [
-        ("time-major", (1, 1), "tanh", torch.float32, True),
-        ("batch-first", (2, 1), "tanh", torch.float32, False),
-        ("unbatched", (1, 2), "tanh", torch.float32, True),
-        ("packed", (1, 2), "relu", torch.float32, False),
-        ("unsorted", (2, 2), "tanh", torch.float32, True),
-        ("unsorted", (1, 1), "tanh", torch.bfloat16, True),
-        ("time-major", (1, 2), "tanh", torch.float16, False),
-    ]
-]
-on_triton = pytest.mark.parametrize("case", ON_TRITON, ids=str)
 
 
 @pytest.fixture
@@ -52,17 +28,9 @@ def triton_back_end(torch_back_end):
         yield
 
 
-@on_triton
-@pytest.mark.usefixtures("triton_back_end")
-def test_kernels_are_as_accurate_as_torch(case):
-    data, hx = case.tensors()
-    assert tritonrnn.explain(case.module(tritonrnn.RNN), case.input(data), hx).backend == "triton"
-    assert_accurate_over([case])
-
-
 @pytest.mark.usefixtures("triton_back_end")
 def test_kernels_share_no_storage_between_gradients():
-    assert_no_shared_storage(KernelCase(T=2, D=2, layout=ON_TRITON[2].layout))
+    assert_no_shared_storage(KernelCase(T=2, D=2, layout="unbatched"))
 
 
 @pytest.mark.usefixtures("triton_back_end")
@@ -70,21 +38,14 @@ def test_kernels_give_an_empty_batch_zero_gradients():
     assert_zero_gradients(KernelCase(B=0, D=2))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=DTYPE_NAMES.get)
 @pytest.mark.usefixtures("triton_back_end")
-def test_kernels_under_autocast_follow_torchs_rules(dtype):
-    assert_autocast_as_accurate(
-        KernelCase(T=3, B=3, H=5, layout="unsorted", L=2), dtype, torch.float32
-    )
-
-
-@pytest.mark.usefixtures("triton_back_end")
-def test_kernels_of_all_layers_and_passes_share_one_row_map(monkeypatch):
+def test_kernels_of_all_layers_and_passes_share_the_tensors_of_a_layout(monkeypatch):
     given = []
 
     def arguments(*args, **kwargs):
         made = kernel_arguments(*args, **kwargs)
-        given.append(made["row_map_ptr"])
+        terms = [made[f"{name}_ptr"] for name in ("time_base", "batch_base", "lengths")]
+        given.append([term.data_ptr() for term in terms])
         return made
 
     kernel_arguments = launch.kernel_arguments
@@ -95,26 +56,14 @@ def test_kernels_of_all_layers_and_passes_share_one_row_map(monkeypatch):
     (output.data.sum() + h_n.sum()).backward()
     # A launch a layer, forward and backward.
     assert len(given) == 2 * 3
-    assert all(row_map is given[0] for row_map in given)
-
-
-@pytest.mark.usefixtures("triton_back_end")
-def test_double_backward_through_a_kernel_agrees_with_torch():
-    case = replace(ON_TRITON[0], T=2)
-    outcomes = []
-    for module in pair(case):
-        data, hx = case.tensors(1.0)
-        output, h_n = module(data, hx)
-        loss = output.square().sum() + h_n.sum()
-        gradients = torch.autograd.grad(loss, [data, hx], create_graph=True)
-        penalty = sum(gradient.square().sum() for gradient in gradients)
-        outcomes.append(torch.autograd.grad(penalty, [data, hx, *module.parameters()]))
-    torch.testing.assert_close(outcomes[1], outcomes[0])
+    assert given == len(given) * given[:1]
+    # Triton would compile anew for another alignment.
+    assert all(pointer % 16 == 0 for pointer in given[0])
 
 
 @pytest.mark.usefixtures("triton_back_end")
 def test_forced_kernels_refuse_forward_ad_rather_than_drop_a_tangent():
-    case = ON_TRITON[0]
+    case = KernelCase(T=3, B=2, H=5)
     module = case.module(tritonrnn.RNN)
     data, hx = (x.detach() for x in case.tensors())
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward"):

@@ -1,156 +1,102 @@
-"""``python -m perf features``: its verdicts on known modules, and the README's table."""
+"""``python -m perf features``: a table made from tests, and README's copy of it."""
 
-from dataclasses import replace
+import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from perf.features import COLUMNS, Outcomes
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def test_readme_has_the_rows_in_which_the_marks_differ():
+    """Each test is held to its mark, so that the outcomes are what the marks say."""
+    said = Outcomes()
+    for path in sorted((CHECKOUT / "tests" / "api").glob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(ast.Attribute(attr="feature"), [row], expected):
+                    cells = {one.arg: ast.literal_eval(one.value) for one in expected}
+                    place = (path.name, node.lineno)
+                    said.places.setdefault(ast.literal_eval(row), place)
+                    for column in COLUMNS:
+                        cell = cells.get(column, "yes")
+                        said.cells.setdefault((ast.literal_eval(row), column), set()).add(cell)
+    table, _, _ = said.markdown(differences=True).partition("\n\n")
+    assert len(table.splitlines()) > 10
+    assert table in (CHECKOUT / "README.md").read_text(), table
+
+
+OUTCOMES = """
+import pytest
 import torch
-from torch import nn
-from typer.testing import CliRunner
 
-import tritonrnn
-from perf.__main__ import app
-from perf.features import table
-from perf.features.attempt import (
-    FEATURES,
-    TORCH_NN,
-    TORCH_PATH,
-    TRITON_PATH,
-    NotTriedError,
-    Outcome,
-    Side,
-)
+@pytest.mark.feature("ours alone", nn="not there")
+def test_ours_alone(implementation):
+    assert implementation.name != "nn", "the message"
 
-README = Path(__file__).parents[2] / "README.md"
-# tests/api/test_distributed.py tries these, on both paths of tritonrnn.
-PROCESSES = ("`DistributedDataParallel`", "FSDP2, `fully_shard`")
+@pytest.mark.feature("broken")
+@pytest.mark.parametrize("part", [1, 2])
+def test_broken(implementation, part):
+    assert (implementation.name, part) != ("torch", 2), "of a part"
 
+@pytest.mark.feature("learnt since", nn="no")
+def test_learnt_since(implementation):
+    pass
 
-class WrongState(tritonrnn.RNN):
-    """Return an ``h_n`` that is off by a thousandth."""
+@pytest.mark.feature("an error of the test", nn="no")
+def test_error(implementation):
+    unknown
 
-    def forward(self, *args, **kwargs):
-        output, h_n = super().forward(*args, **kwargs)
-        return output, 1.001 * h_n
+@pytest.mark.feature("left to torch", triton="yes, on torch")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_left_to_torch(implementation, dtype):
+    implementation.rnn(3, 5, dtype=dtype)(torch.ones(4, 2, 3, dtype=dtype))
 
+@pytest.mark.feature("served by a kernel", triton="yes, on torch")
+def test_served_by_a_kernel(implementation):
+    module, x = implementation.rnn(3, 5), torch.ones(4, 2, 3)
+    module.to(implementation.device)(x.to(implementation.device))
 
-class NoGradient(tritonrnn.RNN):
-    """Return results without a graph."""
+@pytest.mark.feature("of ours", nn="has none of its own")
+@pytest.mark.parametrize("implementation", ["torch", "triton"], indirect=True)
+def test_of_ours(implementation):
+    pass
 
-    def forward(self, *args, **kwargs):
-        output, h_n = super().forward(*args, **kwargs)
-        return output.detach(), h_n.detach()
-
-
-def rows_of(text: str) -> dict[str, list[str]]:
-    """Return the cells of a markdown table of features by its first column."""
-    lines = iter(text.splitlines())
-    for line in lines:
-        if line.startswith("|") and TORCH_NN in line and TORCH_PATH in line:
-            break
-    else:
-        pytest.fail("no table of features")
-    assert next(lines).startswith("|:-")
-    rows = {}
-    for line in lines:
-        if not line.startswith("|"):
-            break
-        wording, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        rows[wording] = cells
-    return rows
-
-
-def verdicts(rnn_class, *parts: str) -> set[str]:
-    side = Side(TORCH_PATH, rnn_class, "torch", "cpu")
-    on_a_cpu = [feature for feature in FEATURES if not feature.needs_gpu]
-    chosen = [feature for feature in on_a_cpu if feature.wording.startswith(parts)]
-    assert len(chosen) == len(parts)
-    return {feature.attempt(side).word for feature in chosen}
+@pytest.mark.feature("skipped")
+def test_skipped(implementation):
+    pytest.skip("needs the moon")
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("place", "column"),
-    [*enumerate((TORCH_NN, TORCH_PATH, TRITON_PATH))],
-    ids=["nn.RNN", "torch-path", "triton-path"],
-)
-def test_readme_has_the_outcome_of_every_feature(place, column):
-    promised = rows_of(README.read_text())
-    assert list(promised) == [feature.wording for feature in FEATURES]
-    side = table.sides()[column]
-    tried = {
-        feature.wording: Outcome("yes") if feature.wording in PROCESSES else feature.attempt(side)
-        for feature in FEATURES
-        if not feature.needs_gpu
-    }
-    wrong = {
-        wording: (promised[wording][place], outcome)
-        for wording, outcome in tried.items()
-        if promised[wording][place] != outcome.word
-    }
-    assert not wrong
-
-
-def test_command_prints_every_feature_and_the_reasons_of_failures(monkeypatch):
-    chosen = [feature for feature in FEATURES if feature.wording.startswith(("padded", "`lengths"))]
-    chosen += [feature for feature in FEATURES if feature.needs_gpu][:1]
-
-    def refuse(side: Side) -> None:
-        raise KeyError("a reason")
-
-    chosen.append(replace(chosen[0], wording="a feature that fails", probe=refuse))
-    monkeypatch.setattr(table, "FEATURES", chosen)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    result = CliRunner().invoke(app, ["features"], catch_exceptions=False)
-    printed, promised = rows_of(result.output), rows_of(README.read_text())
-    assert list(printed) == [feature.wording for feature in chosen]
-    assert printed.pop("a feature that fails") == ["no", "no", "no"]
-    assert result.output.count("a feature that fails: KeyError: 'a reason'") == 3
-    assert f"{TORCH_NN}, `lengths=` of a padded batch" in result.output.partition("failed:")[2]
-    if torch.cuda.is_available():
-        printed.pop(chosen[2].wording)
-    assert all(promised[wording] == cells for wording, cells in printed.items())
-
-
-JUDGED_BY_VALUES = (
-    "tanh and relu",
-    "padded",
-    "backward in eval mode",
-    "activation checkpointing",
-    "double backward",
-    "jagged",
-    "`lengths=`",
-    "`reset=`",
-    "weights tied",
-)
-
-
-@pytest.mark.parametrize(
-    ("rnn_class", "parts", "verdict"),
-    [
-        (tritonrnn.RNN, ("tanh and relu", "padded", "backward in eval mode"), "yes"),
-        (WrongState, JUDGED_BY_VALUES, "silently wrong"),
-        (NoGradient, ("padded", "backward in eval mode", "double backward"), "no"),
-        (nn.RNN, ("`lengths=`", "`reset=`", "jagged", "weights swapped", "`torch.export`, "), "no"),
-        (nn.RNN, ("refuses an `hx`", "refuses a `Packed"), "silently wrong"),
-    ],
-    ids=["right", "wrong-state", "no-gradient", "nn.RNN-cannot", "nn.RNN-wrong"],
-)
-def test_verdicts_on_known_modules(rnn_class, parts, verdict):
-    assert verdicts(rnn_class, *parts) == {verdict}
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_rows_that_need_a_gpu_are_not_tried_without():
-    side = table.sides()[TORCH_PATH]
-    words = {feature.attempt(side).word for feature in FEATURES if feature.needs_gpu}
-    assert words == {"not tried: needs a GPU"}
-
-
-def test_missing_package_is_no_verdict(monkeypatch):
-    feature = next(feature for feature in FEATURES if "ONNX" in feature.wording)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    outcome = feature.attempt(table.sides()[TORCH_NN])
-    assert outcome.word == "not tried: needs onnxscript"
-    with pytest.raises(NotTriedError):
-        feature.probe(table.sides()[TORCH_NN])
+def test_command_prints_the_outcomes_of_marked_tests_and_why(tmp_path):
+    (tmp_path / "test_outcomes.py").write_text(OUTCOMES)
+    options = ["-c", str(CHECKOUT / "pyproject.toml"), "-n", "0"]
+    options += ["-p", "tests.conftest", "-p", "tests.api.conftest"]
+    done = subprocess.run(
+        [sys.executable, "-m", "perf", "features", str(tmp_path), "--", *options],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+    )
+    lines = done.stdout.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:10]]
+    assert rows == [
+        ["ours alone", "not there", "yes", "yes"],
+        ["broken", "yes", "no", "yes"],
+        ["served by a kernel", "yes", "yes", "no"],
+        ["of ours", "has none of its own", "yes", "yes"],
+        ["learnt since", "yes", "yes", "yes"],
+        ["an error of the test", "no", "no", "no"],
+        ["left to torch", "yes", "yes", "yes, on torch"],
+        ["skipped", *["not tried: needs the moon"] * 3],
+    ], done.stderr
+    assert f"- {COLUMNS['nn']}, ours alone: AssertionError: the message" in done.stdout
+    assert f"- {COLUMNS['torch']}, broken: AssertionError: of a part" in done.stdout
+    assert "a kernel serves what the mark leaves to torch" in done.stdout
+    assert "name 'unknown' is not defined" in done.stdout
+    assert done.returncode == 1

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from perf.roofline import calibrate
 from perf.roofline import model as roofline
 from tritonrnn.kernels.devices import DEVICES
 
-H200 = roofline.find("NVIDIA H200")
-assert H200 is not None
+H200 = roofline.GPU(
+    "NVIDIA H200", roofline.published(replace(DEVICES["sm_90"], memory_gb_per_s=4800))
+)
 
 # Round numbers, for working by hand: clocks are nanoseconds.
 ROUND = roofline.GPU(
@@ -126,7 +128,7 @@ def test_fp32_is_slower_than_tf32_on_a_gpu():
         roofline.limit(Case(T=64, B=256, I=1024, H=1024, fp32_mode=mode), "infer", H200, seed=0)
         for mode in ("ieee", "tf32")
     )
-    assert ieee.compute_us / tf32.compute_us == pytest.approx(495 / 67)
+    assert ieee.compute_us / tf32.compute_us == pytest.approx(495 / 67, rel=1e-3)
     assert ieee.hbm_us == tf32.hbm_us
 
 
@@ -134,7 +136,7 @@ def test_serial_part_outweighs_the_others():
     # T 1024, B 16, H 256, bf16: compute and memory take 4 us each.
     case = Case(T=1024, B=16, I=256, H=256, dtype="bf16", fp32_mode="none")
     limit = roofline.limit(case, "infer", H200, seed=0)
-    assert limit.compute_us == pytest.approx(2 * 1024 * 16 * 256 * 512 / 989e6, rel=1e-6)
+    assert limit.compute_us == pytest.approx(2 * 1024 * 16 * 256 * 512 / 989e6, rel=1e-3)
     assert 4 < limit.compute_us < 5
     assert 3 < limit.hbm_us < 4
     # At 1.98 GHz, and with the weights, 128 KiB, in registers:
@@ -158,19 +160,24 @@ def test_serial_part_outweighs_the_others():
     assert limit.serial_us == pytest.approx(1024 * (160 + 256) / 1980)
 
 
-@pytest.mark.parametrize("name", roofline.sources())
-def test_every_constant_has_a_source(name):
-    assert all(constant["source"] for constant in roofline.sources()[name].values())
-    device = roofline.find(name)
-    assert device is not None
+@pytest.mark.parametrize("arch", DEVICES)
+def test_every_device_has_a_limit(arch):
+    gpu = roofline.GPU(arch, roofline.published(DEVICES[arch]))
     for H in (16, 256, 2048, 16384):
         case = Case(T=3, B=5, I=7, H=H, dtype="fp16", fp32_mode="none")
-        assert math.isfinite(roofline.limit(case, "fwdbwd", device, seed=0).limit_us)
+        assert math.isfinite(roofline.limit(case, "fwdbwd", gpu, seed=0).limit_us)
 
 
-def test_unknown_device_has_no_limit():
-    assert roofline.find("abacus") is None
-    assert roofline.find(None) is None
+def test_peaks_are_those_of_the_datasheet():
+    # NVIDIA's datasheets of the H100 SXM and the A100 80GB: 16 bits, TF32, fp32, TB/s.
+    for arch, peaks in {"sm_90": (989, 495, 67, 3.35), "sm_80": (312, 156, 19.5, 2.039)}.items():
+        constants = roofline.published(DEVICES[arch])
+        names = ("bf16_TFLOPps", "tf32_TFLOPps", "fp32_TFLOPps", "hbm_TBps")
+        assert [constants[name] for name in names] == pytest.approx(peaks, rel=2e-3)
+
+
+def test_cpu_has_no_limit():
+    assert roofline.gpu_at(torch.device("cpu")) is None
 
 
 def test_measured_constants_replace_the_published():
@@ -195,7 +202,8 @@ def test_calibration_on_a_cpu_names_what_does_not_apply(monkeypatch, tmp_path):
 
 
 def test_calibration_measures_what_the_model_uses():
-    assert {probe.constant for probe in calibrate.PROBES} <= set(H200.constants)
+    # The time of a launch is no part of a limit; the choice of a plan assumes one.
+    assert {probe.constant for probe in calibrate.PROBES} - {"launch_us"} <= set(H200.constants)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +214,7 @@ def probe_instructions() -> dict[str, list[str]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
     from perf.roofline import probes
-    from perf.compile.static import listing_of
+    from perf.compile.listing import listing_of
 
     found = {}
     for name, signature, constants, warps in (
@@ -284,14 +292,3 @@ def test_measured_chain_leaves_out_what_the_model_counts_beside_it(monkeypatch):
     # 16 sequences by 64 x 64: 2 * 16 * 64 * 64 / 4096.
     assert calibrate.chain_clk(device) == pytest.approx(300 - 32)
     assert calibrate.clock_GHz(device) == pytest.approx(1.5)
-
-
-@pytest.mark.parametrize("name", roofline.sources())
-def test_constants_are_those_of_the_choice_of_a_plan(name):
-    gpu = roofline.find(name)
-    assert gpu is not None
-    expected = {"multiprocessors": 132, "clock_GHz": 1.98, "shared_bytes": 227 * 1024}
-    expected |= {"bf16_FLOP_per_clk": 4096, "fp16_FLOP_per_clk": 4096}
-    expected |= {"tf32_FLOP_per_clk": 2048, "fp32_FLOP_per_clk": 256}
-    assert roofline.device_constants(DEVICES["sm_90"]) == expected
-    assert expected.items() <= dict(gpu.constants).items()

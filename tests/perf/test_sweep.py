@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -78,7 +79,9 @@ def test_rows_are_complete_where_there_is_no_gpu(smoke):
 
 def test_ours_runs_its_torch_path_and_saves_less_than_a_loop(smoke):
     rows = perf.load(smoke)
-    assert rows.loc[rows["peer"] == "tritonrnn", "plan"].eq("torch, in-place").all()
+    ours = rows[rows["peer"] == "tritonrnn"].set_index("mode")["plan"]
+    assert ours.pop("infer") == "torch, aten"
+    assert ours.eq("torch, in-place").all()
     trained = rows[(rows["mode"] == "fwdbwd") & (rows["layout"] == "padded")].set_index("peer")
     assert trained["saved_MiB"]["tritonrnn"] < trained["saved_MiB"]["loop"]
     inferred = rows[(rows["mode"] == "infer") & (rows["peer"] == "nn_aten")]
@@ -188,8 +191,11 @@ def test_killed_sweep_goes_on_where_it_was(tmp_path):
     assert len({row["run_id"] for row in rows}) == 2
 
 
-def test_budget_stops_cleanly(tmp_path):
-    result = sweep(tmp_path, "--budget", "0s")
+@pytest.mark.parametrize("budget", ["0s", "9m"])
+def test_sweep_stops_cleanly(tmp_path, monkeypatch, budget):
+    if budget != "0s":
+        monkeypatch.setattr(Sweep, "_attempt", Mock(side_effect=KeyboardInterrupt))
+    result = sweep(tmp_path, "--budget", budget)
     assert result.exit_code == 0
     assert "2 of 2 cases to go" in result.output
 
@@ -206,22 +212,28 @@ def test_folder_of_another_machine_is_left_alone(tmp_path):
     [("1,16", (1, 16)), ("64:512:x2", (64, 128, 256, 512)), ("10:30:+10,7", (10, 20, 30, 7))],
 )
 def test_axes_are_read(text, expected):
-    assert presets.integers(text) == expected
+    assert presets.values("T", text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "x", "4:8", "4:8:x1", "4:8:+0", "0", "0:8:x2", "-1"])
 def test_axes_that_make_no_sense_raise(text):
     with pytest.raises(ValueError, match="Expected"):
-        presets.integers(text)
+        presets.values("T", text)
 
 
 def test_axes_replace_those_of_the_preset_and_no_case_comes_twice():
-    given = {"H": "16,32", "dtypes": "bf16,fp32", "layouts": "padded"}
+    given = {"H": "16,32", "dtype": "bf16,fp32", "layout": "padded"}
     units = presets.units("smoke", given, ("loop",), "cuda")
     assert len({unit.case for unit in units}) == len(units) == 4
     assert {unit.case.fp32_mode for unit in units if unit.case.dtype == "bf16"} == {"none"}
-    assert all(unit.case.T == 8 and unit.case.I == 4 for unit in units)
+    assert all(unit.case.T == 12 and unit.case.I == 4 for unit in units)
     assert set(presets.units("headline", {}, (), "cuda")[0].modes) == {"infer", "fwdbwd"}
+
+
+def test_cpu_is_five_cases_in_three_modes():
+    units = presets.units("cpu", {}, ("tritonrnn",), "cpu")
+    modes = sorted((unit.case.layout, *unit.modes) for unit in units)
+    assert modes == 5 * [("packed", "fwdbwd")] + 5 * [("padded", "fwdbwd", "infer")]
 
 
 @pytest.mark.parametrize("preset", presets.PRESETS)
@@ -231,11 +243,12 @@ def test_presets_name_cases(preset, device):
     assert len({unit.case.case_id for unit in units}) == len(units) > 0
 
 
-def test_unit_without_what_is_done():
+def test_unit_without_the_cells_that_have_rows():
     [unit, *_] = presets.units("smoke", {}, ("loop", "nn_aten"), "cpu")
     done = [("loop", mode) for mode in unit.modes if mode != "bwd"] + [("nn_aten", "bwd")]
-    left = unit.without(done)
-    assert left == Unit(
+    rows = [unit.case.columns() | {"peer": peer, "mode": mode} for peer, mode in done]
+    other = rows[0] | {"device": "cuda", "peer": "nn_aten"}
+    assert unit.left([*rows, other]) == Unit(
         unit.case,
         {"infer": ("nn_aten",), "fwd": ("nn_aten",), "bwd": ("loop",), "fwdbwd": ("nn_aten",)},
     )
@@ -265,6 +278,19 @@ def test_help_has_the_names_of_every_axis():
     text = invoke("run", "--help").output
     for names in presets.NAMED_AXES.values():
         assert all(name in text for name in names)
+
+
+@pytest.mark.slow
+def test_cpu_command_measures_the_preset_and_prints_the_speedups(tmp_path, monkeypatch):
+    tiny = presets.grid(T=5, B=3, I=4, H=6, mode="fwdbwd", layout="packed", lengths="linear")
+    monkeypatch.setitem(presets.PRESETS, "cpu", (tiny,))
+    result = invoke("cpu", *QUICK, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "fwdbwd, packed:" in result.output
+    rows = perf.load(tmp_path)
+    assert set(rows["peer"]) == {"nn_aten", "nn_again", "tritonrnn"}
+    assert (rows["status"] == "ok").all()
+    assert (rows["threads"] == 1).all()
 
 
 def test_show_and_env_print_facts(smoke):

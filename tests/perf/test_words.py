@@ -8,16 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import wordfreq
 from torch import nn
 from torch.nn.utils.rnn import pad_packed_sequence
 from typer.testing import CliRunner
 
 import tritonrnn
 from perf.__main__ import app
-from perf.report import loss_curves, tables
-from perf.training import paired_training, word_lists
+from perf.report import tables
+from perf.training import loss_curves, paired_training, word_lists
 
+wordfreq = pytest.importorskip("wordfreq")
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 
 TOP = 400
@@ -36,7 +36,7 @@ def invoke(*arguments: str):
 
 
 @pytest.fixture(scope="module")
-def few_words() -> word_lists.LabelledWords:
+def few_words() -> list[word_lists.Word]:
     return word_lists.load_words(TOP)
 
 
@@ -44,47 +44,52 @@ def test_words_are_known_to_one_language_only(few_words):
     known = {
         code: wordfreq.get_frequency_dict(code, wordlist="small") for code in word_lists.LANGUAGES
     }
-    for word, label in zip(few_words.words, few_words.labels):
+    for word, label in few_words:
         assert [code for code in known if word in known[code]] == [word_lists.LANGUAGES[label]]
 
 
 def test_words_cover_all_languages_within_the_lengths(few_words):
-    assert set(few_words.labels) == set(range(14))
-    assert len(set(few_words.words)) == len(few_words)
-    assert all(3 <= len(word) <= 22 for word in few_words.words)
+    assert {word.label for word in few_words} == set(range(14))
+    assert len(set(few_words)) == len(few_words)
+    assert all(3 <= len(word.spelling) <= 22 for word in few_words)
 
 
 def test_distinct_words_drops_what_two_languages_share_and_what_is_not_latin():
     nothing: dict[str, list[str]] = {code: [] for code in word_lists.LANGUAGES}
     ranked = nothing | {"de": ["haus", "taxi", "ab", "слово", "ha1s"], "fr": ["maison", "taxi"]}
     known = {code: set(ranked[code]) for code in ranked} | {"en": {"maison"}}
-    assert word_lists.distinct_words(ranked, known) == word_lists.LabelledWords(("haus",), (1,))
+    assert word_lists.distinct_words(ranked, known) == [("haus", 1)]
 
 
 def test_split_is_disjoint_complete_and_repeatable(few_words):
-    training, held_out = few_words.split(0.1, seed=3)
+    training, held_out = word_lists.split(few_words, 0.1, seed=3)
     assert len(held_out) == round(len(few_words) / 10)
-    assert not set(training.words) & set(held_out.words)
-    pairs = zip(training.words + held_out.words, training.labels + held_out.labels)
-    assert set(pairs) == set(zip(few_words.words, few_words.labels))
-    assert few_words.split(0.1, seed=3) == (training, held_out)
-    assert few_words.split(0.1, seed=4) != (training, held_out)
+    assert not set(training) & set(held_out)
+    assert set(training + held_out) == set(few_words)
+    assert word_lists.split(few_words, 0.1, seed=3) == (training, held_out)
+    assert word_lists.split(few_words, 0.1, seed=4) != (training, held_out)
 
 
 def test_batches_hold_every_word_once_with_its_letters_and_label(few_words):
-    alphabet = word_lists.Alphabet(few_words.words)
-    encoded = word_lists.EncodedWords(few_words.words, few_words.labels, alphabet)
+    alphabet = word_lists.alphabet_of(few_words)
+    shuffled = word_lists.batches(
+        few_words, alphabet, 32, torch.device("cpu"), torch.Generator().manual_seed(0)
+    )
     seen = []
-    for batch in encoded.shuffled(32, torch.Generator().manual_seed(0)):
+    for batch in shuffled:
         letters, lengths = pad_packed_sequence(batch.letters, batch_first=True)
         assert lengths.tolist() == sorted(lengths.tolist(), reverse=True)
         for row, length, label in zip(letters, lengths, batch.labels):
-            seen.append((tuple(row[:length].tolist()), int(label)))
+            seen.append((row[:length].tolist(), int(label)))
     expected = [
-        (tuple(alphabet.indices(word)), label)
-        for word, label in zip(few_words.words, few_words.labels)
+        (word_lists.encode(spelling, alphabet).tolist(), label) for spelling, label in few_words
     ]
     assert sorted(seen) == sorted(expected)
+
+
+def test_letters_outside_the_alphabet_share_an_index():
+    alphabet = word_lists.alphabet_of([word_lists.Word("ba", 0), word_lists.Word("ca", 0)])
+    assert word_lists.encode("abcd", alphabet).tolist() == [1, 2, 3, word_lists.UNKNOWN_LETTER]
 
 
 def test_normalize_spells_as_the_lists_do():

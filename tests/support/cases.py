@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonrnn
-from perf.bench.oracle import assert_as_accurate, elman
+from tests.support.oracle import assert_as_accurate, elman
 
 DTYPE_NAMES = {
     torch.float64: "fp64",
@@ -197,10 +197,10 @@ def exact(case: Case, module: nn.Module, data: Tensor, hx: Tensor | None) -> dic
     return with_gradients(case, wide, data, hx, *case.written_out(wide.parameters(), data, hx))
 
 
-def pair(case: Case) -> tuple[nn.Module, nn.Module]:
-    """Return torch.nn.RNN and ours with the same weights."""
+def pair(case: Case, module_class: type[nn.Module] = tritonrnn.RNN) -> tuple[nn.Module, nn.Module]:
+    """Return torch.nn.RNN and ours, or what is to be tried, with the same weights."""
     theirs = case.module(nn.RNN)
-    ours = case.module(tritonrnn.RNN)
+    ours = case.module(module_class)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -236,11 +236,13 @@ class RecordedCalls(TorchDispatchMode):
         return sum(nbytes for storage, nbytes in self.storages.values() if not storage.expired())
 
 
-def assert_accurate_over(cases: list[Case], scale: float = 4.0) -> None:
+def assert_accurate_over(
+    cases: list[Case], scale: float = 4.0, module_class: type[nn.Module] = tritonrnn.RNN
+) -> None:
     """Check that the median error over draws of a case is about torch.nn.RNN's."""
     expected, truth, got = [], [], []
     for case in cases:
-        theirs, ours = pair(case)
+        theirs, ours = pair(case, module_class)
         data, hx = case.tensors(scale)
         expected.append(run(case, theirs, data, hx))
         truth.append(exact(case, theirs, data, hx))
@@ -252,9 +254,23 @@ def assert_accurate_over(cases: list[Case], scale: float = 4.0) -> None:
         )
 
 
-def assert_autocast_as_accurate(case: Case, dtype: torch.dtype, input_dtype: torch.dtype) -> None:
+def assert_as_accurate_as_on_cpu(case: Case, got: dict[str, Tensor]) -> None:
+    """Check results, of any device and mode, against torch.nn.RNN's in training on the CPU."""
+    case = replace(case, device="cpu", dropout=0.0)
+    arguments = (case, case.module(), *case.tensors())
+    expected, truth = run(*arguments), exact(*arguments)
+    for name in truth:
+        assert_as_accurate([got[name].cpu()], [expected[name]], [truth[name]], name)
+
+
+def assert_autocast_as_accurate(
+    case: Case,
+    dtype: torch.dtype,
+    input_dtype: torch.dtype,
+    module_class: type[nn.Module] = tritonrnn.RNN,
+) -> None:
     """Check that a call under autocast to ``dtype`` has torch.nn.RNN's dtypes and accuracy."""
-    theirs, ours = pair(case)
+    theirs, ours = pair(case, module_class)
     data, hx = case.tensors()
     data = data.detach().to(input_dtype).requires_grad_()
     truth = exact(case, theirs, data, hx)

@@ -13,10 +13,10 @@ from tests.support.cases import Case, plain
 class Model(nn.Module):
     """An RNN with a head, which builds its packed input from tensors."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: Case, module_class: type[nn.Module] = tritonrnn.RNN):
         super().__init__()
-        self.rnn = case.module(tritonrnn.RNN)
-        self.head = nn.Linear(case.D * case.H, 3)
+        self.rnn = case.module(module_class)
+        self.head = nn.Linear(case.D * case.H, 3).to(case.device, case.dtype)
         self.case = case
 
     def forward(self, *tensors):

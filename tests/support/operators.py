@@ -59,10 +59,10 @@ class OperatorCall:
         t, b = torch.arange(case.T)[:, None], torch.arange(case.B)
         if self.lengths:
             seq_metadata = b % (case.T + 1)
-            padding = self.place(t >= seq_metadata)[..., None]
+            padding = self.place(t >= seq_metadata)[..., None].to(case.device)
             data = data.detach().masked_fill(padding, torch.nan).requires_grad_(requires_grad)
         if self.reset:
-            reset = self.place((t + b) % 3 == 0)
+            reset = self.place((t + b) % 3 == 0).to(case.device)
         settings = (self.layout, case.nonlinearity, case.D == 2, self.backend, True)
         return (data, hx, weights, seq_metadata, reset, *settings)
 

@@ -23,6 +23,7 @@ LAYOUTS = {
     "batch-major": SequenceLayout.batch_major(11, 7),
     "packed": SequenceLayout.packed([11, 9, 9, 5, 2, 1, 1], 38),
     "jagged": RaggedLayout.jagged(torch.tensor([0, 1, 1, 8, 10, 11, 15, 16, 16, 22, 23]), 23),
+    "lengths": RaggedLayout.padded(7, 9, True, torch.tensor([3, 0, 7, 1, 2, 0, 6, 7, 5])),
 }
 BOTH_WAYS = (False, True)
 # Triton's interpreter does not know Gluon: tests.support.ptxsim runs that plan where no GPU does.
@@ -53,14 +54,24 @@ class Case:
         guarded = torch.full((N + 2 * guard, width), torch.nan).to(self.a)
         s = guarded[guard : guard + N]
         s.copy_(self.a)
-        self.walk(s, plan)
+        ends = self.walk(s, plan)
+        torch.testing.assert_close(ends, self.ends_of(s), rtol=0, atol=0, equal_nan=True)
         assert guarded[:guard].isnan().all()
         assert guarded[guard + N :].isnan().all()
         return s
 
-    def walk(self, s: Tensor, plan: LaunchPlan | str) -> None:
+    def ends_of(self, s: Tensor) -> Tensor:
+        """Return the row of s that each sequence's walk ends with, or 0."""
+        H = self.M.shape[1]
+        ends = s.new_zeros(len(self.reverse), self.layout.B, H)
+        for b, rows in enumerate(oracle.sequences(self.layout)):
+            for g, backwards in enumerate(self.reverse if rows else ()):
+                ends[g, b] = s[rows[0 if backwards else -1], g * H : (g + 1) * H]
+        return ends
+
+    def walk(self, s: Tensor, plan: LaunchPlan | str) -> Tensor | None:
         """Launch the recurrence over s, and wait for nothing."""
-        launch.recurrence(
+        return launch.recurrence(
             s,
             self.v_0,
             self.M,
@@ -126,6 +137,8 @@ def make_case(
     v_0 = normal(G, layout.B, H, scale=2.0).to(DEVICE) if with_v_0 else None
     aux = None
     if epilogue.endswith("_grad"):
+        # The gradient of h_n, which a layer hands in as it is.
+        v_0 = None if v_0 is None else v_0.to(dtype)
         aux = oracle.EPILOGUES[epilogue.removesuffix("_grad")](
             normal(layout.N, G * H, scale=2.0), a
         )

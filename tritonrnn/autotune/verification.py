@@ -5,7 +5,6 @@ It is held to the torch path in float64, and to itself, bit by bit.
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,15 +57,20 @@ def verify(kernel: Kernel, bench: Bench) -> tuple[bool, str, float]:
     for layout_of in (_small_layout, _full_layout):
         failed, error, why = 0, 0.0, ""
         for seed in range(SEEDS):
-            sample = draw(kernel, layout_of(kernel, bench, seed), bench.device, seed)
-            first = _run(kernel, sample)
-            if first is None:
+            layout = layout_of(kernel, bench, seed)
+            sample = draw(kernel, layout, bench.device, seed)
+            run = _run(kernel, sample)
+            if run is None:
                 return False, "it writes where no token is", MOST
-            if not _same_bits(first, _run(kernel, sample)):
+            first, ends = run
+            again = _run(kernel, sample)
+            if again is None or not _same_bits(first, again[0]):
                 return False, "two runs of it differ", MOST
             share = _error(kernel, sample, first)
             if share <= 1:
                 worst = max(worst, share)
+                if not _same_bits(ends, layout.final_states(first, _reverse(kernel), None)):
+                    return False, "what it says that walks end with is wrong", MOST
             else:
                 failed, error = failed + 1, max(error, share)
                 why = (
@@ -81,8 +85,18 @@ def verify(kernel: Kernel, bench: Bench) -> tuple[bool, str, float]:
 
 def precompile(kernel: Kernel, bench: Bench) -> Callable[[], None]:
     """Return a function that compiles a kernel as :func:`verify` launches it, in any thread."""
-    sample = draw(kernel, _small_layout(kernel, bench, 0), bench.device, 0)
-    return functools.partial(_launch, kernel, sample, sample.a, compile_only=True)
+    layouts = [_small_layout(kernel, bench, 0)]
+    if kernel.mapped:
+        # Each layout takes other terms of the row map from memory.
+        lengths = torch.ones(1, dtype=torch.int64, device="cpu")
+        layouts += [_small_layout(kernel, bench, 1), RaggedLayout.padded(1, 1, False, lengths)]
+
+    def compile_all() -> None:
+        for layout in layouts:
+            sample = draw(kernel, layout, bench.device, 0)
+            _launch(kernel, sample, sample.a, compile_only=True)
+
+    return compile_all
 
 
 def error_share(got: Tensor, torchs: Tensor, exact: Tensor, eps: float) -> float:
@@ -118,8 +132,8 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def _error(kernel: Kernel, sample: Sample, got: Tensor) -> float:
-    padding = sample.layout.padding_rows(got.device)
-    tokens = slice(None) if padding is None else ~padding
+    live = sample.layout.live_rows(got.device)
+    tokens = slice(None) if live is None else live
     exact = torchs_result(kernel, sample, torch.float64)
     torchs = torchs_result(kernel, sample, got.dtype)
     eps = torch.finfo(got.dtype).eps
@@ -151,21 +165,27 @@ def _round_to_tf32(x: Tensor) -> Tensor:
     return ((bits + (1 << 12)) & -(1 << 13)).view(torch.float32)
 
 
-def _run(kernel: Kernel, sample: Sample) -> Tensor | None:
-    """Return the kernel's result, or None if it wrote to rows of no token, or outside of all."""
+def _run(kernel: Kernel, sample: Sample) -> tuple[Tensor, Tensor] | None:
+    """Return the kernel's result, and what its walks end with.
+
+    None if it wrote outside of all rows, or anything but 0 to rows of no token.
+    """
     a = _among_nan(sample.a)
     with launch.trial():
-        _launch(kernel, sample, a)
+        ends = _launch(kernel, sample, a)
+    assert ends is not None
     whole = a.as_strided((a.numel() + 2 * GUARD,), (1,), 0)
     is_kept = whole[:GUARD].isnan().all() & whole[-GUARD:].isnan().all()
-    padding = sample.layout.padding_rows(a.device)
-    if padding is not None:
-        is_kept = is_kept & a[padding].isnan().all()
-    return a if bool(is_kept) else None
+    live = sample.layout.live_rows(a.device)
+    if live is not None:
+        is_kept = is_kept & (a[~live] == 0).all()
+    return (a, ends) if bool(is_kept) else None
 
 
-def _launch(kernel: Kernel, sample: Sample, a: Tensor, *, compile_only: bool = False) -> None:
-    launch.recurrence(
+def _launch(
+    kernel: Kernel, sample: Sample, a: Tensor, *, compile_only: bool = False
+) -> Tensor | None:
+    return launch.recurrence(
         a,
         sample.v_0,
         sample.M,
@@ -179,11 +199,8 @@ def _launch(kernel: Kernel, sample: Sample, a: Tensor, *, compile_only: bool = F
     )
 
 
-def _same_bits(first: Tensor, second: Tensor | None) -> bool:
-    # Rows of no token are NaN in both.
-    return second is not None and torch.equal(
-        first.nan_to_num(nan=torch.inf), second.nan_to_num(nan=torch.inf)
-    )
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    return torch.equal(first.nan_to_num(nan=torch.inf), second.nan_to_num(nan=torch.inf))
 
 
 def _is_gradient(kernel: Kernel) -> bool:
@@ -206,18 +223,20 @@ def draw(kernel: Kernel, layout: SequenceLayout, device: torch.device, seed: int
 
     a = normal(layout.N, G * H, scale=2.0)
     M = normal(G, H, H, scale=H**-0.5)
-    v_0 = normal(G, layout.B, H, scale=2.0, dtype=torch.float32) if kernel.v_0 else None
+    # The gradient of h_n is handed in as it is.
+    v_0_dtype = dtype if _is_gradient(kernel) else torch.float32
+    v_0 = normal(G, layout.B, H, scale=2.0, dtype=v_0_dtype) if kernel.v_0 else None
     aux = None
     if _is_gradient(kernel):
         activation = torch.tanh if kernel.epilogue == "tanh_grad" else torch.relu
         aux = _among_nan(activation(normal(layout.N, G * H, scale=2.0)))
         # As the backward pass hands it in.
         M = M.mT
-    padding = layout.padding_rows(a.device)
-    if padding is not None:
-        a[padding] = torch.nan
+    live = layout.live_rows(a.device)
+    if live is not None:
+        a[~live] = torch.nan
         if aux is not None:
-            aux[padding] = torch.nan
+            aux[~live] = torch.nan
     return Sample(layout, a, v_0, M, aux)
 
 
@@ -234,6 +253,9 @@ def _small_layout(kernel: Kernel, bench: Bench, seed: int) -> SequenceLayout:
     # None, one and many tokens, in no order.
     chance = random.Random(seed)
     lengths = [0, 1, T, *(chance.randint(0, T) for _ in range(B - 3))]
+    if seed % 2 == 1:
+        sizes = [sum(length > t for length in lengths) for t in range(T)]
+        return SequenceLayout.packed(sizes, sum(sizes))
     chance.shuffle(lengths)
     offsets = torch.tensor([0, *lengths], device="cpu").cumsum(0)
     return RaggedLayout.jagged(offsets, int(offsets[-1]))

@@ -64,17 +64,25 @@ class Batch(NamedTuple):
     """The arguments that every kernel has.
 
     a_ptr           [N, G * H], overwritten by s
-    v_0_ptr         [G, B, H] fp32, or None for zero
+    v_0_ptr         [G, B, H], fp32 or as a, or None for zero
     aux_ptr         [N, G * H], or None where the epilogue takes none
-    row_map_ptr     int64 time_base[T], batch_base[B], lengths[B]; or None where token (t, b) is
-                    in row t * stride_time + b * stride_batch and every length is T
+    ends_ptr        [G, B, H], overwritten by the s that each sequence's walk ends with, or None
+    time_base_ptr   int64 [T], or None where it is t * stride_time
+    batch_base_ptr  int64 [B], or None where it is b * stride_batch
+    lengths_ptr     int64 [B], or None where every length is T
     reverse_groups  bit g is set where group g walks from the last step to the first
+
+    Token (t, b) is in row time_base[t] + batch_base[b]. If lengths are all that is given, each
+    sequence has T rows, and those after its end become 0.
     """
 
     a_ptr: Any
     v_0_ptr: Any
     aux_ptr: Any
-    row_map_ptr: Any
+    ends_ptr: Any
+    time_base_ptr: Any
+    batch_base_ptr: Any
+    lengths_ptr: Any
     T: Any
     B: Any
     stride_time: Any
@@ -129,19 +137,20 @@ def make_block(index, range_h, range_b, batch, C: tl.constexpr):
     offs_b = index * C.BLOCK_B + range_b
     mask_b = offs_b < batch.B
     mask_h = (offs_h < H)[:, None]
-    if batch.row_map_ptr is None:
-        lengths = tl.where(mask_b, batch.T, 0)
+    if batch.batch_base_ptr is None:
         batch_base = offs_b.to(tl.int64) * batch.stride_batch
     else:
-        sequences_ptr = batch.row_map_ptr + batch.T
-        batch_base = tl.load(sequences_ptr + offs_b, mask=mask_b, other=0)
-        lengths = tl.load(sequences_ptr + batch.B + offs_b, mask=mask_b, other=0).to(tl.int32)
+        batch_base = tl.load(batch.batch_base_ptr + offs_b, mask=mask_b, other=0)
+    if batch.lengths_ptr is None:
+        lengths = tl.where(mask_b, batch.T, 0)
+    else:
+        lengths = tl.load(batch.lengths_ptr + offs_b, mask=mask_b, other=0).to(tl.int32)
     is_reverse = ((batch.reverse_groups >> group) & 1) != 0
     base = (batch_base * G * H + group * H)[None, :]
     v_0 = 0.0
     if batch.v_0_ptr is not None:
-        v_0_tile = (group.to(tl.int64) * batch.B + offs_b)[None, :] * H + offs_h[:, None]
-        v_0 = tl.load(batch.v_0_ptr + v_0_tile, mask=mask_h & mask_b[None, :], other=0.0)
+        v_0_ptrs = batch.v_0_ptr + sequence_tile(index, range_h, range_b, batch, C)
+        v_0 = tl.load(v_0_ptrs, mask=mask_h & mask_b[None, :], other=0.0).to(tl.float32)
     return Block(
         is_reverse=is_reverse,
         lengths=lengths,
@@ -152,6 +161,15 @@ def make_block(index, range_h, range_b, batch, C: tl.constexpr):
         mask_h=mask_h,
         v_0=v_0,
     )
+
+
+@triton.jit
+def sequence_tile(index, range_h, range_b, batch, C: tl.constexpr):
+    """Return the offset of each element of a batch block's tile in a tensor [G, B, H]."""
+    offs_h = tl.program_id(1) * C.BLOCK_H + range_h
+    offs_b = index * C.BLOCK_B + range_b
+    first = tl.program_id(2).to(tl.int64) * batch.B
+    return (first + offs_b)[None, :] * C.H + offs_h[:, None]
 
 
 @triton.jit
@@ -170,10 +188,10 @@ def in_walk(step, block):
 def row_index(step, batch, block):
     """Return the row of a step; outside of the walk, any."""
     t = time_at(step, block)
-    if batch.row_map_ptr is None:
+    if batch.time_base_ptr is None:
         return t.to(tl.int64) * batch.stride_time
     else:
-        return tl.load(batch.row_map_ptr + t, mask=in_walk(step, block), other=0)
+        return tl.load(batch.time_base_ptr + t, mask=in_walk(step, block), other=0)
 
 
 @triton.jit
@@ -274,7 +292,7 @@ def zero_padding(z, block, C: tl.constexpr):
 @triton.jit
 def compute_state(step, z, aux, batch, block, C: tl.constexpr):
     """Return the state of a step from its pre-activation, in the dtype of a."""
-    if batch.row_map_ptr is not None:
+    if batch.lengths_ptr is not None:
         # A sequence that begins in the next step multiplies this state. Chosen before the epilogue,
         # while z is fp32: a choice between halves of registers takes three times the instructions.
         # Where every sequence has all T tokens, nobody sees a dead state.
@@ -287,6 +305,48 @@ def compute_state(step, z, aux, batch, block, C: tl.constexpr):
 def store_step(step, row, s, batch, block):
     """Overwrite a by the state of a step of the walk."""
     tl.store(batch.a_ptr + row + block.offs_tile, s, mask=block.mask_h & is_live(step, block))
+
+
+@triton.jit
+def clear_padding(index, range_b, block, batch, C: tl.constexpr):
+    """Store 0 in the rows of a padded batch that are after a sequence's end.
+
+    No step of the walk reads or stores them.
+    """
+    if (
+        batch.time_base_ptr is None
+        and batch.batch_base_ptr is None
+        and batch.lengths_ptr is not None
+    ):
+        mask_b = index * C.BLOCK_B + range_b < batch.B
+        first = tl.min(tl.where(mask_b, block.lengths, batch.T), axis=0)
+        for t in tl.range(first, batch.T, num_stages=1):
+            row = tl.cast(t, tl.int64) * batch.stride_time * C.WIDTH
+            mask = block.mask_h & ((t >= block.lengths) & mask_b)[None, :]
+            tl.store(batch.a_ptr + row + block.offs_tile, 0.0, mask=mask)
+
+
+@triton.jit
+def store_ends(index, range_h, range_b, block, batch, C: tl.constexpr):
+    """Store the state that the walk of each sequence has ended with.
+
+    Where a sequence has no token, the gradient is 0; its last state is left to the caller.
+    """
+    if batch.ends_ptr is not None:
+        # Other threads may have stored what this one loads.
+        tl.debug_barrier()
+        t = tl.where(block.is_reverse, 0, block.lengths - 1)
+        has_token = block.lengths > 0
+        if batch.time_base_ptr is None:
+            row = t.to(tl.int64) * batch.stride_time
+        else:
+            row = tl.load(batch.time_base_ptr + t, mask=has_token, other=0)
+        mask = block.mask_h & has_token[None, :]
+        s_ptrs = batch.a_ptr + (row * C.WIDTH)[None, :] + block.offs_tile
+        s = tl.load(s_ptrs, mask=mask, other=0.0)
+        if batch.aux_ptr is not None:
+            mask = block.mask_h & (index * C.BLOCK_B + range_b < batch.B)[None, :]
+        tl.store(batch.ends_ptr + sequence_tile(index, range_h, range_b, batch, C), s, mask=mask)
 
 
 @triton.jit

@@ -32,6 +32,7 @@ from tritonrnn.kernels.common import (
     UNSPECIALIZED,
     Batch,
     Constants,
+    clear_padding,
     compute_state,
     convert_layout_like,
     dot_tile,
@@ -43,6 +44,7 @@ from tritonrnn.kernels.common import (
     prepare_step,
     row_offset,
     split_tf32,
+    store_ends,
     store_step,
 )
 from tritonrnn.kernels.cta_barrier import arrive, wait
@@ -98,7 +100,10 @@ def cooperative_kernel(
     v_0_ptr,
     m_ptr,
     aux_ptr,
-    row_map_ptr,
+    ends_ptr,
+    time_base_ptr,
+    batch_base_ptr,
+    lengths_ptr,
     counters_ptr,
     max_spins,
     T,
@@ -125,7 +130,10 @@ def cooperative_kernel(
         a_ptr=a_ptr,
         v_0_ptr=v_0_ptr,
         aux_ptr=aux_ptr,
-        row_map_ptr=row_map_ptr,
+        ends_ptr=ends_ptr,
+        time_base_ptr=time_base_ptr,
+        batch_base_ptr=batch_base_ptr,
+        lengths_ptr=lengths_ptr,
         T=T,
         B=B,
         stride_time=stride_time,
@@ -148,11 +156,14 @@ def cooperative_kernel(
     num_blocks = tl.cdiv(B, C.BLOCK_B)
     for index in tl.range(cta_group, num_blocks, C.INTERLEAVE * num_cta_groups, num_stages=1):
         block = make_block(index, range_h, range_b, batch, C)
+        clear_padding(index, range_b, block, batch, C)
         pipeline = first_pipeline(batch, block, C)
         num_steps = block.num_steps
         if C.INTERLEAVE == 2:
             # Past the last block it has no steps.
-            other_block = make_block(index + num_cta_groups, range_h, range_b, batch, C)
+            other_index = index + num_cta_groups
+            other_block = make_block(other_index, range_h, range_b, batch, C)
+            clear_padding(other_index, range_b, other_block, batch, C)
             other_pipeline = first_pipeline(batch, other_block, C)
             num_steps = tl.maximum(num_steps, other_block.num_steps)
         # The pipeliner would hoist reads of the state above the stores that other programs wait
@@ -176,6 +187,9 @@ def cooperative_kernel(
                         max_spins,
                         C,
                     )
+        store_ends(index, range_h, range_b, block, batch, C)
+        if C.INTERLEAVE == 2:
+            store_ends(other_index, range_h, range_b, other_block, batch, C)
     # By every thread, as each has polled for itself.
     in_time_ptrs = counters_ptr + tl.full([C.BLOCK_H, C.BLOCK_B], 0, tl.int32)
     tl.store(in_time_ptrs, 0, mask=max_spins == 0)

@@ -7,6 +7,7 @@ of technical specifications by compute capability), and from AMD's CDNA 3 whitep
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ class Device:
         multiprocessors: streaming multiprocessors, or AMD's compute units.
         shared_bytes: shared memory (LDS) that one thread block may use.
         clock_mhz: of the multiprocessors, boosted.
+        mma_clock_mhz: the clock at which the peaks of MMAs are published, if that is a lower one.
         flop_per_clock: of a multiprocessor, dense, by arithmetic: ``16-bit``, ``tf32`` and
             ``fp32``, with sums in fp32.
         memory_gb_per_s: of global memory.
@@ -38,6 +40,7 @@ class Device:
     clock_mhz: float
     flop_per_clock: tuple[int, int, int]
     memory_gb_per_s: float
+    mma_clock_mhz: float = math.inf
     warp_size: int = 32
     threads: int = 2048
     register_bytes: int = 256 * KIB
@@ -86,7 +89,14 @@ class Device:
 
     def product_us(self, flop: float, arithmetic: str) -> float:
         """Return how long a product takes that is spread over the whole device."""
-        return self.clocks_us(self.product_clocks(flop, arithmetic) / self.multiprocessors)
+        return flop / (1e6 * self.peak_tflops(arithmetic))
+
+    def peak_tflops(self, arithmetic: str) -> float:
+        """Return the peak of the whole device, dense, in TFLOP/s."""
+        clock_mhz = self.clock_mhz
+        if arithmetic != "fp32":
+            clock_mhz = min(clock_mhz, self.mma_clock_mhz)
+        return self.multiprocessors * clock_mhz / 1e6 / self.product_clocks(1, arithmetic)
 
     def memory_us(self, moved_bytes: float) -> float:
         """Return how long global memory takes over so many bytes."""
@@ -129,6 +139,8 @@ DEVICES = {
             multiprocessors=132,
             shared_bytes=227 * KIB,
             clock_mhz=1980,
+            # 989 TFLOP/s in 16 bits, by the datasheet.
+            mma_clock_mhz=1830,
             flop_per_clock=(4096, 2048, 256),
             memory_gb_per_s=3350,
         ),

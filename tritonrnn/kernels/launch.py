@@ -46,14 +46,17 @@ def recurrence(
     reverse: tuple[bool, ...],
     tf32: bool,
     plan: LaunchPlan | str,
+    with_ends: bool = True,
+    otherwise: Tensor | None = None,
     compile_only: bool = False,
-) -> None:
+) -> Tensor | None:
     """Overwrite ``a`` by ``s_t = E(a_t + v_t, aux_t)``, ``v_t = M s_{t-1}``.
 
     Args:
-        a: ``[N, G * H]``, contiguous: the drive, or the gradient of the output.
-        v_0: ``[G, B, H]`` fp32, contiguous: v at each sequence's own first step of the walk, in
-            a reverse group its last token. None for zero.
+        a: ``[N, G * H]``, contiguous: the drive, or the gradient of the output. Padding rows
+            become 0.
+        v_0: ``[G, B, H]``, fp32 or as a, contiguous: v at each sequence's own first step of the
+            walk, in a reverse group its last token. None for zero.
         M: ``[G, H, H]`` in the dtype of a, of any strides.
         aux: ``[N, G * H]``, contiguous: the output of the forward pass, for the gradients.
         layout: where every token of the batch lives.
@@ -61,37 +64,61 @@ def recurrence(
         reverse: for each group, whether it walks from a sequence's last step to its first.
         tf32: whether fp32 products may round their operands to TF32.
         plan: the plan to launch, or the name of one.
+        with_ends: whether to return the s that each sequence's walk ends with.
+        otherwise: ``[G, B, H]``, what to return for sequences without a token, in the forward pass
+            only; None for zero.
         compile_only: whether to compile what would be launched, and launch nothing. Several threads
             may do so at the same time.
+
+    Returns:
+        ``[G, B, H]`` in the dtype of a, or None; B counts the sequences of ``layout.parent``.
 
     Raises:
         RuntimeError: the named plan does not fit.
     """
     if a.numel() == 0:
-        return
+        return layout.final_states(a, reverse, otherwise) if with_ends else None
     if a.data_ptr() % 16 != 0:
         # Kernels access memory by vectors of 16 bytes. What the package allocates is aligned so.
         aligned = a.clone()
-        recurrence(
-            aligned, v_0, M, aux, layout, epilogue=epilogue, reverse=reverse, tf32=tf32, plan=plan
+        ends = recurrence(
+            aligned,
+            v_0,
+            M,
+            aux,
+            layout,
+            epilogue=epilogue,
+            reverse=reverse,
+            tf32=tf32,
+            with_ends=with_ends,
+            otherwise=otherwise,
+            plan=plan,
         )
         a.copy_(aligned)
-        return
+        return ends
     if aux is not None and aux.data_ptr() % 16 != 0:
         aux = aux.clone()
     problem = problem_of(a, layout, G=len(reverse), epilogue=epilogue, tf32=tf32)
     if isinstance(plan, str):
         plan = plan_named(_forced or plan, problem, device_of(a.device))
+    # Where resets split sequences, the kernels know the parts only.
+    is_split = layout.parent is not layout
+    live = layout.live_rows(a.device) if is_split else None
+    if live is not None:
+        a.masked_fill_(~live[:, None], 0)
+    ends = None
+    if with_ends and not is_split:
+        ends = _empty_ends(a, layout, problem, otherwise)
     kernel, programs = kernel_of(plan), grid(problem, plan)
-    arguments = kernel_arguments(a, v_0, M, aux, layout, problem, reverse, plan)
+    arguments = kernel_arguments(a, v_0, M, aux, ends, layout, problem, reverse, plan)
     with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
         if compile_only:
             first_step = {"step": 0} if plan.name == "stepwise" else {}
             kernel.warmup(grid=programs, **first_step, **arguments)
-            return
+            return ends
         run = kernel[programs]
         if plan.name == "stepwise":
-            for step in range(layout.T):
+            for step in range(max(layout.T, 1)):
                 run(step=step, **arguments)
         else:
             run(**arguments)
@@ -100,6 +127,20 @@ def recurrence(
                 check_barrier(arguments["counters_ptr"], plan)
             else:
                 _trial.counters.append(arguments["counters_ptr"])
+    return layout.final_states(a, reverse, otherwise) if with_ends and is_split else ends
+
+
+def _empty_ends(
+    a: Tensor, layout: SequenceLayout, problem: Problem, otherwise: Tensor | None
+) -> Tensor:
+    """Allocate what a kernel stores the ends of walks in."""
+    shape = problem.G, problem.B, problem.H
+    if not layout.is_ragged or problem.epilogue.endswith("_grad"):
+        return a.new_empty(shape)
+    # Of a sequence without a token, a forward pass stores nothing.
+    if otherwise is None:
+        return a.new_zeros(shape)
+    return otherwise.clone(memory_format=torch.contiguous_format)
 
 
 class _Trial(threading.local):
@@ -227,6 +268,7 @@ def kernel_arguments(
     v_0: Tensor | None,
     M: Tensor,
     aux: Tensor | None,
+    ends: Tensor | None,
     layout: SequenceLayout,
     problem: Problem,
     reverse: tuple[bool, ...],
@@ -242,9 +284,10 @@ def kernel_arguments(
     assert v_0 is None or v_0.shape == (G, B, H)
     assert aux is None or aux.shape == a.shape
     assert (aux is not None) == problem.epilogue.endswith("_grad")
-    assert v_0 is None or v_0.dtype == torch.float32
-    assert all(matrix is None or matrix.dtype == a.dtype for matrix in (M, aux))
-    assert all(rows is None or rows.is_contiguous() for rows in (a, v_0, aux))
+    assert v_0 is None or v_0.dtype in (torch.float32, a.dtype)
+    assert ends is None or ends.shape == (G, B, H)
+    assert all(matrix is None or matrix.dtype == a.dtype for matrix in (M, aux, ends))
+    assert all(rows is None or rows.is_contiguous() for rows in (a, v_0, aux, ends))
     assert all(rows is None or rows.data_ptr() % 16 == 0 for rows in (a, aux))
     assert plan.epilogue in (problem.epilogue, f"{problem.epilogue}_approx")
     # One bit a group, in an argument of 32 bits.
@@ -257,17 +300,21 @@ def kernel_arguments(
     along_rows = a.dtype == torch.float32 or plan.name == "registers"
     if plan.name != "stepwise" and (along_rows or too_wide):
         M = M.contiguous()
+    time_base, batch_base, lengths = layout.terms(a.device)
+    stride_time, stride_batch = layout.strides
     arguments: dict[str, Any] = {
         "a_ptr": a,
         "v_0_ptr": v_0,
         "m_ptr": M,
         "aux_ptr": aux,
-        # The rows of a padded layout are computed from its two strides.
-        "row_map_ptr": None if layout.is_padded else layout.row_map(a.device),
-        "T": layout.T,
+        "ends_ptr": ends,
+        "time_base_ptr": time_base,
+        "batch_base_ptr": batch_base,
+        "lengths_ptr": lengths,
+        "T": layout.padded_T,
         "B": B,
-        "stride_time": 1 if layout.batch_first else B,
-        "stride_batch": layout.T if layout.batch_first else 1,
+        "stride_time": stride_time,
+        "stride_batch": stride_batch,
         "reverse_groups": sum(1 << group for group, backwards in enumerate(reverse) if backwards),
         "C": _constants(problem, plan),
         "num_warps": plan.num_warps,

@@ -41,6 +41,7 @@ from tritonrnn.kernels.common import (
     UNSPECIALIZED,
     Batch,
     Constants,
+    clear_padding,
     compute_state,
     is_first,
     load_step,
@@ -49,6 +50,7 @@ from tritonrnn.kernels.common import (
     prepare_aux,
     row_offset,
     split_tf32,
+    store_ends,
     tile_mask,
     zero_padding,
 )
@@ -119,7 +121,10 @@ def registers_kernel(
     v_0_ptr,
     m_ptr,
     aux_ptr,
-    row_map_ptr,
+    ends_ptr,
+    time_base_ptr,
+    batch_base_ptr,
+    lengths_ptr,
     T,
     B,
     stride_time,
@@ -137,7 +142,10 @@ def registers_kernel(
         a_ptr=a_ptr,
         v_0_ptr=v_0_ptr,
         aux_ptr=aux_ptr,
-        row_map_ptr=row_map_ptr,
+        ends_ptr=ends_ptr,
+        time_base_ptr=time_base_ptr,
+        batch_base_ptr=batch_base_ptr,
+        lengths_ptr=lengths_ptr,
         T=T,
         B=B,
         stride_time=stride_time,
@@ -149,6 +157,9 @@ def registers_kernel(
     MEMORY: gl.constexpr = C.MEMORY
     block = make_block_in(MMA, batch, C)
     in_rows = make_block_in(MEMORY, batch, C)
+    range_h = gl.arange(0, C.BLOCK_H, gl.SliceLayout(1, MEMORY))
+    range_b = gl.arange(0, C.BLOCK_B, gl.SliceLayout(0, MEMORY))
+    clear_padding(tl.program_id(0), range_b, in_rows, batch, C)
     dtype: gl.constexpr = a_ptr.dtype.element_ty
     states = (allocate_tile(dtype, C), allocate_tile(dtype, C))
     a_tiles = ()
@@ -183,6 +194,7 @@ def registers_kernel(
             pipeline = walk_step(first + i, i, pipeline, m, shared, batch, block, in_rows, C)
     # No copy may land in shared memory that is another program's by then.
     async_copy.wait_group(0)
+    store_ends(tl.program_id(0), range_h, range_b, in_rows, batch, C)
 
 
 @gluon.jit
@@ -193,7 +205,7 @@ def walk_step(
 
     block, in_rows  the program's tile in the product's layout, and in that of whole rows
     """
-    MAY_BEGIN: gl.constexpr = batch.row_map_ptr is not None
+    MAY_BEGIN: gl.constexpr = batch.lengths_ptr is not None
     previous, current = shared.states[STAGE % 2], shared.states[(STAGE + 1) % 2]
     product = begin_product(m, previous, pipeline.drive)
     # From here on, beside the product. The first step has none before it to store.

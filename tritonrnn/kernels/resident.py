@@ -40,6 +40,7 @@ from tritonrnn.kernels.common import (
     Batch,
     Constants,
     Operand,
+    clear_padding,
     compute_state,
     convert_layout_like,
     dot_tile,
@@ -52,6 +53,7 @@ from tritonrnn.kernels.common import (
     row_index,
     row_offset,
     split_tf32,
+    store_ends,
     store_step,
     time_at,
     zero_padding,
@@ -87,7 +89,10 @@ def resident_kernel(
     v_0_ptr,
     m_ptr,
     aux_ptr,
-    row_map_ptr,
+    ends_ptr,
+    time_base_ptr,
+    batch_base_ptr,
+    lengths_ptr,
     T,
     B,
     stride_time,
@@ -107,7 +112,10 @@ def resident_kernel(
         a_ptr=a_ptr,
         v_0_ptr=v_0_ptr,
         aux_ptr=aux_ptr,
-        row_map_ptr=row_map_ptr,
+        ends_ptr=ends_ptr,
+        time_base_ptr=time_base_ptr,
+        batch_base_ptr=batch_base_ptr,
+        lengths_ptr=lengths_ptr,
         T=T,
         B=B,
         stride_time=stride_time,
@@ -122,18 +130,21 @@ def resident_kernel(
     m_ptrs = m_ptr + (offs_h[:, None] * stride_m_row + offs_k[None, :] * stride_m_column)
     mask_h = (offs_h < C.H)[:, None]
     tiles = load_weights(m_ptrs, mask_h, stride_m_column, C)
-    block = make_block(tl.program_id(0), range_h, tl.arange(0, C.BLOCK_B), batch, C)
+    index, range_b = tl.program_id(0), tl.arange(0, C.BLOCK_B)
+    block = make_block(index, range_h, range_b, batch, C)
+    clear_padding(index, range_b, block, batch, C)
     if C.NUM_STAGES > 1:
         walk(batch, block, tiles, C)
     else:
         walk_sync_loads(batch, block, tiles, C)
+    store_ends(index, range_h, range_b, block, batch, C)
 
 
 @triton.jit
 def walk(batch, block, tiles, C: tl.constexpr):
     """Walk a batch block that async copies prefetch, NUM_STAGES - 1 iterations ahead."""
     # Where every sequence has all T tokens, none begins later than in the first step.
-    MAY_BEGIN: tl.constexpr = batch.row_map_ptr is not None
+    MAY_BEGIN: tl.constexpr = batch.lengths_ptr is not None
     IS_SPLIT: tl.constexpr = C.NUM_TILES > 1
     row = row_offset(0, batch, block, C)
     index_1 = row_index(1, batch, block)
@@ -172,7 +183,7 @@ def walk_sync_loads(batch, block, tiles, C: tl.constexpr):
     ahead, and change their layout one step ahead. The store's change of layout has two block
     barriers of its own, as has that of aux.
     """
-    MAY_BEGIN: tl.constexpr = batch.row_map_ptr is not None
+    MAY_BEGIN: tl.constexpr = batch.lengths_ptr is not None
     row = row_offset(0, batch, block, C)
     row_1 = row_offset(1, batch, block, C)
     row_2 = row_offset(2, batch, block, C)

@@ -27,6 +27,7 @@ from tritonrnn.kernels.common import (
     UNSPECIALIZED,
     Batch,
     Constants,
+    clear_padding,
     compute_state,
     dot_acc,
     has_previous,
@@ -34,6 +35,7 @@ from tritonrnn.kernels.common import (
     make_block,
     row_offset,
     split_tf32,
+    store_ends,
     store_step,
 )
 
@@ -51,7 +53,10 @@ def stepwise_kernel(
     v_0_ptr,
     m_ptr,
     aux_ptr,
-    row_map_ptr,
+    ends_ptr,
+    time_base_ptr,
+    batch_base_ptr,
+    lengths_ptr,
     T,
     B,
     stride_time,
@@ -71,7 +76,10 @@ def stepwise_kernel(
         a_ptr=a_ptr,
         v_0_ptr=v_0_ptr,
         aux_ptr=aux_ptr,
-        row_map_ptr=row_map_ptr,
+        ends_ptr=ends_ptr,
+        time_base_ptr=time_base_ptr,
+        batch_base_ptr=batch_base_ptr,
+        lengths_ptr=lengths_ptr,
         T=T,
         B=B,
         stride_time=stride_time,
@@ -85,7 +93,10 @@ def stepwise_kernel(
     m_ptr += tl.program_id(2).to(tl.int64) * stride_m_group
     m_ptrs = m_ptr + (rows * stride_m_row + columns * stride_m_column)
 
-    block = make_block(tl.program_id(0), range_h, tl.arange(0, C.BLOCK_B), batch, C)
+    index, range_b = tl.program_id(0), tl.arange(0, C.BLOCK_B)
+    block = make_block(index, range_h, range_b, batch, C)
+    if step == 0:
+        clear_padding(index, range_b, block, batch, C)
     if step < block.num_steps:
         row = row_offset(step, batch, block, C)
         z, aux = load_and_prepare_step(step, row, batch, block, C)
@@ -100,3 +111,5 @@ def stepwise_kernel(
             z = dot_acc(split_tf32(m, C), split_tf32(s, C), z, C)
         s = compute_state(step, z, aux, batch, block, C)
         store_step(step, row, s, batch, block)
+    if step == tl.maximum(block.num_steps - 1, 0):
+        store_ends(index, range_h, range_b, block, batch, C)

@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from tritonrnn.layer import final_state, split_weights, without_padding
+from tritonrnn.layer import split_weights
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.precision import products_as_in_rnn
 from tritonrnn.ragged import rows_of
@@ -95,9 +95,11 @@ def elman_composite(
     rows, where = rows_of(input, layout, seq_metadata, reset)
     walk = functools.partial(_walk, where)
     with products_as_in_rnn(input.device, input.dtype):
-        output, h_n = forward(
-            without_padding(rows, where), hx, weights, walk, nonlinearity, bidirectional
-        )
+        live = where.live_rows(rows.device)
+        if live is not None:
+            # Padding may hold NaN.
+            rows = rows.masked_fill(~live[:, None], 0)
+        output, h_n = forward(rows, hx, weights, walk, nonlinearity, bidirectional)
     return output.unflatten(0, input.shape[:-1]), h_n
 
 
@@ -174,7 +176,7 @@ def _walk(
     else:
         state = layout.initial_states(h_0[None], [backwards])[0]
     output = _walk_rows(layout, step, drive, state, w_hh, backwards)
-    return output, final_state(output, layout.parent, backwards, h_0)
+    return output, layout.parent.final_state(output, backwards, h_0)
 
 
 def _walk_rows(

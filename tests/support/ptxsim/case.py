@@ -63,7 +63,7 @@ class Case:
         B: sequences.
         G: groups.
         layout: ``ragged`` has sequences one after the other; ``padded`` has rows after the end of
-            each sequence, which hold NaN.
+            each sequence, which hold NaN, and are to become 0.
         epilogue: ``tanh``, ``relu``, ``tanh_grad`` or ``relu_grad``.
         v_0: whether v_0 is given.
         seed: of the inputs, of which groups walk backwards, and of the schedule.
@@ -278,9 +278,13 @@ class Prepared:
 
         self.drive = normal(self.dense.N, G * H, scale=2.0)
         self.M = normal(G, H, H + case.gap, scale=H**-0.5)[:, :, :H]
-        self.v_0 = normal(G, case.B, H, scale=2.0, dtype=torch.float32) if case.v_0 else None
+        is_gradient = case.epilogue.endswith("_grad")
+        v_0_dtype = dtype if is_gradient else torch.float32
+        self.v_0 = normal(G, case.B, H, scale=2.0, dtype=v_0_dtype) if case.v_0 else None
+        # A layer without hx needs no gradient of it.
+        self.ends = _place((G, case.B, H), dtype) if case.v_0 or not is_gradient else None
         self.aux = None
-        if case.epilogue.endswith("_grad"):
+        if is_gradient:
             forward = oracle.EPILOGUES[case.epilogue.removesuffix("_grad")]
             self.aux = normal(self.dense.N, G * H, scale=2.0)
             self.aux.copy_(forward(self.aux.float(), None))
@@ -311,7 +315,7 @@ class Prepared:
         case, plan = self.case, self.plan
         triton.runtime.driver.set_active(TargetDriver(plan.device))
         triton.knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
-        tensors = self.a, self.v_0, self.M, self.aux
+        tensors = self.a, self.v_0, self.M, self.aux, self.ends
         spins, launch.MAX_SPINS = launch.MAX_SPINS, case.max_spins or launch.MAX_SPINS
         try:
             arguments = launch.kernel_arguments(
@@ -360,17 +364,19 @@ class Prepared:
         """Return the rows that the kernel leaves."""
         case = self.case
         self.a[self.place] = self.drive
+        if self.ends is not None:
+            self.ends.fill_(torch.nan)
         if self.counters is not None:
             self.counters.fill_(1)
         kernel = _kernel(text, case.truncates)
         kernel.executed.clear()
-        for step in range(case.rows.T if self.plan.name == "stepwise" else 1):
+        for step in range(max(case.rows.T, 1) if self.plan.name == "stepwise" else 1):
             memory, values = GlobalMemory(), []
             for name, value in (self.arguments | {"step": step}).items():
                 if name not in self.arguments:
                     continue
                 if isinstance(value, Tensor):
-                    writable = value is self.a or value is self.counters
+                    writable = any(value is x for x in (self.a, self.ends, self.counters))
                     residue = value.data_ptr() % 256
                     value = memory.add(name, _memory_of(value), residue, writable)
                 values.append(value)
@@ -396,8 +402,10 @@ class Prepared:
 
     def _compare(self, output: Tensor, faults: Faults, result: Result) -> None:
         """Allow twice torch's own distance from float64 in the mean, four times in the maximum."""
-        if self.dead and not output[self.dead].isnan().all():
-            faults.add("padding overwritten")
+        if output[self.dead].any():
+            faults.add("padding is not 0")
+        if self.ends is not None and not self._has_ends(output):
+            faults.add("the end of a walk is wrong")
         if self.counters is not None and int(self.counters[0, 0]) != 1:
             faults.add(GAVE_UP)
         live = output[self.live]
@@ -416,6 +424,16 @@ class Prepared:
         result.close = result.max_error <= result.allowed and bool(
             rms <= 2 * torch.maximum(allowed_rms, rounding)
         )
+
+    def _has_ends(self, output: Tensor) -> bool:
+        """Return whether ``ends`` has the row that each sequence's walk ended with."""
+        assert self.ends is not None
+        H = self.case.H
+        expected = torch.full_like(self.ends, torch.nan if self.aux is None else 0)
+        for b, rows in enumerate(self.sequences):
+            for g, backwards in enumerate(self.case.reverse if rows else ()):
+                expected[g, b] = output[rows[0 if backwards else -1], g * H : (g + 1) * H]
+        return torch.equal(self.ends.nan_to_num(7.0), expected.nan_to_num(7.0))
 
     @cached_property
     def _expected(self) -> Tensor:

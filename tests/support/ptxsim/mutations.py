@@ -125,7 +125,7 @@ def judge(prepared: Prepared, every: bool = False) -> list[Mutant]:
     if not clean.passed:
         raise RuntimeError(f"{prepared.case}: {clean}")
     # What CTAs that wait for each other do wrong shows in some schedules only.
-    schedules = 6 if prepared.plan.name == "cooperative" else 1
+    schedules = 13 if prepared.plan.name == "cooperative" else 1
     judged = []
     for mutant in mutants(prepared.ptx, every):
         if mutant.line in clean.unexecuted:

@@ -1,6 +1,6 @@
 """Train a model around an RNN in two processes on the CPU: DistributedDataParallel, FSDP2.
 
-``python -m perf.bench.distributed`` is one of the processes; :func:`train_in_two` starts both.
+``python -m tests.support.distributed`` is one of the processes; :func:`train_in_two` starts both.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def train_in_two(
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.save([astuple(training) for training in trainings], Path(folder, "trainings"))
-        command = [sys.executable, "-m", "perf.bench.distributed", folder]
+        command = [sys.executable, "-m", "tests.support.distributed", folder]
         # One thread each: two processes with many threads would wait for each other's cores. The
         # loopback interface: gloo must not look for the network.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -1,0 +1,66 @@
+"""Define the options that several commands of ``python -m perf`` share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def existing(device: str) -> str:
+    """Return the name of a device after checking that it exists."""
+    if device == "cpu":
+        return device
+    # Imported here, so that --help does not wait for torch.
+    import torch
+
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise typer.BadParameter(f"Expected cpu, cuda or cuda:1, got {device!r}")
+    found = torch.cuda.device_count()
+    if int(device.partition(":")[2] or 0) >= found:
+        raise typer.BadParameter(
+            f"There is no {device}: torch {torch.__version__} sees {found} GPUs"
+        )
+    return device
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """Show an argument that can't be used as typer shows one that can't be parsed."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+Rounds = Annotated[int, typer.Option(min=1, help="Samples of each peer.")]
+Seconds = Annotated[float, typer.Option(min=0.0, help="Shortest time of a sample.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads of torch on the CPU; 0: its choice.")]
+Seed = Annotated[int, typer.Option(help="Seed of all that is drawn: inputs, weights, the order.")]
+Device = Annotated[
+    str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...", callback=existing)
+]
+Out = Annotated[
+    Path, typer.Option(file_okay=False, help="Folder for the results; what it holds is not rerun.")
+]
+KeptIn = Annotated[
+    Path | None,
+    typer.Option(file_okay=False, help="Folder for the results; what it holds is kept."),
+]
+Budget = Annotated[str, typer.Option(help="Stop after 90s, 9m or 2h; resume later.")]
+Run = Annotated[Path, typer.Argument(exists=True, help="A folder of a run, or its rows.")]
+Size = Annotated[
+    str | None,
+    typer.Option(help="Integers: 1,16 or 64:1024:x2 or 10:50:+10. In place of the preset's."),
+]
+
+
+def names(axis: str, known: str) -> typer.models.OptionInfo:
+    """Return the option of an axis that has names."""
+    return typer.Option(
+        f"--{axis}", help=f"Any of {known}; after commas, in place of the preset's."
+    )
