@@ -122,7 +122,7 @@ def trials() -> list[dict[str, Any]]:
         ...), ``reason``, and ``seconds`` that the trial took, where and when (``host``, ``pid``,
         ``when`` in seconds since 1970). Of a kernel ``error``, the largest, as a share of what is
         allowed; of a time ``against``, and the quartiles of a call in microseconds by the plan and
-        by that (``plan_us_p25``, ..., ``other_us_p75``). Then what the record depends on:
+        by that (``plan_us_p25``, ..., ``other_us_p75``); else NaN. Then what the record depends on:
         ``device_name``, ..., ``device_source``. A verdict of "started" is a trial that runs, or has
         ended its process. No rows where Triton is not installed.
     """
