@@ -283,17 +283,18 @@ def schema() -> None:
 
 @app.command()
 def static(
-    arch: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942.")] = "sm_90",
+    arch: Annotated[str, typer.Option(help="sm_80, ..., sm_120, or gfx942.")] = "sm_90",
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file, too.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Only bf16, fp16, tf32, fp32.")] = None,
     plan: Annotated[list[str] | None, typer.Option(help="Only plans of this name.")] = None,
     size: Annotated[list[int] | None, typer.Option(help="Only this many hidden units.")] = None,
+    every: Annotated[bool, typer.Option(help="Every epilogue and layout of each size.")] = False,
 ) -> None:
     """Compile every plan for a GPU that need not be there, and show what the compiler made."""
     from perf.compile import static
 
     with refused():
-        rows = static.run(arch, dtype, plan, size)
+        rows = static.run(arch, dtype, plan, size, every=every)
     typer.echo(rows.to_string(index=False))
     if json is not None:
         rows.assign(**static.versions(arch)).to_json(json, orient="records", lines=True)

@@ -91,10 +91,16 @@ def explain(
         may_try=False,
     )
     shape = {**call.sizes, "L": module.num_layers, "D": 2 if module.bidirectional else 1}
+    reason = call.choice.reason
+    if call.data.is_cuda:
+        from tritonrnn.kernels.devices import device_of
+
+        missing = device_of(call.data.device).missing_plans
+        reason = f"{reason}; {missing}" if missing else reason
     return Explanation(
         call.choice.backend,
         str(call.choice.plan),
-        call.choice.reason,
+        reason,
         call.layout,
         shape,
         call.dtype,
@@ -116,7 +122,7 @@ def trials() -> list[dict[str, Any]]:
         ...), ``reason``, and ``seconds`` that the trial took, where and when (``host``, ``pid``,
         ``when`` in seconds since 1970). Of a kernel ``error``, the largest, as a share of what is
         allowed; of a time ``against``, and the quartiles of a call in microseconds by the plan and
-        by that (``plan_us_p25``, ..., ``other_us_p75``). Then what the record depends on:
+        by that (``plan_us_p25``, ..., ``other_us_p75``); else NaN. Then what the record depends on:
         ``device_name``, ..., ``device_source``. A verdict of "started" is a trial that runs, or has
         ended its process. No rows where Triton is not installed.
     """

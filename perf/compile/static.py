@@ -33,9 +33,13 @@ from tritonrnn.layout import SequenceLayout
 # GPUs that can be compiled for.
 ARCHS = [name for name, device in DEVICES.items() if not device.is_interpreter]
 EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
-# Round sizes, and odd ones between them: rows that are no whole number of vectors are loaded and
-# stored element by element, with other layouts and more registers.
-HIDDEN_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1272, 1536, 50, 97, 100, 201, 333)
+# Up to what the largest shared memory holds. Round sizes, and odd ones between them: rows that are
+# no whole number of vectors are loaded and stored element by element, with other layouts and more
+# registers.
+HIDDEN_SIZES = (
+    *(16, 32, 64, 128, 256, 384, 512, 768, 1024, 1272, 1536, 2048),
+    *(50, 97, 100, 201, 255, 333, 1023),
+)
 # The simplest kernel and the one with everything: a layout, groups, and whether v_0 is given.
 BATCHES = (("padded", 1, False), ("packed", 2, True))
 # dtype of the tensors, and whether fp32 products may be TF32.
@@ -184,6 +188,20 @@ def compile_cases(
     return made
 
 
+def spread(cases: Iterable[CompileCase]) -> list[CompileCase]:
+    """Keep one case of each plan, dtype and size: each time another epilogue and layout."""
+    plans: dict[str, dict[tuple[str, int], list[CompileCase]]] = {}
+    for case in cases:
+        of_plan = plans.setdefault(case.plan.name, {})
+        of_plan.setdefault((case.dtype, case.problem.H), []).append(case)
+    # Every third, of eight in turn.
+    return [
+        some[3 * i % len(some)]
+        for of_plan in plans.values()
+        for i, some in enumerate(of_plan.values())
+    ]
+
+
 def table(wanted: Sequence[CompileCase], *, processes: int | None = None) -> pd.DataFrame:
     """Compile every case and return one row each, in their order.
 
@@ -233,6 +251,8 @@ def row(case: CompileCase, compiled: Compiled) -> dict[str, Any]:
         loop = compiled.step_sass
         steps = STEPS_A_LOOP.get(plan.name, 1)
         made |= {
+            # Of the spilled registers, what is stored and loaded within the time loop.
+            "spills_per_step": -(-count(loop, r"(?:LDL|STL)\S*") // steps),
             "sass_per_step": len(loop) // steps,
             "hgmma": count(loop, "HGMMA") // steps,
             "hmma": count(loop, "HMMA") // steps,
@@ -258,8 +278,12 @@ def run(
     dtypes: Sequence[str] | None = None,
     plans: Sequence[str] | None = None,
     sizes: Sequence[int] | None = None,
+    *,
+    every: bool = False,
 ) -> pd.DataFrame:
     """Run ``python -m perf static``: compile the cases of some dtypes, plans and sizes.
+
+    One case of each plan, dtype and size, or ``every`` one.
 
     Raises:
         ValueError: an argument is not known, no plan fits, or Triton is set to interpret.
@@ -276,6 +300,7 @@ def run(
     wanted = compile_cases(
         arch, dtypes=dtypes or DTYPES, plans=plans or PLANS, sizes=sizes or HIDDEN_SIZES
     )
+    wanted = wanted if every else spread(wanted)
     if not wanted:
         raise ValueError("No plan fits.")
     return table(wanted)

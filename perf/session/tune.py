@@ -152,9 +152,6 @@ def summary(trials: pd.DataFrame) -> str:
     """Return a table of verdicts by plan and arithmetic, and why plans are wrong or failed."""
     if trials.empty:
         return "No plan was tried."
-    # A row has what its kind has: an error, or times.
-    columns = dict.fromkeys([*trials.columns, "error", "plan_us_p50", "other_us_p50"])
-    trials = trials.reindex(columns=[*columns])
     arithmetic = trials["dtype"].where(~trials["tf32"], "tf32")
     by = [trials["plan"], arithmetic.rename("arithmetic")]
     table = pd.crosstab(by, trials["verdict"]).reindex(columns=VERDICTS, fill_value=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -124,6 +125,20 @@ def test_nothing_imports_perf_or_triton_at_once(source):
         assert root not in ("perf", "tests"), f"{source} imports {name}"
         if not source.startswith(WITH_TRITON):
             assert root != "triton" or not at_once, f"{source} imports {name}"
+
+
+def test_readme_maps_every_module_from_the_top_down():
+    table = (TESTS.parent / "README.md").read_text().split("| file | what it holds |")[1]
+    rows = [row.split("|")[1] for row in table.split("\n\n")[0].splitlines()[2:]]
+    names = [
+        name.replace("/", ".").strip(".") for row in rows for name in re.findall(r"`(.*?)`", row)
+    ]
+    # A folder stands where its __init__ does.
+    levels = [LEVEL.get(name, LEVEL.get(f"{name}.__init__")) for name in names if name != "kernels"]
+    assert levels == sorted(levels)
+    folders = ("kernels", "autotune")
+    modules = {name for name in SOURCES if not name.endswith("__init__")}
+    assert set(names) == {name for name in modules if not name.startswith(folders)} | {*folders}
 
 
 def test_tests_share_code_through_support_only():

@@ -61,9 +61,14 @@ def test_plans_fit_the_device(problem, device):
         assert plan.programs == blocks_b * blocks_h * problem.G
         if plan.name != "stepwise":
             assert blocks_h == 1
-            # Products of fp32 accuracy are narrow; four of them at most make a whole one.
+            # Products of fp32 accuracy are narrow: four of them at most make a whole one. Others
+            # are one, or two for the sake of two sums.
             products = plan.block_h // plan.block_k
-            assert products <= (4 if plan.precision == "tf32x3" else 1)
+            most = {"resident": 1, "registers": 2}[plan.name]
+            assert products <= (4 if plan.precision == "tf32x3" else most)
+        if plan.name == "registers":
+            parts = 2 if plan.precision == "tf32x3" else 1
+            assert 2 * parts * problem.item_bytes * plan.block_h**2 <= device.register_bytes
 
 
 @given(problems, devices)
@@ -77,7 +82,7 @@ def test_cooperative_plans_are_co_resident(problem, device):
         assert is_power_of_two(plan.block_k)
         assert plan.block_read % plan.block_k == 0
         assert plan.num_warps * device.warp_size <= 1024
-        assert plan.interleave == 1 or (plan.interleave == 2 and problem.dtype != "fp32")
+        assert plan.interleave in ((1,) if plan.precision == "tf32x3" else (1, 2))
         assert device.is_interpreter or 0 < plan.programs <= device.multiprocessors
 
 
@@ -175,10 +180,8 @@ def test_device_at_hand_is_asked(monkeypatch):
     ("dtype", "tf32", "device", "largest"),
     [
         ("bf16", False, "sm_90", 256),
-        ("bf16", False, "sm_80", 256),
         ("bf16", False, "gfx942", 128),
         ("fp32", True, "sm_90", 128),
-        ("fp32", False, "sm_80", 128),
         ("fp32", False, "gfx942", 64),
     ],
 )
@@ -199,17 +202,16 @@ def test_rank_plans_keeps_weights_resident_while_they_fit(dtype, tf32, device, l
         (16, 128, "bf16", False, "registers"),
         (64, 256, "fp16", False, "registers"),
         (16, 128, "fp32", True, "registers"),
-        # Not in these registers.
-        (16, 201, "bf16", False, "resident"),
+        # By mma.sync on Hopper, too.
+        (16, 201, "bf16", False, "registers"),
         (16, 102, "bf16", False, "registers"),
-        # Products of fp32 accuracy there are none of.
-        (16, 64, "fp32", False, "resident"),
+        (16, 64, "fp32", False, "registers"),
     ],
 )
 def test_rank_plans_keeps_weights_in_registers_where_they_fit(B, H, dtype, tf32, name):
     problem = Problem(T=512, B=B, G=2, H=H, dtype=dtype, tf32=tf32)
     assert rank_plans(problem, SM_90)[0].name == name
-    assert rank_plans(problem, DEVICES["sm_80"])[0].name == "resident"
+    assert rank_plans(problem, DEVICES["sm_80"])[0].name == name
 
 
 @given(problems, devices, st.integers(0, 10**6), st.integers(0, 10**6))
@@ -246,6 +248,56 @@ def test_only_bf16_takes_the_hardwares_tanh():
     ]:
         problem = Problem(T=9, B=8, G=1, H=512, dtype=dtype, epilogue=epilogue)
         assert stepwise_plan(problem, DEVICES[arch]).epilogue == expected
+
+
+def test_plans_heed_a_smaller_device():
+    small = replace(DEVICES["sm_86"], multiprocessors=20)
+    assert cooperative_plan(Problem(9, 99, 1, 640, "bf16"), small).programs == 20
+    assert cooperative_plan(Problem(9, 8, 2, 768, "bf16"), small) is None
+    assert registers_plan(Problem(9, 8, 1, 256, "bf16"), small) is not None
+
+
+NVIDIA = [arch for arch in DEVICES if arch.startswith("sm_")]
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+@pytest.mark.parametrize(
+    ("dtype", "tf32", "in_registers", "spread"),
+    [("bf16", False, 256, 1024), ("fp16", False, 256, 1024), ("fp32", True, 128, 512)],
+)
+@pytest.mark.parametrize("epilogue", ["tanh", "tanh_grad"])
+def test_every_gpu_since_ampere_walks_in_one_launch(
+    epilogue, dtype, tf32, in_registers, spread, arch
+):
+    """Both directions of a layer, up to these sizes, also where 99 KB of shared memory are left."""
+
+    def names(H: int) -> list[str]:
+        problem = Problem(T=9, B=16, G=2, H=H, dtype=dtype, tf32=tf32, epilogue=epilogue)
+        plans = (plan_of(problem, DEVICES[arch]) for plan_of in PLANS.values())
+        return [plan.name for plan in plans if plan is not None]
+
+    assert all("registers" in names(H) for H in range(1, in_registers + 1))
+    assert all("cooperative" in names(H) for H in range(1, spread + 1))
+    assert "registers" not in names(in_registers + 1)
+    # What M in registers by mma.sync replaces.
+    assert ("resident" in names(64)) == (arch == "sm_90")
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_fp32_of_full_accuracy_fits_half_as_many_hidden_units(arch):
+    """W_hh counts twice: in registers 128, the most of TF32, too, as half of them are enough."""
+    problem = Problem(T=9, B=16, G=2, H=128, dtype="fp32")
+    assert registers_plan(problem, DEVICES[arch]) is not None
+    assert cooperative_plan(replace(problem, H=384), DEVICES[arch]) is not None
+
+
+def test_amd_keeps_its_plans_and_says_why():
+    device = DEVICES["gfx942"]
+    problem = Problem(T=9, B=16, G=1, H=64, dtype="bf16")
+    names = [name for name, plan_of in PLANS.items() if plan_of(problem, device) is not None]
+    assert names == ["resident", "stepwise"]
+    assert "mma.sync" in device.missing_plans
+    assert not any(DEVICES[arch].missing_plans for arch in NVIDIA)
 
 
 def test_plan_prints_what_it_launches_and_its_limits():

@@ -14,19 +14,19 @@ WORDS, LOADS = 20, 21
 PLANS = {
     "resident": Case("resident", H=WORDS),
     "resident-loads": Case("resident", H=LOADS),
-    "resident-sm_80": Case("resident", "sm_80", H=WORDS),
     "registers": Case("registers", H=WORDS),
+    "registers-sm_80": Case("registers", "sm_80", H=WORDS),
+    "registers-loads": Case("registers", "sm_80", H=LOADS),
     # Two CTAs, the second of which has few hidden units.
     "cooperative": Case("cooperative", H=72, cta_groups=1),
+    "cooperative-sm_80": Case("cooperative", "sm_80", H=72, cta_groups=1),
     "stepwise": Case("stepwise", H=WORDS),
 }
 
 
-@pytest.mark.parametrize("T", range(1, 10))
+@pytest.mark.parametrize("T", [*range(1, 7), 9])
 @pytest.mark.parametrize("layout", ["batch_major", "packed"])
-@pytest.mark.parametrize(
-    "plan", ["resident", "resident-loads", "resident-sm_80", "registers", "cooperative"]
-)
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if plan != "stepwise"])
 def test_any_number_of_steps(plan: str, layout: str, T: int, emulator: Emulator):
     """Fewer and more than are prefetched, or than a loop has in one iteration."""
     emulator.check(replace(PLANS[plan], T=T, B=9, G=2, layout=layout, epilogue="tanh_grad"))
@@ -37,6 +37,15 @@ LARGE = [
     Case("registers", H=64, T=3, B=3, layout="packed", far=True),
     Case("registers", H=24, T=3, B=9, G=5, layout="ragged", epilogue="relu_grad"),
     Case("resident", H=256, T=4, B=5, G=2, layout="packed", epilogue="tanh_grad"),
+    Case("registers", "sm_80", H=256, T=5, B=9, G=2, layout="packed", epilogue="tanh_grad"),
+    Case("registers", "sm_80", H=255, T=5, B=9, layout="ragged", epilogue="tanh_grad"),
+    Case("registers", "sm_80", "tf32", H=128, T=5, B=5, layout="packed", epilogue="relu_grad"),
+    Case("registers", "sm_80", "fp32", H=128, T=5, B=5, layout="packed", epilogue="tanh"),
+    # 64 hidden units a CTA, and 32.
+    Case("cooperative", "sm_80", H=512, T=3, B=3, layout="packed", epilogue="tanh_grad"),
+    Case("cooperative", "sm_80", "tf32", H=320, T=3, B=3, layout="ragged"),
+    Case("cooperative", "sm_89", H=704, T=2, B=3, layout="packed"),
+    Case("cooperative", "sm_89", "fp32", H=200, T=3, B=9, layout="ragged", epilogue="tanh_grad"),
 ]
 
 
@@ -68,7 +77,9 @@ def test_nan_stays_in_its_sequence(plan: str, epilogue: str, emulator: Emulator)
 
 
 @pytest.mark.parametrize("epilogue", ["tanh", "relu", "tanh_grad", "relu_grad"])
-@pytest.mark.parametrize("plan", ["resident", "resident-sm_80", "cooperative", "stepwise"])
+@pytest.mark.parametrize(
+    "plan", ["resident", "registers-sm_80", "cooperative", "cooperative-sm_80", "stepwise"]
+)
 def test_fp32_bears_the_truncation_of_tensor_cores(plan: str, epilogue: str, emulator: Emulator):
     """Which cut off the sum of each instruction, where the interpreter rounds it to nearest."""
     truncating = {"arithmetic": "fp32", "truncates": True}
@@ -86,10 +97,11 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("lengths", BLOCKS.values(), ids=BLOCKS)
-def test_cta_group_takes_several_blocks(lengths: tuple[int, ...], emulator: Emulator):
+@pytest.mark.parametrize("plan", ["cooperative", "cooperative-sm_80"])
+def test_cta_group_takes_several_blocks(plan: str, lengths: tuple[int, ...], emulator: Emulator):
     """Interleaved or one after the other, the output is the same."""
     case = replace(
-        PLANS["cooperative"],
+        PLANS[plan],
         T=max(lengths),
         B=len(lengths),
         layout="ragged",
@@ -101,9 +113,11 @@ def test_cta_group_takes_several_blocks(lengths: tuple[int, ...], emulator: Emul
 
 
 @pytest.mark.parametrize("epilogue", ["tanh", "relu", "tanh_grad", "relu_grad"])
-@pytest.mark.parametrize("cta_groups", [1, 2])
-def test_cta_group_survives_any_schedule(cta_groups: int, epilogue: str, emulator: Emulator):
-    case = Case("cooperative", H=136, T=3, B=35, layout="packed", epilogue=epilogue, seed=1)
+@pytest.mark.parametrize(("arch", "cta_groups"), [("sm_90", 1), ("sm_90", 2), ("sm_80", 1)])
+def test_cta_group_survives_any_schedule(
+    arch: str, cta_groups: int, epilogue: str, emulator: Emulator
+):
+    case = Case("cooperative", arch, H=136, T=3, B=35, layout="packed", epilogue=epilogue, seed=1)
     case = replace(case, cta_groups=cta_groups)
     results = [emulator.check(replace(case, schedule=100 * i)) for i in range(2)]
     assert len({result.digest for result in results}) == 1

@@ -241,6 +241,20 @@ def test_integers(body: str):
     assert (out == (INTEGERS[body].astype(np.int64) & 0xFFFFFFFF)).all()
 
 
+def test_pairs_of_fp32_and_mixed_precision():
+    """Blackwell's: two fp32 sums in 64 bits, and an fp32 sum of which one term has 16."""
+    given = np.where(NAN.any(1)[:, None], np.uint32(0), WORDS)
+    x, y, z = given.view(np.float32).T
+    out = execute(
+        "mov.b64 %rd5, {%r10, %r11};\nmov.b64 %rd6, {%r12, %r12};\nadd.f32x2 %rd7, %rd5, %rd6;\n"
+        "mov.b64 {%r40, %r41}, %rd7;\ncvt.u16.u32 %rs1, %r10;\nadd.rn.f32.f16 %r42, %rs1, %r11;",
+        given,
+        3,
+    ).view(np.float32)
+    half = given[:, 0].astype(np.uint16).view(np.float16).astype(np.float32)
+    assert np.array_equal(out, np.stack([x + z, y + z, half + y], 1), equal_nan=True)
+
+
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
 def test_half_precision(kind: str):
     """Conversions and comparisons, against torch."""

@@ -46,6 +46,10 @@ UNNOTICED = {
         "delete: bar.sync in store_ends": (1, OWN),
         "postpone: cp.async.wait_group in registers_kernel": (1, AT_THE_END),
     },
+    "registers-sm_80": {
+        "delete: bar.sync in registers_kernel": (1, AT_THE_END),
+        "postpone: cp.async.wait_group in registers_kernel": (1, AT_THE_END),
+    },
     "cooperative": {
         "delete: bar.sync in load_weights": (1, FOR_REGISTERS),
         "delete: bar.sync in store_ends": (2, OWN),

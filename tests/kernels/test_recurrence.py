@@ -18,7 +18,6 @@ from tests.support.recurrence import (
     PLANS_HERE,
     assert_close,
     make_case,
-    only_tf32,
     plan_of,
 )
 from tritonrnn.kernels import common, launch
@@ -36,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarn
 @pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recurrence_matches_float64(layout, epilogue, plan):
-    case = make_case(LAYOUTS[layout], 37, epilogue, tf32=only_tf32(plan))
+    case = make_case(LAYOUTS[layout], 37, epilogue)
     assert_close(case, case.run(plan))
 
 
@@ -55,7 +54,7 @@ def test_recurrence_rounds_no_worse_than_torch(dtype, epilogue, plan):
 @pytest.mark.parametrize("epilogue", ["tanh", "relu_grad"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_recurrence_without_v_0_starts_at_zero(layout, epilogue, plan):
-    case = make_case(LAYOUTS[layout], 16, epilogue, with_v_0=False, tf32=only_tf32(plan))
+    case = make_case(LAYOUTS[layout], 16, epilogue, with_v_0=False)
     assert_close(case, case.run(plan))
 
 
@@ -77,7 +76,6 @@ def test_recurrence_walks_each_group_its_own_way(plan):
         12,
         "tanh",
         reverse=(True, False, False, True, True),
-        tf32=only_tf32(plan),
     )
     assert_close(case, case.run(plan))
 
@@ -92,7 +90,7 @@ def test_recurrence_of_no_tokens_does_nothing(B):
 @pytest.mark.parametrize("plan", PLANS_HERE)
 @pytest.mark.parametrize("epilogue", oracle.EPILOGUES)
 def test_recurrence_keeps_nan_in_its_sequence(epilogue, plan):
-    case = make_case(LAYOUTS["jagged"], 18, epilogue, tf32=only_tf32(plan))
+    case = make_case(LAYOUTS["jagged"], 18, epilogue)
     clean = case.run(plan)
     rows = oracle.sequences(case.layout)
     # One sequence is poisoned throughout, another in its last token and its v_0 only.
@@ -111,7 +109,7 @@ def test_recurrence_keeps_nan_in_its_sequence(epilogue, plan):
 @pytest.mark.parametrize("plan", PLANS_HERE)
 def test_recurrence_first_step_starts_from_a_true_zero(plan):
     """An infinite weight of one unit reaches no other unit in a sequence's own first step."""
-    case = make_case(LAYOUTS["packed"], 18, "tanh", reverse=(True,), tf32=only_tf32(plan))
+    case = make_case(LAYOUTS["packed"], 18, "tanh", reverse=(True,))
     clean = case.run(plan)
     case.M[:, 0, 1] = torch.inf
     first_steps = [rows[-1] for rows in oracle.sequences(case.layout)]
@@ -235,8 +233,8 @@ def test_recurrence_agrees_between_tile_sizes():
 def test_forced_plans_agree(epilogue):
     """To rounding: they add the same products in another order."""
     case = make_case(LAYOUTS["packed"], 20, epilogue)
-    expected = case.run("resident")
-    for name in [name for name in PLANS_HERE if not only_tf32(name)]:
+    expected = case.run("stepwise")
+    for name in PLANS_HERE:
         plan, actual = plan_of(case, name), case.a.clone()
         with launch.forced_plan(name):
             case.walk(actual, "resident")
@@ -330,9 +328,7 @@ def test_recurrence_walks_past_step_65536():
 @pytest.mark.gpu
 @pytest.mark.parametrize("plan", PLANS_HERE)
 def test_recurrence_walks_70000_steps(plan):
-    case = make_case(
-        SequenceLayout.time_major(70_000, 1), 16, "tanh", reverse=(True,), tf32=only_tf32(plan)
-    )
+    case = make_case(SequenceLayout.time_major(70_000, 1), 16, "tanh", reverse=(True,))
     assert_close(case, case.run(plan))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
+import triton
 
 from perf.compile import static
 from tests.support.compiled import ROOT, Kernel, compile_kernels, events, run_uninterpreted
@@ -129,6 +130,38 @@ def overlaps(row: dict) -> None:
             assert written is None or written[1] not in weights, line
 
 
+def overlaps_mma_sync(row: dict) -> None:
+    """Check that a step of ``registers`` by mma.sync has one barrier, and what is on its chain.
+
+    After a step's last product there is the state's way to shared memory, a wait for the copies of
+    two steps before, and the barrier. M stays where the product takes it: nothing is shuffled.
+    """
+    loop = row["step_sass"]
+    step = events(loop)
+    assert static.count(loop, r"SHFL\S*") == 0
+    has_copies = "LDGSTS" in step
+    rows = [name for name in step if name.startswith("LDG.") and "16" not in name]
+    # Of the row map, in packed batches: the rows to store and to prefetch.
+    assert rows == (8 * ["LDG.E.64"] if row["layout"] == "packed" else [])
+    assert not any(name.startswith("LDG.") for name in step if has_copies and name not in rows)
+    # From barrier to barrier.
+    last = max(i for i, name in enumerate(step) if name == "BAR")
+    step = step[last + 1 :] + step[:last]
+    steps = [list(part) for is_bar, part in itertools.groupby(step, "BAR".__eq__) if not is_bar]
+    assert len(steps) == 4
+    bits = {"bf16": 16, "fp16": 16}.get(row["dtype"], 32)
+    for part in steps:
+        # 16 rows and 256 bits of each.
+        products = row["block_h"] // 16 // row["num_warps"] * row["block_h"] * bits // 256
+        assert part.count("HMMA") == products * (3 if row["precision"] == "tf32x3" else 1)
+        end = len(part) - 1 - part[::-1].index("HMMA")
+        kept = [i for i, name in enumerate(part) if name.startswith("STS")]
+        assert kept
+        assert min(kept) > end
+        waits = [name for name in part[max(kept) :] if name.startswith("DEPBAR")]
+        assert waits == (["DEPBAR.LE SB0, 0x2"] if has_copies else [])
+
+
 def reads_at_once(row: dict) -> None:
     """Check that all 16 reads of the state are issued before one is waited for; of two blocks.
 
@@ -162,13 +195,25 @@ COSTS = {
     Kernel("resident", "sm_90", "fp16", 64, "tanh", "padded"): Cost(
         "hgmma", 2, one_instruction_for_tanh
     ),
-    Kernel("resident", "sm_80", "bf16", 256, "tanh_grad"): Cost("hmma", 2, prefetches),
-    Kernel("resident", "sm_80", "fp32", 100, "tanh_grad"): Cost("hmma", 6),
     Kernel("registers", "sm_90", "fp16", 252, "tanh"): Cost("hgmma", 1, overlaps),
     Kernel("registers", "sm_90", "bf16", 256, "tanh_grad"): Cost("hgmma", 1, overlaps),
     Kernel("registers", "sm_90", "bf16", 98, "tanh_grad"): Cost("hgmma", 1, overlaps),
     Kernel("registers", "sm_90", "fp16", 64, "relu_grad"): Cost("hgmma", 1, overlaps),
     Kernel("registers", "sm_90", "tf32", 128, "tanh_grad"): Cost("hgmma", 1, overlaps),
+    Kernel("registers", "sm_80", "bf16", 256, "tanh_grad"): Cost("hmma", 1, overlaps_mma_sync),
+    Kernel("registers", "sm_80", "fp16", 64, "tanh", "padded"): Cost("hmma", 1, overlaps_mma_sync),
+    Kernel("registers", "sm_86", "bf16", 255, "relu_grad"): Cost("hmma", 1, overlaps_mma_sync),
+    Kernel("registers", "sm_89", "tf32", 128, "tanh_grad"): Cost("hmma", 1, overlaps_mma_sync),
+    Kernel("registers", "sm_89", "fp32", 128, "tanh_grad"): Cost("hmma", 1, overlaps_mma_sync),
+    Kernel("registers", "sm_90", "fp32", 97, "tanh"): Cost("hmma", 1, overlaps_mma_sync),
+    Kernel("registers", "sm_100", "bf16", 201, "tanh_grad"): Cost("hmma", 1, overlaps_mma_sync),
+    Kernel("registers", "sm_120", "fp16", 250, "tanh_grad"): Cost("hmma", 1, overlaps_mma_sync),
+    Kernel("cooperative", "sm_80", "bf16", 1024, "tanh_grad"): Cost("hmma", 20),
+    Kernel("cooperative", "sm_86", "fp32", 333, "tanh_grad"): Cost("hmma", 30),
+    Kernel("cooperative", "sm_89", "bf16", 1024, "tanh_grad"): Cost("hmma", 12),
+    Kernel("cooperative", "sm_89", "tf32", 512, "tanh_grad"): Cost("hmma", 48),
+    Kernel("cooperative", "sm_100", "bf16", 1024, "tanh_grad"): Cost("hmma", 12),
+    Kernel("cooperative", "sm_120", "fp16", 1023, "tanh_grad"): Cost("hmma", 72),
     Kernel("cooperative", "sm_90", "bf16", 1024, "tanh", "padded"): Cost(
         "hgmma", 16, reads_at_once
     ),
@@ -181,11 +226,15 @@ COSTS = {
     Kernel("stepwise", "sm_80", "fp32", 100, "tanh_grad"): Cost("hmma", 10),
 }
 ELSEWHERE = [
-    Kernel(plan, arch, dtype, 128 if dtype == "bf16" else 64, "tanh_grad")
+    Kernel(plan, "gfx942", dtype, 128 if dtype == "bf16" else 64, "tanh_grad")
     for plan in ("resident", "stepwise")
-    for arch in ("sm_100", "gfx942")
     for dtype in ("bf16", "fp32")
 ]
+if not triton.__version__.startswith("3.6."):
+    # Whose cuobjdump does not know it.
+    ELSEWHERE += [
+        Kernel(plan, "sm_103", "bf16", 128, "tanh") for plan in PLANS if plan != "resident"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +246,7 @@ def rows() -> dict[Kernel, dict]:
 @pytest.mark.parametrize("kernel", COSTS, ids=str)
 def test_step_costs_what_it_may(kernel, rows):
     row, cost = rows[kernel], COSTS[kernel]
-    assert row["spill_bytes"] == 0
+    assert row["spills_per_step"] == 0
     assert row["shared_bytes"] <= row["planned_bytes"]
     assert row[cost.mma] > 0
     assert row["bar"] <= cost.barriers
@@ -225,18 +274,24 @@ def test_committed_static_table_is_of_todays_plans(path):
         assert plan is not None
         assert row["planned_bytes"] == plan.shared_bytes
         assert {name: row[name] for name in KEPT} == {name: vars(plan)[name] for name in KEPT}
-    # Elsewhere one of 1,456 kernels spills two registers.
-    most = 0 if path.stem in ("sm_80", "sm_90") else 8
-    assert [row for row in rows if row["spill_bytes"] > most] == []
+    # AMD's listing does not say where it spills. What spills before the time loop costs a launch
+    # less than a step.
+    is_amd = path.stem.startswith("gfx")
+    assert [row for row in rows if row["spill_bytes"] if is_amd or row["spills_per_step"]] == []
+    assert [row for row in rows if row["spill_bytes"] > 400] == []
     assert [row for row in rows if row["shared_bytes"] > row["planned_bytes"]] == []
-    large = [row for row in rows if row["dtype"] in ("bf16", "fp16") and row["H"] >= 64]
-    cooperative = [row for row in rows if row["plan"] == "cooperative"]
-    assert len(large) > 100
-    assert path.stem != "sm_90" or [row for row in large + cooperative if not row["hgmma"]] == []
+    # Every plan in every arithmetic, as far as it fits.
+    fit = {(case.plan.name, case.dtype) for case in static.compile_cases(path.stem)}
+    assert {(row["plan"], row["dtype"]) for row in rows} == fit
+    for row in rows if path.stem == "sm_90" else []:
+        is_large = row["dtype"] in ("bf16", "fp16") and row["H"] >= 64
+        by_registers = row["plan"] == "registers"
+        assert row["hgmma"] or by_registers or not (is_large or row["plan"] == "cooperative")
 
 
-def test_committed_static_tables_have_hopper():
-    assert "sm_90" in [path.stem for path in TABLES]
+def test_committed_static_tables_have_every_device():
+    # Triton 3.6's tools don't know sm_103.
+    assert {path.stem for path in TABLES} == set(static.ARCHS) - {"sm_103"}
 
 
 @pytest.mark.slow

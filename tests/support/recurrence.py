@@ -110,11 +110,6 @@ def plan_of(case: Case, name: str) -> LaunchPlan:
     return plan
 
 
-def only_tf32(plan: str) -> bool:
-    """Return whether a plan has no fp32 products but those of TF32."""
-    return plan == "registers"
-
-
 def make_case(
     layout: SequenceLayout,
     H: int,

@@ -180,15 +180,12 @@ class Record:
     def row(self, device: Device) -> dict[str, Any]:
         """Return it as a row of a table."""
         row = {"kind": self.kind, "verdict": self.verdict, **asdict(self.key)}
-        for name in ("reason", "seconds", "host", "pid", "when"):
+        for name in ("reason", "against", "seconds", "host", "pid", "when"):
             row[name] = getattr(self, name)
-        if isinstance(self.key, Kernel):
-            row["error"] = self.error
-        elif self.against:
-            row["against"] = self.against
-            for name in ("plan_us", "other_us"):
-                for percentile, us in zip(("p25", "p50", "p75"), getattr(self, name)):
-                    row[f"{name}_{percentile}"] = us
+        row["error"] = self.error if isinstance(self.key, Kernel) else math.nan
+        for name in ("plan_us", "other_us"):
+            for percentile, us in zip(("p25", "p50", "p75"), getattr(self, name)):
+                row[f"{name}_{percentile}"] = us if self.against else math.nan
         return row | {f"device_{name}": value for name, value in device.items()}
 
 

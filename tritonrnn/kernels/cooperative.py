@@ -56,11 +56,13 @@ class CooperativeConstants(Constants):
 
     BLOCK_K         columns of M, and hidden units of the previous state, of one product
     BLOCK_READ      hidden units of the previous state that a program reads at once
+    NUM_SUMS        sums to which tiles' products are added in turn: 1 or 2
     INTERLEAVE      batch blocks that a program walks at the same time: 1 or 2
     """
 
     BLOCK_K: int
     BLOCK_READ: int
+    NUM_SUMS: int
     INTERLEAVE: int
 
     # Tiles of M are consecutive columns.
@@ -252,6 +254,9 @@ def dot_previous(step, batch, block, row, tiles, z, C: tl.constexpr):
     offs_k = tl.arange(0, BLOCK_K)
     state_ptrs = batch.a_ptr + row + block.base + offs_k[:, None]
     previous = has_previous(step, block)
+    # A product of mma.sync waits for the one whose sum it adds to: so every other tile may have a
+    # sum of its own.
+    other = tl.zeros(z.shape, tl.float32)
     # As many reads at once as shared memory has room for: each takes a round trip to L2.
     for first in tl.static_range(0, H, BLOCK_READ):
         loaded = ()
@@ -271,5 +276,10 @@ def dot_previous(step, batch, block, row, tiles, z, C: tl.constexpr):
             arrived = arrived + (s,)  # type: ignore[assignment]  # noqa: RUF005
         for i in tl.static_range(len(arrived)):
             s = split_tf32(arrived[i], C)
-            z = dot_tile(tiles, first // BLOCK_K + i, s, z, C)
+            if i % C.NUM_SUMS == 0:
+                z = dot_tile(tiles, first // BLOCK_K + i, s, z, C)
+            else:
+                other = dot_tile(tiles, first // BLOCK_K + i, s, other, C)
+    if C.NUM_SUMS == 2:
+        z += other
     return z

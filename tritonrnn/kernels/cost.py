@@ -105,7 +105,9 @@ def _product_clocks(problem: Problem, plan: LaunchPlan) -> float:
     weights = products * plan.block_h * cdiv(problem.H, plan.block_k) * plan.block_k
     if plan.name != "registers":
         return problem.item_bytes * weights / SHARED_BYTES_PER_CLOCK
-    return plan.device.product_clocks(2 * weights * plan.block_b, problem.arithmetic)
+    # Products of fp32 accuracy are three of TF32.
+    arithmetic = "tf32" if plan.precision == "tf32x3" else problem.arithmetic
+    return plan.device.product_clocks(2 * weights * plan.block_b, arithmetic)
 
 
 def _memory_us(problem: Problem, device: Device) -> float:

@@ -66,6 +66,19 @@ class Device:
         return self.arch == "sm_90"
 
     @property
+    def has_mma_sync(self) -> bool:
+        """Return whether MMA instructions take their operands from registers (``mma.sync``).
+
+        NVIDIA's since sm_80, Hopper's among them. Blackwell's ``tcgen05`` is not used here.
+        """
+        return self._compute_capability >= 80
+
+    @property
+    def has_tcgen05(self) -> bool:
+        """Return whether there is ``tcgen05``, which Triton prefers to ``mma.sync`` for 64 rows."""
+        return 100 <= self._compute_capability < 120
+
+    @property
     def has_tanh(self) -> bool:
         """Return whether there is an instruction for tanh: NVIDIA's since sm_75."""
         return self._compute_capability >= 75
@@ -74,6 +87,16 @@ class Device:
     def has_tf32(self) -> bool:
         """Return whether MMA instructions multiply TF32: of AMD's, on the MI300 only."""
         return not self.is_amd or self.arch == "gfx942"
+
+    @property
+    def missing_plans(self) -> str:
+        """Return which plans the device can't have, and why; nothing where it can have all."""
+        if not self.is_amd:
+            return ""
+        return (
+            "no registers plan and no cooperative one on AMD: the former is written for NVIDIA's "
+            "mma.sync and wgmma, the latter waits by an instruction of PTX"
+        )
 
     @property
     def _compute_capability(self) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tritonrnn.kernels.common import Constants
 from tritonrnn.kernels.cooperative import CooperativeConstants, cooperative_kernel
 from tritonrnn.kernels.devices import device_of
-from tritonrnn.kernels.plan import PLANS, LaunchPlan, Problem, plan_named
+from tritonrnn.kernels.plan import PLANS, LaunchPlan, Problem, plan_named, uses_wgmma
 from tritonrnn.kernels.resident import ResidentConstants, resident_kernel
 from tritonrnn.kernels.stepwise import StepwiseConstants, stepwise_kernel
 from tritonrnn.layout import SequenceLayout
@@ -329,6 +329,10 @@ def kernel_arguments(
         if not triton.knobs.runtime.interpret:
             # The driver refuses a grid whose programs can't all run at the same time.
             arguments["launch_cooperative_grid"] = True
+            if problem.has_odd_rows and not plan.device.has_wgmma:
+                # Else ptxas spills in the time loop, to have 128 registers or because it loads too
+                # much at once (sm_89, bf16 H 1023 and fp16 H 333).
+                arguments["maxnreg"] = 200
     return arguments
 
 
@@ -345,7 +349,14 @@ def _constants(problem: Problem, plan: LaunchPlan) -> Constants:
     if plan.name == "registers":
         from tritonrnn.kernels.registers import RegistersConstants
 
-        return RegistersConstants(**shared, ITEM_BITS=8 * problem.item_bytes)
+        return RegistersConstants(
+            **shared,
+            BLOCK_K=plan.block_k,
+            ITEM_BITS=8 * problem.item_bytes,
+            NUM_WARPS=plan.num_warps,
+            USES_WGMMA=uses_wgmma(problem, plan.device),
+            HAS_ODD_WORDS=problem.has_odd_words,
+        )
     if plan.name == "resident":
         return ResidentConstants(**shared, BLOCK_K=plan.block_k, NUM_STAGES=plan.num_stages)
     if plan.name == "cooperative":
@@ -353,6 +364,7 @@ def _constants(problem: Problem, plan: LaunchPlan) -> Constants:
             **shared,
             BLOCK_K=plan.block_k,
             BLOCK_READ=plan.block_read,
+            NUM_SUMS=plan.num_sums,
             INTERLEAVE=plan.interleave,
         )
     assert plan.name == "stepwise"

@@ -59,6 +59,11 @@ class Problem:
         return "tf32" if self.tf32 else "fp32"
 
     @property
+    def has_odd_words(self) -> bool:
+        """Return whether rows are no whole number of 32-bit words: no async copy takes them."""
+        return self.H * self.item_bytes % 4 != 0
+
+    @property
     def has_odd_rows(self) -> bool:
         """Return whether rows are no multiple of 8 bytes: they are accessed in small pieces."""
         return self.H * self.item_bytes % 8 != 0
@@ -104,6 +109,16 @@ class LaunchPlan:
     interleave: int = 1
 
     @property
+    def num_sums(self) -> int:
+        """Return how many sums the products of a step's tiles are added to, in turn.
+
+        Each ``mma.sync`` waits for the one whose sum it adds to: so two, where several tiles are at
+        hand. Products of fp32 accuracy begin from zero, so they wait for none.
+        """
+        waits = not self.device.has_wgmma and self.precision != "tf32x3"
+        return 2 if waits and self.block_read > self.block_k else 1
+
+    @property
     def waits(self) -> bool:
         """Return whether its programs wait for each other, so that all must run at once."""
         return self.name == "cooperative"
@@ -123,9 +138,11 @@ class LaunchPlan:
 def resident_plan(problem: Problem, device: Device) -> LaunchPlan | None:
     """Keep W_hh in one multiprocessor. Return None if it does not fit.
 
-    The bound is its shared memory, through which W_hh goes also where the product, ``mma.sync``,
-    takes it from registers.
+    The bound is its shared memory, through which W_hh goes also where the product takes it from
+    registers. Where products are ``mma.sync`` alone, the registers plan has fewer barriers.
     """
+    if device.has_mma_sync and not device.has_wgmma:
+        return None
     block_h = power_of_two(problem.H, at_least=16)
     precision = _precision(problem, device)
     # Products of fp32 accuracy are few columns wide, 16 at least (common.dot_acc).
@@ -158,30 +175,39 @@ def resident_plan(problem: Problem, device: Device) -> LaunchPlan | None:
 
 
 def registers_plan(problem: Problem, device: Device) -> LaunchPlan | None:
-    """Keep W_hh in one multiprocessor's registers. Return None if it does not fit."""
+    """Keep W_hh in one multiprocessor's registers. Return None if it does not fit.
+
+    On Hopper by ``wgmma``, elsewhere, and where that does not serve, by ``mma.sync``.
+    """
     # Of the interpreter neither: it does not know Gluon.
-    if not device.has_wgmma:
+    if not device.has_mma_sync:
         return None
-    block_h = power_of_two(problem.H, at_least=64)
     precision = _precision(problem, device)
-    # Products of fp32 accuracy begin from zero and are narrow (common.dot_acc); here all of M is
-    # one product. An async copy has four bytes at least. And beyond these sizes 2 block_h threads
-    # have too few registers beside W_hh.
-    most = {"ieee": 128 if problem.has_odd_rows else 256, "tf32": 128, "tf32x3": 0}[precision]
-    if problem.H * problem.item_bytes % 4 != 0 or block_h > most:
+    # W_hh may take half of the registers: of fp32 accuracy it counts twice.
+    if problem.H > (256 if precision == "ieee" else 128):
         return None
+    by_wgmma = uses_wgmma(problem, device)
+    # The rows of a wgmma, all of whose columns are one product.
+    block_h = power_of_two(problem.H, at_least=64 if by_wgmma else 16)
+    num_products = 1
+    if not by_wgmma and block_h <= 128:
+        # Few products, each of which waits for the one whose sum it adds to: so two sums. And
+        # products of fp32 accuracy are narrow (common.dot_acc).
+        num_products = min(4 if precision == "tf32x3" else 2, block_h // 16)
     # The narrowest product there is: a step's latency is that of its epilogue, too.
     block_b = 8
+    parts = 2 if precision == "tf32x3" else 1
     # Two of the state, four of the drive, and as many of aux.
-    tiles = 10 if problem.epilogue.endswith("_grad") else 6
+    in_flight = 8 if problem.epilogue.endswith("_grad") else 4
+    tiles = 2 * parts + (0 if problem.has_odd_words else in_flight)
     return LaunchPlan(
         name="registers",
         block_h=block_h,
         block_b=block_b,
-        block_k=block_h,
+        block_k=block_h // num_products,
         block_read=block_h,
-        # Four warps to the 64 rows of a product.
-        num_warps=block_h // 16,
+        # Four warps to the 64 rows of a wgmma.
+        num_warps=block_h // 16 if by_wgmma else min(8, block_h // 16),
         num_stages=1,
         precision=precision,
         epilogue=_epilogue(problem, device),
@@ -192,23 +218,57 @@ def registers_plan(problem: Problem, device: Device) -> LaunchPlan | None:
     )
 
 
+def uses_wgmma(problem: Problem, device: Device) -> bool:
+    """Return whether the registers plan makes its products by Hopper's ``wgmma``."""
+    # Not for what the kernel loads to registers, nor for products of fp32 accuracy, which begin
+    # from zero and are narrow (common.dot_acc): one wgmma has all of W_hh. And of 256 odd rows 512
+    # threads have too few registers.
+    most = 128 if problem.has_odd_rows else 256
+    narrow = _precision(problem, device) == "tf32x3"
+    return device.has_wgmma and not problem.has_odd_words and not narrow and problem.H <= most
+
+
 def cooperative_plan(problem: Problem, device: Device) -> LaunchPlan | None:
     """Spread the rows of W_hh over a CTA group of programs. Return None if they do not fit."""
-    if not (device.has_wgmma or device.is_interpreter):
+    if device.is_interpreter:
+        # It runs one program after the other: so a CTA group is one program.
+        return _cooperative_plan(problem, device, power_of_two(problem.H, at_least=64))
+    if not device.has_mma_sync:
         return None
-    # With 64 rows, which wgmma wants, a step reads the fewest bytes from shared memory. In the
-    # interpreter, which runs one program after the other, a CTA group is one program.
-    block_h = power_of_two(problem.H, at_least=64) if device.is_interpreter else 64
+    # With 64 rows, which wgmma wants, a step reads the fewest bytes from shared memory. For
+    # mma.sync 32 will do where there is no room for 64.
+    rows = [64] if device.has_wgmma else [64, 32]
+    plans = (
+        _cooperative_plan(problem, device, block_h)
+        for block_h in rows
+        if block_h <= _most_rows(device)
+    )
+    return next((plan for plan in plans if plan is not None), None)
+
+
+def _cooperative_plan(problem: Problem, device: Device, block_h: int) -> LaunchPlan | None:
     precision = _precision(problem, device)
-    # 16 sequences make the most of the weights that a step reads, and are the fewest for which
-    # Triton chooses wgmma.
-    block_b = 16
-    # Each tile of the state is a product of its own, which is waited for: so tiles are wide. Not
-    # wider than 256, where nothing more is gained, and not so wide that much of one is padding.
-    block_k = 256 if problem.dtype != "fp32" and problem.H % 256 == 0 else 128
-    if problem.has_odd_rows:
-        # Each small piece is in registers with an address of its own.
-        block_k = 64
+    num_warps = _num_warps(problem, block_h, device)
+    if device.has_wgmma or device.is_interpreter:
+        # 16 sequences make the most of the weights that a step reads, and are the fewest for which
+        # Triton chooses wgmma.
+        block_b = 16
+        # Each tile of the state is a product of its own, which is waited for: so tiles are wide.
+        # Not wider than 256, where nothing more is gained, and not so wide that much of one is
+        # padding. Of odd rows each small piece is in registers with an address of its own.
+        block_k = 256 if problem.dtype != "fp32" and problem.H % 256 == 0 else 128
+        block_k = 64 if problem.has_odd_rows else block_k
+        at_once_bytes = device.shared_bytes
+        most_interleaved = MAX_INTERLEAVED_UNITS if problem.dtype != "fp32" else 0
+    else:
+        # Both operands go through registers: so tiles are small, and what is read at once is 256
+        # bytes a thread, or half of that where it is split in two parts.
+        block_b = 16 if problem.dtype != "fp32" else 8
+        block_k = 128 if problem.dtype != "fp32" and block_h == 64 else 64
+        block_k = block_h if problem.has_odd_rows else block_k
+        at_once_bytes = 32 * num_warps * (128 if precision == "tf32x3" else 256)
+        most_bytes = {64: 2048, 32: 1536}[block_h] if precision != "tf32x3" else 0
+        most_interleaved = most_bytes // problem.item_bytes
     if precision == "tf32x3":
         # Wider products lose accuracy (common.dot_acc).
         block_k = 32
@@ -218,7 +278,11 @@ def cooperative_plan(problem: Problem, device: Device) -> LaunchPlan | None:
     # All of the state that there is room for beside the weights is read at once, for each read
     # takes a round trip to L2.
     spare_bytes = max(0, device.shared_bytes - weight_bytes - RESERVED_BYTES)
-    at_once = min(1 if problem.has_odd_rows else tiles, spare_bytes // (block_b * tile_bytes))
+    at_once = min(
+        1 if problem.has_odd_rows else tiles,
+        spare_bytes // (block_b * tile_bytes),
+        at_once_bytes // (block_b * block_k * problem.item_bytes),
+    )
     # Two fp32 tiles, of a and aux, on their way between the layouts of memory and of the product.
     exchange_bytes = 2 * block_h * block_b * 4
     shared_bytes = (
@@ -232,16 +296,15 @@ def cooperative_plan(problem: Problem, device: Device) -> LaunchPlan | None:
     if at_once == 0 or num_cta_groups == 0 or shared_bytes > device.shared_bytes:
         return None
     num_cta_groups = min(num_cta_groups, max(1, cdiv(problem.B, block_b)))
-    # Two blocks want the registers of two, of which fp32 and odd rows leave too few.
-    spacious = problem.dtype != "fp32" and problem.H * problem.item_bytes % 16 == 0
-    interleave = 2 if spacious and problem.H <= MAX_INTERLEAVED_UNITS else 1
+    # Two blocks want the registers of two, of which odd rows leave too few.
+    spacious = problem.H * problem.item_bytes % 16 == 0 and problem.H <= most_interleaved
     return LaunchPlan(
         name="cooperative",
         block_h=block_h,
         block_b=block_b,
         block_k=block_k,
         block_read=at_once * block_k,
-        num_warps=_num_warps(problem, block_h, device),
+        num_warps=num_warps,
         num_stages=1,
         precision=precision,
         epilogue=_epilogue(problem, device),
@@ -249,14 +312,14 @@ def cooperative_plan(problem: Problem, device: Device) -> LaunchPlan | None:
         launches=1,
         shared_bytes=shared_bytes,
         device=device,
-        interleave=interleave,
+        interleave=2 if spacious else 1,
     )
 
 
 def stepwise_plan(problem: Problem, device: Device) -> LaunchPlan:
     """Launch a kernel a step, which fits every problem."""
     precision = _precision(problem, device)
-    block_h = min(64, power_of_two(problem.H, at_least=16))
+    block_h = min(_most_rows(device), power_of_two(problem.H, at_least=16))
     block_b = 16
     # Tiles of M and of the state go through registers on their way to the product: 128 bytes of a
     # row, and half as many where a tile is split in two, or its elements are loaded one by one.
@@ -303,6 +366,12 @@ def plan_named(name: str, problem: Problem, device: Device) -> LaunchPlan:
     if plan is None:
         raise RuntimeError(f"the plan {name} does not fit {problem} on {device.arch}")
     return plan
+
+
+def _most_rows(device: Device) -> int:
+    # For 64 rows Triton chooses Blackwell's tcgen05, which nobody here has tried, and which the
+    # emulator does not know.
+    return 32 if device.has_tcgen05 else 64
 
 
 def _resident_block_b(problem: Problem, device: Device) -> int:

@@ -1,4 +1,4 @@
-"""The whole walk in one launch: M in the registers of one multiprocessor, on Hopper, in Gluon.
+"""The whole walk in one launch: M in the registers of one multiprocessor, in Gluon.
 
 The tile picture (``common.py`` has the formula and the names). BLOCK_H covers H, as in
 ``resident.py``, but this kernel chooses its layouts itself (▒ stays, ░ is read, ▓ is made in a
@@ -8,20 +8,28 @@ step):
                                         BLOCK_B
                 ┌───────────┐         ┌──┬──┬──┐               ┌──┬──┬──┐
         warp 0  │▒▒▒▒▒▒▒▒▒▒▒│         │░░│  │  │               │▓▓│  │  │
-        warp 1  │▒▒▒▒▒▒▒▒▒▒▒│    x    │░░│  │  │       =       │▓▓│  │  │  = E(a + M s, aux)
+        warp 1  │▒▒▒▒▒▒▒▒▒▒▒│         │░░│  │  │               │▓▓│  │  │
         ...     │▒▒▒▒▒▒▒▒▒▒▒│         │░░│  │  │               │▓▓│  │  │
                 └───────────┘         └──┴──┴──┘               └──┴──┴──┘
                 in registers          in shared memory,        goes to the other
                                       double-buffered          buffer
 
-M is the left operand of ``wgmma``, which takes it from registers, 16 rows a warp; the state is the
-right one, which it takes from shared memory, double-buffered by parity of the step. So a step reads
-nothing of M, and needs one block barrier. While a product is made, the program stores the state
-that the product reads, converts the next step's tiles to the product's layout, and issues the async
-copies of the step four ahead. From product to product there is nothing but the epilogue, the
-state's way to shared memory, a fence, a wait for copies of two steps before, and the barrier.
+M is the left operand, and never in shared memory. Each warp has 16 of its rows, or 32 of the 256 of
+``mma.sync``; the state is the right operand, double-buffered by parity of the step. So a step reads
+nothing of M, and needs one block barrier. Beside a product the program stores the state that the
+product reads, converts the next step's tiles to the product's layout, and issues the async copies
+of the step four ahead. From product to product there is nothing but the epilogue, the state's way
+to shared memory, a wait for copies of two steps before, and the barrier.
 
-Loads to registers would be waited for in the iteration that sends them; see ``resident.py``.
+Two instructions make the product. ``wgmma`` (Hopper's) reads the state in shared memory, runs
+beside all else until it is waited for, and wants a fence before it. ``mma.sync`` (NVIDIA's since
+sm_80) takes the state from registers, where each warp loads the whole of it by ``ldmatrix``; ptxas
+puts the rest between its instructions. By ``mma.sync`` there are products of fp32 accuracy, too,
+of M and state in two parts each, and rows that are no whole number of 32-bit words: no async copy
+takes them, so they are loaded to registers, two or three steps ahead.
+
+Elsewhere such loads would be waited for in the iteration that sends them; see ``resident.py``. Here
+an iteration is four steps, in which a tile keeps its registers.
 """
 
 from dataclasses import dataclass
@@ -30,7 +38,7 @@ from typing import Any, NamedTuple
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     warpgroup_mma,
@@ -41,6 +49,7 @@ from tritonrnn.kernels.common import (
     UNSPECIALIZED,
     Batch,
     Constants,
+    Operand,
     clear_padding,
     compute_state,
     is_first,
@@ -61,40 +70,112 @@ NUM_STAGES = tl.constexpr(4)
 
 @dataclass(frozen=True)
 class RegistersConstants(Constants):
-    """ITEM_BITS: of an element of the state. The layouts follow from it and the tile."""
+    """What the registers kernel is compiled for, too. The layouts follow from it and the tile.
+
+    ITEM_BITS       of an element of the state
+    BLOCK_K         columns of M, and hidden units of the state, of one product
+    NUM_WARPS       warps of a program
+    USES_WGMMA      whether the product is Hopper's ``wgmma``, or else ``mma.sync``
+    HAS_ODD_WORDS   whether rows are no whole number of 32-bit words, so that loads go to registers
+    """
 
     ITEM_BITS: int
+    BLOCK_K: int
+    NUM_WARPS: int
+    USES_WGMMA: bool
+    HAS_ODD_WORDS: bool
 
     @property
-    def NUM_WARPS(self) -> int:
-        """Return the warps of a program: four to the 64 rows of a product."""
-        return self.BLOCK_H // 16
+    def NUM_SUMS(self) -> int:
+        """Return how many sums the tiles' products are added to."""
+        return 2 if self.NUM_TILES == 2 else 1
+
+    @property
+    def STEPS_AHEAD(self) -> int:
+        """Return how many steps ahead loads are issued: fewer where registers are full."""
+        if self.HAS_ODD_WORDS:
+            return 2 if self.BLOCK_H == 256 else 3
+        return NUM_STAGES.value
+
+    @property
+    def NUM_TILES(self) -> int:
+        """Return the number of tiles of M."""
+        return self.BLOCK_H // self.BLOCK_K
 
     @property
     def MMA(self) -> gl.NVMMADistributedLayout:
-        """Return the layout of products: a warp has 16 hidden units of all sequences."""
-        return gl.NVMMADistributedLayout(
-            [3, 0], [self.NUM_WARPS, 1], [16, self.BLOCK_B, 256 // self.ITEM_BITS]
-        )
+        """Return the layout of products: a warp has 16 hidden units of all sequences, or more."""
+        warps = [self.NUM_WARPS, 1]
+        if self.USES_WGMMA:
+            return gl.NVMMADistributedLayout(
+                [3, 0], warps, [16, self.BLOCK_B, 256 // self.ITEM_BITS]
+            )
+        return gl.NVMMADistributedLayout([2, 0], warps, [16, 8])
+
+    @property
+    def LEFT(self) -> gl.DotOperandLayout:
+        """Return the layout of M."""
+        return gl.DotOperandLayout(0, self.MMA, 32 // self.ITEM_BITS)
+
+    @property
+    def RIGHT(self) -> gl.DotOperandLayout:
+        """Return the layout of the state, where the product takes it from registers."""
+        return gl.DotOperandLayout(1, self.MMA, 32 // self.ITEM_BITS)
 
     @property
     def MEMORY(self) -> gl.BlockedLayout:
         """Return the layout of whole rows: a thread has four neighbouring units of one sequence."""
         lanes = min(32, self.BLOCK_H // 4)
-        warps_a_row = self.BLOCK_H // (4 * lanes)
+        warps_a_row = max(1, min(self.NUM_WARPS, self.BLOCK_H // (4 * lanes)))
         return gl.BlockedLayout(
             [4, 1], [lanes, 32 // lanes], [warps_a_row, self.NUM_WARPS // warps_a_row], [0, 1]
+        )
+
+    @property
+    def ROWS(self) -> gl.NVMMASharedLayout:
+        """Return the layout of shared memory that has whole rows, as global memory."""
+        shape, dtype = [self.BLOCK_H, self.BLOCK_B], gl.int16 if self.ITEM_BITS == 16 else gl.int32
+        return gl.NVMMASharedLayout.get_default_for(shape, dtype, transposed=True)
+
+    @property
+    def STATE(self) -> Any:
+        """Return the layout of shared memory from which the product reads the state."""
+        if self.USES_WGMMA or self.ITEM_BITS == 32:
+            return self.ROWS
+        # The eight sequences of a unit are next to each other: so what a warp's stores access at
+        # once, and then its ldmatrix, are 128 bytes in a row.
+        return gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+
+    @property
+    def PAIRS(self) -> Any:
+        """Return the layout in which a 16-bit state is stored: ``ldmatrix`` makes it.
+
+        A thread has pairs of neighbouring units of one sequence; a warp, of its own units.
+        """
+        if self.USES_WGMMA:
+            return self.MEMORY
+        units = self.BLOCK_H // self.NUM_WARPS
+        columns = [[0, 1 << i] for i in range(3)]
+        return gl.DistributedLinearLayout(
+            [[1, 0]] + [[n, 0] for n in (8, 16, 32) if n < units],
+            [[2, 0], [4, 0], *columns],
+            [[units << i, 0] for i in range(self.NUM_WARPS.bit_length() - 1)],
+            [],
+            [self.BLOCK_H, self.BLOCK_B],
         )
 
 
 class Shared(NamedTuple):
     """The program's tiles in shared memory.
 
-    states      the state that even steps read, and the one that odd steps read
+    states, small
+                the state that even steps read, and the one that odd steps read; and its small part,
+                where it has one
     a, aux      NUM_STAGES tiles each, of one step in NUM_STAGES; a twice where there is no aux
     """
 
     states: Any
+    small: Any
     a: Any
     aux: Any
 
@@ -105,7 +186,8 @@ class PipelineState(NamedTuple):
     drive, aux      what the step's product starts from, and what its epilogue takes
     s               the previous state, if fp32; else any tile of its type
     previous_row    offset of the row of the previous step
-    prefetch_row    offset of the row NUM_STAGES steps ahead
+    prefetch_row    offset of the row that is loaded next, NUM_STAGES steps ahead or fewer
+    loaded          tiles of the next steps, a and aux in turn, where loads go to registers
     """
 
     drive: Any
@@ -113,6 +195,7 @@ class PipelineState(NamedTuple):
     s: Any
     previous_row: Any
     prefetch_row: Any
+    loaded: Any
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -136,8 +219,6 @@ def registers_kernel(
 
     Arguments as ``common.Batch`` has them; m_ptr is [G, H, H], contiguous, in the dtype of a.
     """
-    # Operands here have no small part.
-    gl.static_assert(C.PRECISION != "tf32x3")
     batch = Batch(
         a_ptr=a_ptr,
         v_0_ptr=v_0_ptr,
@@ -152,100 +233,170 @@ def registers_kernel(
         stride_batch=stride_batch,
         reverse_groups=reverse_groups,
     )
-    m = load_operand(m_ptr, C)
+    tiles = load_operand(m_ptr, C)
     MMA: gl.constexpr = C.MMA
     MEMORY: gl.constexpr = C.MEMORY
+    PAIRS: gl.constexpr = C.PAIRS
     block = make_block_in(MMA, batch, C)
     in_rows = make_block_in(MEMORY, batch, C)
+    in_pairs = make_block_in(PAIRS, batch, C)
     range_h = gl.arange(0, C.BLOCK_H, gl.SliceLayout(1, MEMORY))
     range_b = gl.arange(0, C.BLOCK_B, gl.SliceLayout(0, MEMORY))
     clear_padding(tl.program_id(0), range_b, in_rows, batch, C)
-    dtype: gl.constexpr = a_ptr.dtype.element_ty
-    states = (allocate_tile(dtype, C), allocate_tile(dtype, C))
-    a_tiles = ()
-    aux_tiles = ()
-    for _ in gl.static_range(NUM_STAGES):
-        a_tile = allocate_tile(dtype, C)
-        aux_tile = a_tile
-        if aux_ptr is not None:
-            aux_tile = allocate_tile(dtype, C)
-        a_tiles = a_tiles + (a_tile,)  # type: ignore[assignment]  # noqa: RUF005
-        aux_tiles = aux_tiles + (aux_tile,)  # type: ignore[assignment]  # noqa: RUF005
-    shared = Shared(states=states, a=a_tiles, aux=aux_tiles)
-    for step in gl.static_range(1, NUM_STAGES):
-        row = row_offset(step, batch, in_rows, C)
-        prefetch_step(step, row, shared, step, batch, in_rows)
+    shared = allocate_tiles(batch, C)
     a, aux = load_step(0, row_offset(0, batch, block, C), batch, block)
     drive, aux = prepare_step_by_sum(0, a, aux, batch, block, C, True)
-    s = gl.full([C.BLOCK_H, C.BLOCK_B], 0.0, dtype, C.MMA)
-    share_state(s, shared.states[0], C)
+    loaded = ()
+    STEPS_AHEAD: gl.constexpr = C.STEPS_AHEAD
+    if C.HAS_ODD_WORDS:
+        for step in gl.static_range(1, STEPS_AHEAD):
+            loaded = loaded + load_step(step, row_offset(step, batch, block, C), batch, block)  # type: ignore[assignment]
+    else:
+        for step in gl.static_range(1, NUM_STAGES):
+            row = row_offset(step, batch, in_rows, C)
+            prefetch_step(step, row, shared, step, batch, in_rows)
+    s = gl.full([C.BLOCK_H, C.BLOCK_B], 0.0, a_ptr.dtype.element_ty, C.MMA)
+    share_state(s, shared, 0, C)
     pipeline = PipelineState(
         drive=drive,
         aux=aux,
         s=s.to(gl.float32),
         previous_row=row_offset(0, batch, in_rows, C),
-        prefetch_row=row_offset(NUM_STAGES, batch, in_rows, C),
+        prefetch_row=row_offset(C.STEPS_AHEAD, batch, in_rows, C),
+        loaded=loaded,
     )
     # A step stores the state before it: so one step more, and as many as make whole iterations.
     # LLVM would hoist the descriptor of every wgmma out of the loop, where it takes registers, as
     # the loop is not the kernel's end.
     for first in tl.range(0, block.num_steps + 1, NUM_STAGES, disable_licm=True):
         for i in gl.static_range(NUM_STAGES):
-            pipeline = walk_step(first + i, i, pipeline, m, shared, batch, block, in_rows, C)
+            pipeline = walk_step(
+                first + i, i, pipeline, tiles, shared, batch, block, in_rows, in_pairs, C
+            )
     # No copy may land in shared memory that is another program's by then.
-    async_copy.wait_group(0)
+    if not C.HAS_ODD_WORDS:
+        async_copy.wait_group(0)
     store_ends(tl.program_id(0), range_h, range_b, in_rows, batch, C)
 
 
 @gluon.jit
 def walk_step(
-    step, STAGE: gl.constexpr, pipeline, m, shared, batch, block, in_rows, C: gl.constexpr
+    step,
+    STAGE: gl.constexpr,
+    pipeline,
+    tiles,
+    shared,
+    batch,
+    block,
+    in_rows,
+    in_pairs,
+    C: gl.constexpr,
 ):
     """Walk one step, which is prefetched to stage STAGE. Return the next pipeline state.
 
-    block, in_rows  the program's tile in the product's layout, and in that of whole rows
+    block, in_rows, in_pairs
+        the program's tile in the layouts of the product, of async copies, and of stores
     """
     MAY_BEGIN: gl.constexpr = batch.lengths_ptr is not None
-    previous, current = shared.states[STAGE % 2], shared.states[(STAGE + 1) % 2]
-    product = begin_product(m, previous, pipeline.drive)
+    if C.USES_WGMMA:
+        product = begin_wgmma(tiles, shared, STAGE % 2, pipeline.drive)
+    else:
+        product = dot_mma_sync(tiles, shared, STAGE % 2, pipeline.drive, C)
     # From here on, beside the product. The first step has none before it to store.
-    store_state(step - 1, pipeline.previous_row, pipeline.s, previous, batch, block, in_rows, C)
-    prefetch_step(step + NUM_STAGES, pipeline.prefetch_row, shared, STAGE, batch, in_rows)
+    store_state(
+        step - 1,
+        pipeline.previous_row,
+        pipeline.s,
+        shared.states[STAGE % 2],
+        batch,
+        block,
+        in_pairs,
+        C,
+    )
     row = row_offset(step, batch, in_rows, C)
-    next_row = row_offset(step + NUM_STAGES + 1, batch, in_rows, C)
-    next_a = shared.a[(STAGE + 1) % NUM_STAGES].load(C.MMA)
-    next_aux = next_a
-    if batch.aux_ptr is not None:
-        next_aux = shared.aux[(STAGE + 1) % NUM_STAGES].load(C.MMA)
+    next_row = row_offset(step + C.STEPS_AHEAD + 1, batch, in_rows, C)
+    loaded = pipeline.loaded
+    if C.HAS_ODD_WORDS:
+        loaded = loaded + load_step(step + C.STEPS_AHEAD, pipeline.prefetch_row, batch, block)
+        next_a, next_aux = loaded[0], loaded[1]
+        loaded = loaded[2:]
+    else:
+        prefetch_step(step + NUM_STAGES, pipeline.prefetch_row, shared, STAGE, batch, in_rows)
+        next_a = shared.a[(STAGE + 1) % NUM_STAGES].load(C.MMA)
+        next_aux = next_a
+        if batch.aux_ptr is not None:
+            next_aux = shared.aux[(STAGE + 1) % NUM_STAGES].load(C.MMA)
     drive, aux = prepare_step_by_sum(step + 1, next_a, next_aux, batch, block, C, MAY_BEGIN)
     # From here on, on the chain of dependent latencies again.
-    z = warpgroup_mma_wait(0, deps=[product])
+    z = product
+    if C.USES_WGMMA:
+        z = warpgroup_mma_wait(0, deps=[product])
     z = zero_padding(z, block, C)
     s = compute_state(step, z, pipeline.aux, batch, block, C)
-    share_state(s, current, C)
+    share_state(s, shared, (STAGE + 1) % 2, C)
     if C.ITEM_BITS == 16:
         # It is stored from shared memory. Any fp32 tile of this type keeps the pipeline state's.
         s = drive
-    return PipelineState(drive=drive, aux=aux, s=s, previous_row=row, prefetch_row=next_row)
+    return PipelineState(
+        drive=drive,
+        aux=aux,
+        s=s,
+        previous_row=row,
+        prefetch_row=next_row,
+        loaded=loaded,
+    )
 
 
 @gluon.jit
-def begin_product(m, state, drive):
-    """Begin ``m s + drive``."""
-    product = warpgroup_mma(m, state, drive, is_async=True)
+def begin_wgmma(tiles, shared, PARITY: gl.constexpr, drive):
+    """Begin ``M s + drive``, of one tile."""
+    product = warpgroup_mma(tiles.large[0], shared.states[PARITY], drive, is_async=True)
     # This waits for nothing, as one product may be in flight; but what follows stays after it.
     # Otherwise ptxas reads the state for its store, and waits for it, before it begins the product.
     return warpgroup_mma_wait(1, deps=[product])
 
 
 @gluon.jit
-def share_state(s, tile, C: gl.constexpr):
+def dot_mma_sync(tiles, shared, PARITY: gl.constexpr, drive, C: gl.constexpr):
+    """Return ``M s + drive``: one product for each tile of M."""
+    state = shared.states[PARITY]
+    z = drive
+    # Each MMA waits for the one whose sum it adds to. So where a warp has few of them, every other
+    # tile has a sum of its own.
+    other = gl.full(drive.shape, 0.0, gl.float32, C.MMA)
+    NUM_TILES: gl.constexpr = C.NUM_TILES
+    for i in gl.static_range(NUM_TILES):
+        large = state.slice(i * C.BLOCK_K, C.BLOCK_K).load(C.RIGHT)
+        m = tiles.large[i]
+        if C.PRECISION == "tf32x3":
+            # As in common.dot_acc.
+            small = shared.small[PARITY].slice(i * C.BLOCK_K, C.BLOCK_K).load(C.RIGHT)
+            product = gl.full(drive.shape, 0.0, gl.float32, C.MMA)
+            product = mma_v2(tiles.small[i], large, product, input_precision="tf32")
+            product = mma_v2(m, small, product, input_precision="tf32")
+            z += mma_v2(m, large, product, input_precision="tf32")
+        elif i % C.NUM_SUMS == 0:
+            z = mma_v2(m, large, z, input_precision=C.PRECISION)
+        else:
+            other = mma_v2(m, large, other, input_precision=C.PRECISION)
+    if C.NUM_SUMS == 2:
+        z += other
+    return z
+
+
+@gluon.jit
+def share_state(s, shared, PARITY: gl.constexpr, C: gl.constexpr):
     """Put a state where the next step's product reads it, and let all see what has landed."""
-    tile.store(split_tf32(s, C).large.to(s.dtype))
-    fence_async_shared()
-    # Two groups may stay in flight: those of the last two steps. Not beside the product, as Triton
-    # puts a barrier after it.
-    async_copy.wait_group(NUM_STAGES - 2)
+    operand = split_tf32(s, C)
+    shared.states[PARITY].store(operand.large.to(s.dtype))
+    if C.PRECISION == "tf32x3":
+        shared.small[PARITY].store(operand.small)
+    if C.USES_WGMMA:
+        fence_async_shared()
+    if not C.HAS_ODD_WORDS:
+        # Two groups may stay in flight: those of the last two steps. Not beside the product, as
+        # Triton puts a barrier after it.
+        async_copy.wait_group(NUM_STAGES - 2)
     # Gluon's own name for it changes from Triton 3.6 to 3.7.
     tl.debug_barrier()
 
@@ -264,14 +415,14 @@ def prefetch_step(step, row, shared, STAGE: gl.constexpr, batch, in_rows):
 
 
 @gluon.jit
-def store_state(step, row, s, tile, batch, block, in_rows, C: gl.constexpr):
+def store_state(step, row, s, tile, batch, block, in_pairs, C: gl.constexpr):
     """Overwrite a by the state of a step, if the walk has that step."""
     if C.ITEM_BITS == 32:
         # From registers: eight elements of a sequence are a whole sector of memory.
         tl.store(batch.a_ptr + row + block.offs_tile, s, mask=tile_mask(step, block))
     else:
-        s = tile.load(C.MEMORY)
-        tl.store(batch.a_ptr + row + in_rows.offs_tile, s, mask=tile_mask(step, in_rows))
+        s = tile.load(C.PAIRS)
+        tl.store(batch.a_ptr + row + in_pairs.offs_tile, s, mask=tile_mask(step, in_pairs))
 
 
 @gluon.jit
@@ -290,17 +441,25 @@ def prepare_step_by_sum(step, a, aux, batch, block, C: gl.constexpr, MAY_BEGIN: 
 
 @gluon.jit
 def load_operand(m_ptr, C: gl.constexpr):
-    """Load M to registers, as ``wgmma`` takes its left operand."""
+    """Load M to registers, as the product takes its left operand: in NUM_TILES tiles."""
     H: gl.constexpr = C.H
-    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, C.MMA, 32 // C.ITEM_BITS)
-    offs_h = gl.arange(0, C.BLOCK_H, gl.SliceLayout(1, LAYOUT))[:, None]
-    offs_k = gl.arange(0, C.BLOCK_H, gl.SliceLayout(0, LAYOUT))[None, :]
+    LEFT: gl.constexpr = C.LEFT
+    offs_h = gl.arange(0, C.BLOCK_H, gl.SliceLayout(1, LEFT))[:, None]
+    offs_k = gl.arange(0, C.BLOCK_K, gl.SliceLayout(0, LEFT))[None, :]
     m_ptrs = m_ptr + tl.program_id(2) * H * H + offs_h * H + offs_k
-    m = tl.load(m_ptrs, mask=(offs_h < H) & (offs_k < H), other=0.0)
-    if C.ITEM_BITS == 16:
-        # Two elements are packed in a register here, not again in every step.
-        m = optimization_barrier(m, C)
-    return split_tf32(m, C).large
+    large = ()
+    small = ()
+    NUM_TILES: gl.constexpr = C.NUM_TILES
+    for i in gl.static_range(NUM_TILES):
+        k = i * C.BLOCK_K
+        m = tl.load(m_ptrs + k, mask=(offs_h < H) & (k + offs_k < H), other=0.0)
+        if C.ITEM_BITS == 16:
+            # Two elements are packed in a register here, not again in every step.
+            m = optimization_barrier(m, C)
+        tile = split_tf32(m, C)
+        large = large + (tile.large,)  # type: ignore[assignment]  # noqa: RUF005
+        small = small + (tile.small,)  # type: ignore[assignment]  # noqa: RUF005
+    return Operand(large=large, small=small)
 
 
 @gluon.jit
@@ -312,8 +471,29 @@ def make_block_in(LAYOUT: gl.constexpr, batch, C: gl.constexpr):
 
 
 @gluon.jit
-def allocate_tile(dtype: gl.constexpr, C: gl.constexpr):
-    """Allocate a tile in shared memory, hidden units next to each other as in global memory."""
+def allocate_tiles(batch, C: gl.constexpr):
+    """Allocate the program's tiles in shared memory."""
+    dtype: gl.constexpr = batch.a_ptr.dtype.element_ty
     SHAPE: gl.constexpr = [C.BLOCK_H, C.BLOCK_B]
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(SHAPE, dtype, transposed=True)
-    return gl.allocate_shared_memory(dtype, SHAPE, LAYOUT)
+    ROWS: gl.constexpr = C.ROWS
+    STATE: gl.constexpr = C.STATE
+    states = ()
+    small = ()
+    for _ in gl.static_range(2):
+        tile = gl.allocate_shared_memory(dtype, SHAPE, STATE)
+        small_tile = tile
+        if C.PRECISION == "tf32x3":
+            small_tile = gl.allocate_shared_memory(dtype, SHAPE, STATE)
+        states = states + (tile,)  # type: ignore[assignment]  # noqa: RUF005
+        small = small + (small_tile,)  # type: ignore[assignment]  # noqa: RUF005
+    a_tiles = ()
+    aux_tiles = ()
+    if not C.HAS_ODD_WORDS:
+        for _ in gl.static_range(NUM_STAGES):
+            a_tile = gl.allocate_shared_memory(dtype, SHAPE, ROWS)
+            aux_tile = a_tile
+            if batch.aux_ptr is not None:
+                aux_tile = gl.allocate_shared_memory(dtype, SHAPE, ROWS)
+            a_tiles = a_tiles + (a_tile,)  # type: ignore[assignment]  # noqa: RUF005
+            aux_tiles = aux_tiles + (aux_tile,)  # type: ignore[assignment]  # noqa: RUF005
+    return Shared(states=states, small=small, a=a_tiles, aux=aux_tiles)

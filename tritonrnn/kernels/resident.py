@@ -1,8 +1,8 @@
 """The whole walk in one launch: all of M and the state of a batch block in one multiprocessor.
 
 The tile picture (``common.py`` has the formula and the names). BLOCK_H covers H. M stays in shared
-memory, or in registers, for the whole walk, the state in registers; a program waits for no other
-(▒ stays, ░ is read, ▓ is made in a step):
+memory for the whole walk (in fp32, and on AMD, in registers), the state in registers; a program
+waits for no other (▒ stays, ░ is read, ▓ is made in a step):
 
                   M [H, H]            s_{t-1} [H, B]            s_t [H, B]
                                         BLOCK_B

@@ -40,7 +40,8 @@ ARITHMETIC = {
 }
 CHOICES = {
     "plan": tuple(PLANS),
-    "arch": ("sm_80", "sm_90"),
+    # Of the others the emulator knows the instructions, too, as long as no kernel has tcgen05.
+    "arch": tuple(arch for arch in DEVICES if arch.startswith("sm_")),
     "arithmetic": tuple(ARITHMETIC),
     "epilogue": tuple(oracle.EPILOGUES),
     "layout": ("time_major", "batch_major", "packed", "ragged", "padded"),
@@ -127,9 +128,9 @@ class Case:
     def device(self) -> Device:
         """Return the device that the plan is made for."""
         device = DEVICES[self.arch]
-        if self.cta_groups:
-            # CTAs of a cooperative plan have 64 hidden units.
-            ctas = self.cta_groups * self.G * -(-self.H // 64)
+        plan = PLANS[self.plan](self.problem, device) if self.cta_groups else None
+        if plan is not None:
+            ctas = self.cta_groups * self.G * -(-self.H // plan.block_h)
             device = replace(device, multiprocessors=ctas)
         return device
 

@@ -148,7 +148,12 @@ class Kernel:
             if len(sources) > 1:
                 word = np.zeros(1, whole)
                 for i, slot in enumerate(sources):
-                    word = word | cta.registers[slot].astype(whole) << whole(width * i)
+                    value = cta.registers[slot]
+                    if value is None:
+                        # LLVM packs what is anything beside a part that is needed, and drops it
+                        # again. Used all the same, it is NaN.
+                        value = np.full(1, 2**width - 1, UNSIGNED[width])
+                    word = word | value.astype(whole) << whole(width * i)
             for target, shift in targets:
                 value = (word >> whole(shift)).astype(UNSIGNED[part]) if len(to) > 1 else word
                 cta.put(target, value, mask)

@@ -16,8 +16,9 @@ from tests.support.ptxsim.case import KERNELS, Case, Prepared
 
 CASES = {
     "resident": Case("resident", H=64, T=5, layout="packed", epilogue="tanh_grad"),
-    "resident-fp32": Case("resident", "sm_80", "fp32", H=32, T=5, layout="ragged"),
+    "resident-fp32": Case("resident", "sm_90", "fp32", H=32, T=5, layout="ragged"),
     "registers": Case("registers", "sm_90", "fp16", T=5, layout="packed", epilogue="tanh_grad"),
+    "registers-sm_80": Case("registers", "sm_80", T=5, layout="packed", epilogue="tanh_grad"),
     "cooperative": Case("cooperative", H=128, T=3, B=18, cta_groups=1),
     "stepwise": Case("stepwise", H=128, T=2, layout="packed"),
 }

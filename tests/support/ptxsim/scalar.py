@@ -19,7 +19,7 @@ Function = Callable[..., Array]
 
 INTEGERS = {f"{kind}{width}" for kind in "sub" for width in (16, 32, 64)}
 BITS = {kind: int(kind[1:]) for kind in INTEGERS | {"b8", "u8", "s8", "f16", "f32", "f64"}}
-BITS |= {"bf16": 16, "f16x2": 32, "bf16x2": 32, "pred": 1}
+BITS |= {"bf16": 16, "f16x2": 32, "bf16x2": 32, "f32x2": 64, "pred": 1}
 UNSIGNED: dict[int, Any] = {
     1: np.bool_,
     8: np.uint8,
@@ -215,6 +215,8 @@ def _arithmetic(op: tuple[str, ...]) -> Function:
     if kind == "f32" and root in FLOATS and modifiers <= {"rn", "ftz", "approx", "full"}:
         function, flush = FLOATS[root], _flush if "ftz" in modifiers else lambda x: x
         return lambda *xs: flush(function(*(flush(x.view(np.float32)) for x in xs)))
+    if kind == "f32x2":
+        return _in_pairs(op)
     if kind not in INTEGERS or root not in OF_INTEGERS:
         raise Unsupported(".".join(op))
     function = OF_INTEGERS[root]
@@ -229,6 +231,30 @@ def _arithmetic(op: tuple[str, ...]) -> Function:
     if modifiers != ({"lo"} if root in ("mul", "mad") else set()):
         raise Unsupported(".".join(op))
     return lambda *xs: function(*(typed(x, kind) for x in xs))
+
+
+def _of_halves(op: tuple[str, ...]) -> Function:
+    """Return the function of ``add.f32.f16 d, a, c``, whose last operand alone is fp32."""
+    function = _arithmetic(op[:-1])
+
+    def mixed(*xs: Array) -> Array:
+        return function(*(from_half(x, op[-1]).view(np.uint32) for x in xs[:-1]), xs[-1])
+
+    return mixed
+
+
+def _in_pairs(op: tuple[str, ...]) -> Function:
+    """Return the function of ``add.f32x2``, on the lower and upper halves of 64 bits."""
+    function = _arithmetic((*op[:-1], "f32"))
+
+    def pairs(*xs: Array) -> Array:
+        halves = (
+            function(*((x >> np.uint64(shift)).astype(np.uint32) for x in xs)) for shift in (0, 32)
+        )
+        low, high = (half.view(np.uint32).astype(np.uint64) for half in halves)
+        return low | high << np.uint64(32)
+
+    return pairs
 
 
 def scalar(op: tuple[str, ...]) -> tuple[tuple[Function, ...], str, tuple[str, ...]]:
@@ -249,6 +275,8 @@ def scalar(op: tuple[str, ...]) -> tuple[tuple[Function, ...], str, tuple[str, .
     if root == "cvt":
         function = _convert(op[-2], kind, list(op[1:-2]))
         return (function,), op[-2], (kind,) * (2 if op[-2].endswith("x2") else 1)
+    if root in FLOATS and kind in HALVES and op[-2] == "f32":
+        return (_of_halves(op),), "f32", (*kinds[:-1], "f32")
     if root in FLOATS or root in OF_INTEGERS:
         function = _arithmetic(op)
         if "wide" not in op:
