@@ -216,7 +216,7 @@ def test_warning_that_is_an_error_comes_after_the_record(bench, monkeypatch):
         (lambda a, ends: a.add_(torch.rand(()) * 1e-3), "two runs of it differ"),
         (lambda a, ends: a.as_strided((1,), (1,), 0).zero_(), "it writes where no token is"),
         (lambda a, ends: a[0, 0].fill_(torch.nan), "times the error that is allowed, in 3 of 3"),
-        (lambda a, ends: ends[0, 0].neg_(), "what it says that walks end with is wrong"),
+        (lambda a, ends: ends[0, 0].neg_(), "the final states it stores are wrong"),
     ],
     ids=["racy", "out of bounds", "nan", "ends"],
 )
@@ -302,6 +302,16 @@ def test_fault_that_leaves_the_device_unusable_names_the_plan(bench, restart, mo
         module(x)
     restart()
     assert served(module, x) == "cooperative"
+
+
+def test_fault_of_the_callers_own_is_raised_and_recorded_of_no_plan(bench, restart, verified):
+    module, x = a_call()
+    bench.is_unusable = True
+    with pytest.raises(RuntimeError, match=r"^CUDA error: an illegal memory access"):
+        module(x)
+    assert verified == rows() == []
+    restart()
+    assert served(module, x) == "resident"
 
 
 def test_program_that_waits_in_vain_fails_its_plan(bench, monkeypatch):

@@ -125,12 +125,15 @@ class Tuner:
             # Another thread may have made the trials meanwhile.
             decision = self._look(call, plans, candidates, asked)
             if decision.missing is not None:
-                with self.bench.session(), self._compiling(call, candidates) as compiled:
-                    while decision.missing is not None:
-                        record = self._try(decision.missing, call, plans, compiled)
-                        if record.verdict == "wrong":
-                            wrong.append(record)
-                        decision = self._look(call, plans, candidates, asked)
+                with self.bench.session():
+                    # What the caller's own kernels have done is raised here, and is no trial's.
+                    self.bench.synchronize()
+                    with self._compiling(call, candidates) as compiled:
+                        while decision.missing is not None:
+                            record = self._try(decision.missing, call, plans, compiled)
+                            if record.verdict == "wrong":
+                                wrong.append(record)
+                            decision = self._look(call, plans, candidates, asked)
         finally:
             self._lock.release()
             # What was decided before there were these records.
