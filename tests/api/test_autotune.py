@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -25,7 +26,7 @@ from tritonrnn.autotune import calls, timing, tuner, verification
 from tritonrnn.autotune.bench import neutral
 from tritonrnn.autotune.records import Shapes
 from tritonrnn.kernels import launch
-from tritonrnn.paths import aten
+from tritonrnn.paths import aten, inplace
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="has a device of its own")
 
@@ -290,6 +291,24 @@ def test_exhausted_memory_of_a_timed_call_counts_for_this_process_only(
     assert served(module, x) == "resident"
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_plan_is_faster_in_this_process_than_a_path_that_fails(
+    error, bench, restart, verified, monkeypatch
+):
+    def fail(*arguments, **options):
+        raise error("not here")
+
+    module, x = a_call()
+    with monkeypatch.context() as patch:
+        patch.setattr(inplace, "recurrence", fail)
+        assert served(module, x) == "resident"
+    (row,) = rows(kind="fast")
+    assert row["reason"] == f"50.5 us, and in-place fails: {error.__name__}: not here"
+    assert (row["plan_us_p50"], row["other_us_p50"]) == (50.5, pytest.approx(nan, nan_ok=True))
+    restart({"resident": 200.0})
+    assert served(module, x) == "cooperative"
+
+
 def test_fault_that_leaves_the_device_unusable_names_the_plan(bench, restart, monkeypatch):
     def fault(plan, arguments):
         if plan.name == "resident":
@@ -439,6 +458,23 @@ def test_no_trial_is_made_while_a_stream_is_captured(bench, verified):
     bench.is_capturing = False
     assert served(module, x) == "resident"
     bench.is_capturing = True
+    assert served(module, x) == "resident"
+
+
+@pytest.mark.parametrize("is_in_trial", [False, True])
+def test_capture_of_another_thread_postpones_a_trial(is_in_trial, bench, verified, monkeypatch):
+    module, x = a_call()
+
+    def verify(*of):
+        bench.is_captured_elsewhere = True
+        return True, "", 0.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "verify", verify)
+        bench.is_captured_elsewhere = not is_in_trial
+        assert served(module, x) == "in-place"
+    assert rows() == []
+    bench.is_captured_elsewhere = False
     assert served(module, x) == "resident"
 
 

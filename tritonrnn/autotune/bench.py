@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -52,7 +53,10 @@ class Bench:
         return str(torch.version.hip or torch.version.cuda)
 
     def may_try(self) -> bool:
-        """Return whether this thread may run a trial now: not while a stream is captured."""
+        """Return whether this thread may run a trial now: not while its stream is captured.
+
+        Of another thread's capture only :func:`is_of_capture` tells.
+        """
         return not torch.cuda.is_current_stream_capturing()
 
     def synchronize(self) -> None:
@@ -88,6 +92,17 @@ class Bench:
                 with suppress(RuntimeError):
                     if torch.cuda.memory_reserved(self.device) > reserved:
                         torch.cuda.empty_cache()
+
+
+def is_of_capture(error: BaseException) -> bool:
+    """Return whether CUDA refused a call because a stream is captured.
+
+    A capture of mode "global" forbids all threads to wait for the device, until it ends.
+    """
+    # As in the texts of all errors cudaErrorStreamCapture*.
+    return (
+        isinstance(error, RuntimeError) and re.search(r"\bcaptur(e|ing)\b", str(error)) is not None
+    )
 
 
 def is_traced() -> bool:

@@ -15,6 +15,7 @@ from tritonrnn.kernels.plan import PLANS
 
 # What identifies a device: name, limits, driver, versions, source.
 Device = Mapping[str, str | int]
+Quartiles = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def _arithmetic(key: Kernel | Shapes) -> str:
 
 
 Key = Kernel | Shapes
+UNTIMED: Quartiles = (0.0, 0.0, 0.0)
 # Of a trial that has no other yet.
 STARTED = "started"
 KINDS: dict[str, type[Any]] = {"right": Kernel, "fast": Shapes}
@@ -111,7 +113,7 @@ class Record:
         seconds: that the trial took.
         error: of a kernel, the largest error in any result, as a share of what is allowed.
         plan_us, other_us: of shapes, the quartiles of the time of a call by the plan, and by what
-            it was timed against.
+            it was timed against; all 0 where that failed.
         against: the path or plan that it was timed against, or "".
         host, pid, when: where and when, in seconds since 1970.
     """
@@ -121,8 +123,8 @@ class Record:
     reason: str
     seconds: float
     error: float = 0.0
-    plan_us: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    other_us: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    plan_us: Quartiles = UNTIMED
+    other_us: Quartiles = UNTIMED
     against: str = ""
     host: str = ""
     pid: int = 0
@@ -147,7 +149,7 @@ class Record:
             return f"{plan} failed in its trial ({self.reason})"
         if self.verdict == "right":
             return f"{plan} is right ({self.reason})"
-        return f"{plan} is {self.verdict} ({self.reason} of {self.against})"
+        return f"{plan} is {self.verdict} ({self.reason})"
 
     def signed(self) -> Record:
         """Return the record as of this process and now."""
@@ -185,7 +187,7 @@ class Record:
         row["error"] = self.error if isinstance(self.key, Kernel) else math.nan
         for name in ("plan_us", "other_us"):
             for percentile, us in zip(("p25", "p50", "p75"), getattr(self, name)):
-                row[f"{name}_{percentile}"] = us if self.against else math.nan
+                row[f"{name}_{percentile}"] = us or math.nan
         return row | {f"device_{name}": value for name, value in device.items()}
 
 
@@ -201,7 +203,7 @@ def _checked(cls: type[Any], content: dict[str, Any]) -> Any:
     made = {}
     for name, value in content.items():
         hint = hints[name]
-        if hint == tuple[float, float, float]:
+        if hint == Quartiles:
             value = tuple(value)
             is_valid = (
                 len(value) == 3 and all(map(_is_time, value)) and list(value) == sorted(value)
@@ -219,6 +221,12 @@ def _checked(cls: type[Any], content: dict[str, Any]) -> Any:
 def _is_time(value: Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and math.isfinite(value) and value >= 0
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's type and the first line of its text."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first[:300]}"
 
 
 def _is_plain(value: Any) -> bool:
