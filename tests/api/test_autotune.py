@@ -778,9 +778,14 @@ def test_spoiled_kernel_never_serves_another_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_process_killed_in_a_trial_leaves_a_mark_that_the_next_one_heeds(tmp_path):
-    with pytest.raises(AssertionError):
-        run_process(tmp_path, "lambda plan, arguments: os.kill(os.getpid(), 9)")
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_plan_is_not_tried_after_two_processes_were_killed_in_its_trial(deaths, tmp_path):
+    for _ in range(deaths):
+        with pytest.raises(AssertionError):
+            run_process(tmp_path, "lambda plan, arguments: os.kill(os.getpid(), 9)")
+    if deaths == 1:
+        assert run_process(tmp_path, "lambda *_: None") == ["resident", "0", "resident"]
+        return
     assert run_process(tmp_path, "lambda *_: None") == ["cooperative", "0", "cooperative"]
 
 

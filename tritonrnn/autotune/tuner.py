@@ -246,6 +246,7 @@ class Tuner:
                     "TRITONRNN_AUTOTUNE=off, none will try any"
                 ) from error
         else:
+            self.store.forget_deaths(key)
             # A tie may be none the next time, and the other path may not fail.
             lasts = isinstance(key, Kernel) or (
                 found.verdict != "tie" and found.other_us != UNTIMED
