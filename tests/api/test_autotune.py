@@ -714,6 +714,14 @@ def test_trial_finds_the_same_in_every_mode(mode, bench):
     assert rows(kind="fast")[0]["verdict"] == "faster"
 
 
+def test_hooks_of_the_caller_see_nothing_that_a_trial_saves():
+    with torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
+        with neutral(torch.device("cpu")):
+            timing.Stack.draw(SHAPES, torch.device("cpu")).runner("aten")()
+        with pytest.raises(AssertionError, match="saves nothing"):
+            torch.ones(1, requires_grad=True).exp()
+
+
 def test_second_thread_waits_for_the_trial_of_the_first(bench, verified):
     """They choose only: the interpreter runs one kernel at a time."""
     module, x = a_call()

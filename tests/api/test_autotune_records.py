@@ -103,6 +103,8 @@ def damaged(content: dict, place: str, value: object) -> dict:
         ("kind", "cheap"),
         ("seconds", -1.0),
         ("seconds", float("nan")),
+        ("seconds", 10**400),
+        ("when", 1e300),
         ("error", "0.1"),
         ("error", True),
         ("plan_us", [1.0, 2.0]),

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 import triton
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 import tritonrnn.kernels
@@ -39,6 +41,8 @@ class Bench:
             "shared_bytes": limits.shared_bytes,
             "driver": self._driver(),
             "torch": torch.__version__,
+            # What a plan is timed against. MIOpen's version on AMD.
+            "cudnn": torch.backends.cudnn.version() or 0,
             "triton": triton.__version__,
             "source": source_digest(Path(tritonrnn.kernels.__path__[0])),
         }
@@ -114,6 +118,10 @@ def is_traced() -> bool:
     )
 
 
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @contextmanager
 def neutral(device: torch.device) -> Iterator[None]:
     """Switch off, in this thread, every mode that a caller may have set.
@@ -129,6 +137,9 @@ def neutral(device: torch.device) -> Iterator[None]:
         # It brings autograd back, too, which an operator has left out.
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.no_grad())
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            # The hooks set last are called, and no others.
+            modes.enter_context(saved_tensors_hooks(_unchanged, _unchanged))
         for kind in {device.type, "cpu"}:
             modes.enter_context(torch.autocast(kind, enabled=False))
         yield

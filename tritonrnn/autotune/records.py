@@ -13,6 +13,8 @@ from typing import Any, get_type_hints
 
 from tritonrnn.kernels.plan import PLANS
 
+# No time, and no error, is larger.
+MOST = 1e12
 # What identifies a device: name, limits, driver, versions, source.
 Device = Mapping[str, str | int]
 Quartiles = tuple[float, float, float]
@@ -171,7 +173,7 @@ class Record:
             device, kind = content.pop("device"), content.pop("kind")
             key = _checked(KINDS[kind], content.pop("key"))
             record: Record = _checked(cls, {"key": key, **content})
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError("not a record") from error
         if key.plan not in PLANS or record.verdict not in (*VERDICTS[kind], STARTED):
             raise ValueError(f"Unknown plan or verdict: {key.plan}, {record.verdict}")
@@ -195,7 +197,7 @@ def _checked(cls: type[Any], content: dict[str, Any]) -> Any:
     """Return a dataclass made of JSON.
 
     Raises:
-        ValueError: a field is missing, unknown or of another type, or no finite number.
+        ValueError: a field is missing, unknown or of another type, or no number in range.
     """
     hints = get_type_hints(cls)
     if set(content) != set(hints):
@@ -220,7 +222,8 @@ def _checked(cls: type[Any], content: dict[str, Any]) -> Any:
 
 def _is_time(value: Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value >= 0
+    # An integer of JSON may be too large for a float. No NaN is in the range.
+    return is_number and 0 <= value <= MOST
 
 
 def one_line(error: BaseException) -> str:

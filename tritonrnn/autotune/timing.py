@@ -165,7 +165,7 @@ class Stack:
                 cotangents = self.grad_output, self.grad_h_n
                 grad, *_ = torch.autograd.grad(results, sources, cotangents)
             return results[0], grad
-        # Not by autograd, which would call the hooks that the caller has set.
+        # Without a graph, as the package's operators do.
         call = self.input, self.hx, weights, *settings
         L = self.shapes.L
         output, _, *kept = aten.forward_with_reserve(*call, num_layers=L)
