@@ -37,7 +37,9 @@ def _exit_code(rows: Iterable[Mapping[str, object]]) -> int:
 
 @app.command()
 def run(
-    preset: Annotated[str, typer.Option(help="smoke, cpu, headline, packed or full.")] = "smoke",
+    preset: Annotated[
+        str, typer.Option(help="smoke, cpu, short, headline, packed or full.")
+    ] = "smoke",
     out: Out = Path("perf/results/latest"),
     device: Device = "cpu",
     peer_names: Annotated[
@@ -53,7 +55,7 @@ def run(
     mode: Annotated[str | None, names("mode", "infer, fwd, bwd, fwdbwd")] = None,
     dtype: Annotated[str | None, names("dtype", "fp32, bf16, fp16, fp64")] = None,
     fp32_mode: Annotated[str | None, names("fp32-mode", "tf32, ieee")] = None,
-    layout: Annotated[str | None, names("layout", "padded, packed, jagged")] = None,
+    layout: Annotated[str | None, names("layout", "padded, packed, jagged, lengths, cell")] = None,
     lengths: Annotated[
         str | None, names("lengths", "equal, linear, uniform, words, lognormal")
     ] = None,
@@ -98,8 +100,14 @@ def run(
 
 @app.command()
 def cpu(
+    short: Annotated[
+        bool, typer.Option("--short", help="The preset short: sequences of 1 to 64 steps.")
+    ] = False,
     rounds: Rounds = 20,
-    seconds: Seconds = 0.05,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Shortest time of a sample; by default 0.05, 0.01 if --short."),
+    ] = None,
     threads: Threads = 2,
     out: KeptIn = None,
     seed: Seed = 0,
@@ -109,19 +117,25 @@ def cpu(
     Runs the preset ``cpu`` with torch.nn.RNN, torch.nn.RNN again (the noise) and tritonrnn.RNN, and
     prints what ``report`` says of the speed. A missed target is no error.
 
+    With --short, runs the preset ``short`` in one process, and prints where a call is slower.
+
     Exits with 1 when a result was wrong, or a peer raised, crashed or hung.
     """
     from perf.bench import presets
     from perf.bench.measure import Settings
     from perf.bench.run import run
-    from perf.report import summary, tables
+    from perf.report import short_table, summary, tables
 
+    if seconds is None:
+        seconds = 0.01 if short else 0.05
     settings = Settings(rounds, seconds, threads=threads, seed=seed)
-    units = presets.units("cpu", {}, ("nn_aten", "nn_again", "tritonrnn"), "cpu")
+    preset = "short" if short else "cpu"
+    units = presets.units(preset, {}, ("nn_aten", "nn_again", "tritonrnn"), "cpu")
     with TemporaryDirectory() as scratch, refused():
         folder = out or Path(scratch)
-        rows = run(units, folder, settings, device="cpu", timeout_s=300.0)
-        typer.echo("\n\n".join(summary.speedups(tables.load(folder))))
+        rows = run(units, folder, settings, device="cpu", timeout_s=300.0, one_process=short)
+        shown = short_table.paragraphs if short else summary.speedups
+        typer.echo("\n\n".join(shown(tables.load(folder))))
     raise typer.Exit(_exit_code(rows))
 
 

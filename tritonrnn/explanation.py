@@ -123,8 +123,8 @@ def trials() -> list[dict[str, Any]]:
         ``when`` in seconds since 1970). Of a kernel ``error``, the largest, as a share of what is
         allowed; of a time ``against``, and the quartiles of a call in microseconds by the plan and
         by that (``plan_us_p25``, ..., ``other_us_p75``); else NaN. Then what the record depends on:
-        ``device_name``, ..., ``device_source``. A verdict of "started" is a trial that runs, or has
-        ended its process. No rows where Triton is not installed.
+        ``device_name``, ..., ``device_source``. A verdict of "started" is a trial that runs, or in
+        which the process ended. No rows where Triton is not installed.
     """
     if find_spec("triton") is None:
         return []

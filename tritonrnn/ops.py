@@ -125,6 +125,7 @@ def _is_eager(*tensors: Tensor | None) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
         # A profile is to name the operators.
         and not torch.autograd.profiler._is_profiler_enabled
         and _PLAIN.issuperset(map(type, tensors))

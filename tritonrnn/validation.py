@@ -121,7 +121,8 @@ def check(
     # Most calls are like one before.
     choice = None
     if asked is not None:
-        choice = _checked_choice(asked, torch.is_grad_enabled(), forms)
+        needs_grad = torch.is_grad_enabled() and _any_requires_grad(data, hx, weights)
+        choice = _checked_choice(asked, needs_grad, forms)
     else:
         _check_forms(*forms)
     each = len(weights) // num_layers
@@ -294,12 +295,17 @@ def _needs_grad(data: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> b
     if not torch.is_grad_enabled():
         return False
     # A class of tensors with rules of its own may refuse the question.
-    return (
-        (has_torch_function(weights) and _know_torchs_rnn(weights))
-        or any(weight.requires_grad for weight in weights)
-        or data.requires_grad
-        or (hx is not None and hx.requires_grad)
+    return (has_torch_function(weights) and _know_torchs_rnn(weights)) or _any_requires_grad(
+        data, hx, weights
     )
+
+
+def _any_requires_grad(data: Tensor, hx: Tensor | None, weights: Sequence[Tensor]) -> bool:
+    # No generator: most calls ask.
+    for weight in weights:
+        if weight.requires_grad:
+            return True
+    return data.requires_grad or (hx is not None and hx.requires_grad)
 
 
 def _know_torchs_rnn(weights: Sequence[Tensor]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 DTYPES = {
     "fp32": torch.float32,
@@ -17,7 +17,9 @@ DTYPES = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
-LAYOUTS = ("padded", "packed", "jagged")
+# lengths: padded, with the lengths as an argument. cell: padded, a loop of steps of an RNNCell.
+LAYOUTS = ("padded", "packed", "jagged", "lengths", "cell")
+RAGGED = ("packed", "jagged", "lengths")
 LENGTHS = ("equal", "linear", "uniform", "words", "lognormal")
 # infer: forward, no gradient to come. fwd: forward, keeping what backward needs. bwd: backward
 # alone. fwdbwd: both, as in training.
@@ -63,12 +65,17 @@ class Case:
             self.nonlinearity,
             self.layout,
         ]
-        if self.layout != "padded":
+        if self.is_ragged:
             parts.append(self.lengths)
         parts.append(self.dtype)
         if self.dtype == "fp32":
             parts.append(self.fp32_mode)
         return "-".join(parts)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Return whether the layout tells sequences of different lengths."""
+        return self.layout in RAGGED
 
     @property
     def on_gpu(self) -> bool:
@@ -123,7 +130,7 @@ class Case:
 
     def tokens(self, seed: int) -> int:
         """Return N, the number of steps of all sequences together."""
-        return self.T * self.B if self.layout == "padded" else sum(self.ragged_lengths(seed))
+        return sum(self.ragged_lengths(seed)) if self.is_ragged else self.T * self.B
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,7 @@ class Workload:
         h_n_grad: Gradient of the loss with respect to ``h_n``.
         batch_sizes: Batch sizes of a ragged input; on the CPU, as torch keeps them.
         offsets: For a jagged input, the row where each sequence begins, and the end of the last.
+        lengths: For a padded batch with lengths, these, in no order; on the CPU, where torch packs.
     """
 
     tokens: Tensor
@@ -143,6 +151,7 @@ class Workload:
     h_n_grad: Tensor
     batch_sizes: Tensor | None = None
     offsets: Tensor | None = None
+    lengths: Tensor | None = None
 
     @classmethod
     def make(cls, case: Case, *, seed: int) -> Workload:
@@ -152,19 +161,23 @@ class Workload:
         """
         generator = torch.Generator().manual_seed(seed)
         rows: tuple[int, ...] = (case.T, case.B)
-        batch_sizes = offsets = None
-        if case.layout != "padded":
+        batch_sizes = offsets = lengths = None
+        if case.layout == "lengths":
             lengths = torch.tensor(case.ragged_lengths(seed))
-            batch_sizes = (lengths > torch.arange(case.T).unsqueeze(1)).sum(1)
-            rows = (int(lengths.sum()),)
+            lengths = lengths[torch.randperm(case.B, generator=generator)]
+        elif case.is_ragged:
+            sizes = torch.tensor(case.ragged_lengths(seed))
+            batch_sizes = (sizes > torch.arange(case.T).unsqueeze(1)).sum(1)
+            rows = (int(sizes.sum()),)
             if case.layout == "jagged":
-                offsets = functional.pad(lengths.cumsum(0), (1, 0))
+                offsets = functional.pad(sizes.cumsum(0), (1, 0))
         return cls(
             torch.randn(*rows, case.I, generator=generator),
             torch.randn(*rows, case.directions * case.H, generator=generator),
             torch.randn(case.layers * case.directions, case.B, case.H, generator=generator),
             batch_sizes,
             offsets,
+            lengths,
         )
 
     def to(self, device: str, dtype: torch.dtype) -> Workload:
@@ -175,6 +188,7 @@ class Workload:
             self.h_n_grad.to(device, dtype),
             self.batch_sizes,
             None if self.offsets is None else self.offsets.to(device),
+            self.lengths,
         )
 
     def input_of(self, tokens: Tensor) -> Any:
@@ -191,13 +205,19 @@ class Workload:
 
     def run(self, module: nn.RNNBase, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return a module's output, or its rows, and ``h_n`` for these tokens."""
+        if self.lengths is not None:
+            return module(tokens, lengths=self.lengths)
         output, h_n = module(self.input_of(tokens))
         if self.offsets is not None:
             return output.values(), h_n
         return output if self.batch_sizes is None else output.data, h_n
 
     def run_packed(self, module: nn.RNNBase, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the results of :meth:`run` for a module that takes no nested tensor."""
+        """Return the results of :meth:`run` for a module without nested tensors and ``lengths``."""
+        if self.lengths is not None:
+            packed = pack_padded_sequence(tokens, self.lengths, enforce_sorted=False)
+            output, h_n = module(packed)
+            return pad_packed_sequence(output)[0], h_n
         if self.offsets is None or self.batch_sizes is None:
             return self.run(module, tokens)
         # A packed batch has the first steps of all sequences first. In both layouts the longest
@@ -206,3 +226,21 @@ class Workload:
         order = torch.cat([starts[:n] + t for t, n in enumerate(self.batch_sizes.tolist())])
         output, h_n = module(PackedSequence(tokens[order], self.batch_sizes))
         return output.data[order.argsort()], h_n
+
+    def run_cell(self, cell: nn.RNNCell, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the results of :meth:`run` by a loop of a cell."""
+        state, states = None, []
+        for step in tokens.unbind():
+            state = cell(step, state)
+            states.append(state)
+        return torch.stack(states), states[-1].unsqueeze(0)
+
+
+def make_cell(module: nn.RNNBase) -> nn.RNNCell:
+    """Return an ``nn.RNNCell`` with the parameters of an ``nn.RNN`` of one layer and direction."""
+    parameters = list(module.parameters())
+    phi = str(module.nonlinearity)
+    cell = nn.RNNCell(module.input_size, module.hidden_size, nonlinearity=phi)
+    for (name, _), parameter in zip(list(cell.named_parameters()), parameters, strict=True):
+        setattr(cell, name, parameter)
+    return cell

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from perf import peers
-from perf.bench.cases import DTYPES, LAYOUTS, LENGTHS, MODES, Case
+from perf.bench.cases import DTYPES, LAYOUTS, LENGTHS, MODES, RAGGED, Case
 from perf.bench.sweep import Unit
 
 # Values of "mode" and of fields of a case; all combinations of them are measured. Without "I", the
@@ -49,6 +49,8 @@ CPU_SIZES = tuple(
 )
 # What tritonrnn's geometric mean over the preset "cpu" should reach, by mode and layout.
 CPU_TARGETS = {("fwdbwd", "padded"): 1.8, ("fwdbwd", "packed"): 2.5, ("infer", "padded"): 1.1}
+SHORT_SIZES = ((1, 32), (16, 64), (32, 128))
+SHORT_T = (1, 2, 4, 8, 12, 16, 20, 32, 64)
 BOTH_FP32 = ("tf32", "ieee")
 
 PRESETS: dict[str, tuple[Grid, ...]] = {
@@ -58,6 +60,19 @@ PRESETS: dict[str, tuple[Grid, ...]] = {
     "cpu": (
         *(grid(**sizes, mode=("fwdbwd", "infer")) for sizes in CPU_SIZES),
         *(grid(**sizes, mode="fwdbwd", layout="packed", lengths="linear") for sizes in CPU_SIZES),
+    ),
+    # Sequences so short that the cost of a call decides, on a CPU.
+    "short": tuple(
+        grid(
+            T=SHORT_T,
+            B=B,
+            H=H,
+            directions=(1, 2),
+            mode=("infer", "fwdbwd"),
+            layout=("padded", "packed", "lengths", "cell"),
+            lengths="linear",
+        )
+        for B, H in SHORT_SIZES
     ),
     # The project is judged by these on a GPU.
     "headline": (
@@ -138,18 +153,20 @@ def units(
 
 
 def _cases(wanted: Grid, device: str) -> Iterator[Case]:
-    """Yield every case of a grid; a case may come twice."""
+    """Yield every case of a grid; a case may come twice. A cell has one layer and direction."""
     axes = {axis: values for axis, values in wanted.items() if axis != "mode"}
     for combination in itertools.product(*axes.values()):
         fields = dict(zip(axes, combination))
-        if fields["layout"] == "padded":
+        if fields["layout"] not in RAGGED:
             fields["lengths"] = "equal"
         if fields["dtype"] != "fp32":
             fields["fp32_mode"] = "none"
         elif device == "cpu":
             # There is no TF32 on a CPU.
             fields["fp32_mode"] = "ieee"
-        yield Case(**{"I": fields["H"], **fields}, device=device)
+        case = Case(**{"I": fields["H"], **fields}, device=device)
+        if case.layout != "cell" or case.layers == case.directions == 1:
+            yield case
 
 
 def values(axis: str, text: str) -> tuple[Any, ...]:

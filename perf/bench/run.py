@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ def run(
     device: str,
     timeout_s: float,
     budget_s: float = float("inf"),
+    one_process: bool = False,
     console: Console | None = None,
 ) -> list[Row]:
     """Measure the cells that have no row in ``out`` yet.
@@ -39,6 +41,7 @@ def run(
         device: Where the units run.
         timeout_s: A worker that sends nothing for longer is killed.
         budget_s: Stop after this time.
+        one_process: Whether cases share a process, see :class:`~perf.bench.sweep.Sweep`.
         console: Shows the progress.
 
     Returns:
@@ -65,13 +68,22 @@ def run(
         Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress,
     ):
         before = len(file.rows)
-        sweep = Sweep(file, run_id, settings, known, timeout_s=timeout_s, budget_s=budget_s)
+        sweep = Sweep(
+            file,
+            run_id,
+            settings,
+            known,
+            timeout_s=timeout_s,
+            budget_s=budget_s,
+            one_process=one_process,
+        )
         bar = progress.add_task("", total=len(units))
         started = time.monotonic()
         try:
-            for unit in units:
-                sweep.run(unit, lambda what: progress.update(bar, description=what))
-                progress.advance(bar)
+            with closing(sweep):
+                for unit in units:
+                    sweep.run(unit, lambda what: progress.update(bar, description=what))
+                    progress.advance(bar)
         except (OutOfTimeError, KeyboardInterrupt):
             console.print(
                 f"Stopped after {time.monotonic() - started:.0f} s; run the same command again to "

@@ -1,11 +1,11 @@
-"""Measure many cases, one worker process after the other; every outcome is a row."""
+"""Measure many cases in worker processes; every outcome is a row."""
 
 from __future__ import annotations
 
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -15,7 +15,7 @@ from perf import peers
 from perf.bench.cases import Case
 from perf.bench.failures import Row
 from perf.bench.measure import Settings
-from perf.bench.worker import Begun, Ended, Message, Request, worker
+from perf.bench.worker import Begun, Ended, Message, Request, Worker, worker
 from perf.report.tables import RowFile
 from perf.roofline.model import GPU
 
@@ -63,6 +63,8 @@ class Sweep:
         gpu: Constants of the roofline model, if the cases run on a GPU.
         timeout_s: A worker that sends nothing for longer is killed.
         budget_s: Time after which the sweep stops.
+        one_process: Whether a worker that has finished a unit takes the next one, which saves the
+            seconds that one takes to start.
     """
 
     def __init__(
@@ -74,10 +76,19 @@ class Sweep:
         *,
         timeout_s: float,
         budget_s: float = float("inf"),
+        one_process: bool = False,
     ) -> None:
         self._file, self._run_id = file, run_id
         self._settings, self._gpu = settings, gpu
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + budget_s
+        self._one_process = one_process
+        self._worker: Worker | None = None
+        self._running = ExitStack()
+
+    def close(self) -> None:
+        """End the worker that waits for the next unit."""
+        self._worker = None
+        self._running.close()
 
     def run(self, unit: Unit, log: Callable[[str], None] = lambda message: None) -> None:
         """Measure what is left of a unit, with as many workers as it takes.
@@ -95,31 +106,42 @@ class Sweep:
             self._attempt(left, log)
 
     def _attempt(self, left: Unit, log: Callable[[str], None]) -> None:
-        """Run one worker until it ends; at least one cell has a row afterwards."""
+        """Have one worker measure until it ends; at least one cell has a row afterwards."""
         at = Begun("", "", "starting")
         columns: Row | None = None
-        with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder) / "output"
-            modes = self._with_baseline(left)
-            request = Request(left.case, modes, self._settings, self._gpu, output)
-            with worker(request) as (pipe, process):
-                while columns is None:
-                    try:
-                        message = self._receive(pipe)
-                    except TimeoutError as error:
-                        columns = {"status": "timeout", "error": f"{error} while in: {at.phase}"}
-                    except EOFError:
-                        reason = f"{describe_exit(process)} in: {at.phase}. {tail(output)}"
-                        columns = {"status": "error", "error": reason.strip()}
-                    else:
-                        if isinstance(message, Begun):
-                            at = message
-                            log(f"{left.case.case_id} {at.mode} {at.peer} {at.phase}")
-                        elif isinstance(message, Ended):
-                            columns = message.columns
-                        elif (message["peer"], message["mode"]) in set(left.cells()):
-                            self._write(message)
+        request = Request(left.case, self._with_baseline(left), self._settings, self._gpu)
+        with self._worker_for(left) as running:
+            running.pipe.send(request)
+            while columns is None:
+                try:
+                    message = self._receive(running.pipe)
+                except TimeoutError as error:
+                    columns = {"status": "timeout", "error": f"{error} while in: {at.phase}"}
+                except (EOFError, ConnectionResetError):
+                    ended = describe_exit(running.process)
+                    reason = f"{ended} in: {at.phase}. {tail(running.output)}"
+                    columns = {"status": "error", "error": reason.strip()}
+                else:
+                    if isinstance(message, Begun):
+                        at = message
+                        log(f"{left.case.case_id} {at.mode} {at.peer} {at.phase}")
+                    elif isinstance(message, Ended):
+                        columns = message.columns
+                    elif (message["peer"], message["mode"]) in set(left.cells()):
+                        self._write(message)
         self._give_up(left.left(self._file.rows), at, columns)
+
+    @contextmanager
+    def _worker_for(self, left: Unit) -> Iterator[Worker]:
+        """Yield a worker; keep it for the next unit if it may have several and finished this."""
+        if self._worker is None or not self._worker.process.is_alive():
+            self.close()
+            self._worker = self._running.enter_context(worker())
+        try:
+            yield self._worker
+        finally:
+            if not self._one_process or left.left(self._file.rows).modes:
+                self.close()
 
     def _receive(self, pipe: Connection) -> Message:
         """Return the next message.

@@ -1,10 +1,11 @@
-"""Measure one case in a process of its own, so that a crash costs no more than a row."""
+"""Measure cases in another process, so that a crash costs no more than a row."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,14 +31,12 @@ class Request:
 
     Attributes:
         modes: The peers of each mode.
-        output: File for whatever a peer prints.
     """
 
     case: Case
     modes: Mapping[str, Sequence[str]]
     settings: Settings
     gpu: GPU | None
-    output: Path
 
 
 @dataclass(frozen=True)
@@ -59,16 +58,38 @@ class Ended:
 Message = Begun | Row | Ended
 
 
-def serve(pipe: Connection, request: Request) -> None:
-    """Measure a case in a new process, and send messages through the pipe."""
+@dataclass(frozen=True)
+class Worker:
+    """Hold a process that measures.
+
+    Attributes:
+        pipe: Takes requests, one after the other, and returns the messages of each.
+        output: File of whatever a peer prints.
+    """
+
+    pipe: Connection
+    process: BaseProcess
+    output: Path
+
+
+def serve(pipe: Connection, output: Path) -> None:
+    """Measure in a new process what the pipe asks for, until it is closed."""
     # A process group of its own, so that it can be killed with all that it starts.
     os.setsid()
-    output = os.open(request.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (sys.stdout, sys.stderr):
-        os.dup2(output, stream.fileno())
+        os.dup2(file, stream.fileno())
+    with suppress(EOFError, ConnectionError):
+        while True:
+            pipe.send(Ended(_measure(pipe, pipe.recv())))
+    # After a fault of the GPU, Python's normal exit can hang.
+    os._exit(0)
+
+
+def _measure(pipe: Connection, request: Request) -> Row:
+    """Measure a case; return the columns of every cell that has no row."""
     if request.settings.threads:
         torch.set_num_threads(request.settings.threads)
-    columns: Row = {"status": "error", "error": "the worker left it out"}
     try:
         if request.case.on_gpu:
             torch.cuda.set_device(torch.device(request.case.device))
@@ -82,30 +103,28 @@ def serve(pipe: Connection, request: Request) -> None:
             emit=pipe.send,
         ).run(request.modes)
     except Exception as exception:
-        columns = failure(exception)
-    pipe.send(Ended(columns))
-    # After a fault of the GPU, Python's normal exit can hang.
-    pipe.close()
-    sys.stdout.flush()
-    os._exit(0)
+        return failure(exception)
+    return {"status": "error", "error": "the worker left it out"}
 
 
 @contextmanager
-def worker(request: Request) -> Iterator[tuple[Connection, BaseProcess]]:
-    """Start a worker, and yield the reading end of its pipe; kill it with all its processes."""
+def worker() -> Iterator[Worker]:
+    """Start a worker and yield it; kill it with all its processes."""
     context = get_context("spawn")
-    receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=serve, args=(sending, request))
-    # Before it starts, because tritonrnn and Triton read them when they are imported.
-    unset = {name: os.environ.pop(name) for name in UNSET if name in os.environ}
-    process.start()
-    os.environ.update(unset)
-    sending.close()
-    try:
-        yield receiving, process
-    finally:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid or 0, signal.SIGKILL)
-        process.kill()
-        process.join()
-        receiving.close()
+    here, there = context.Pipe()
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        process = context.Process(target=serve, args=(there, output))
+        # Before it starts, because tritonrnn and Triton read them when they are imported.
+        unset = {name: os.environ.pop(name) for name in UNSET if name in os.environ}
+        process.start()
+        os.environ.update(unset)
+        there.close()
+        try:
+            yield Worker(here, process, output)
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            process.kill()
+            process.join()
+            here.close()

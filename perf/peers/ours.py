@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import tritonrnn
-from perf.bench.cases import Case, Workload
+from perf.bench.cases import Case, Workload, make_cell
 from perf.peers.peer import Peer, Runner
 
 
 class Ours(Peer):
-    """Run ``tritonrnn.RNN`` with its own choice, or as switches have it.
+    """Run ``tritonrnn.RNN``, or a loop of ``RNNCell``, with its own choice or as switches have it.
 
     Args:
         name: The name of the peer.
@@ -37,15 +37,20 @@ class Ours(Peer):
 
     def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
         """Convert the module."""
+        if case.layout == "cell":
+            cell = tritonrnn.convert(make_cell(module))
+            forward = partial(workload.run_cell, cell)
+            return Runner(forward, list(module.parameters()), context=self._context)
         ours = tritonrnn.convert(module)
         assert isinstance(ours, tritonrnn.RNN)
 
         def plan() -> str:
-            choice = tritonrnn.explain(ours, workload.input_of(workload.tokens))
+            given = {} if workload.lengths is None else {"lengths": workload.lengths}
+            choice = tritonrnn.explain(ours, workload.input_of(workload.tokens), **given)
             return f"{choice.backend}, {choice.plan}"
 
         return Runner(
-            lambda tokens: workload.run(ours, tokens),
+            partial(workload.run, ours),
             list(ours.parameters()),
             plan=plan,
             context=self._context,
@@ -63,6 +68,8 @@ class Forced(Ours):
         """Return why the plan does not run a case, forward and backward, or None if it does."""
         if not case.on_gpu:
             return "the interpreter is not timed"
+        if case.layout == "cell":
+            return "a cell has no plan"
         from tritonrnn.kernels import cost, devices, plan
 
         sizes = case.T, case.B, case.directions, case.H

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 from torch import nn
 
-from perf.bench.cases import Case, Workload
+from perf.bench.cases import Case, Workload, make_cell
 from perf.bench.switches import cudnn_off
 from perf.peers.peer import Peer, Runner
 
 
 class NN(Peer):
-    """Run ``torch.nn.RNN``.
+    """Run ``torch.nn.RNN``, or a loop of ``torch.nn.RNNCell``.
 
     Args:
         name: The name of the peer.
@@ -34,9 +35,11 @@ class NN(Peer):
         return "it takes no nested tensors" if case.layout == "jagged" else None
 
     def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
-        """Take the module as it is."""
-        return Runner(
-            lambda tokens: workload.run(module, tokens),
-            list(module.parameters()),
-            context=self._context,
-        )
+        """Take the module as it is; of a batch with lengths, pack the input and pad the output."""
+        if case.layout == "cell":
+            forward = partial(workload.run_cell, make_cell(module))
+        elif case.layout == "lengths":
+            forward = partial(workload.run_packed, module)
+        else:
+            forward = partial(workload.run, module)
+        return Runner(forward, list(module.parameters()), context=self._context)

@@ -54,7 +54,7 @@ COLUMNS = (
     Column("layers", "int", "", ""),
     Column("directions", "int", "", "1 or 2"),
     Column("nonlinearity", ("tanh", "relu"), "", ""),
-    Column("layout", LAYOUTS, "", "of the input: (T, B, I), PackedSequence, or nested"),
+    Column("layout", LAYOUTS, "", "(T, B, I), PackedSequence, nested, with lengths=, RNNCell loop"),
     Column("lengths", LENGTHS, "", "how the lengths of a ragged batch spread"),
     Column("dtype", tuple(DTYPES), "", "of input, weights and results"),
     Column("fp32_mode", ("tf32", "ieee", "none"), "", "products of fp32; none for other dtypes"),

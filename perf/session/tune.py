@@ -46,7 +46,7 @@ def call_of(case: Case, *, training: bool) -> autotune.Call:
         H=case.H,
         L=case.layers,
         nonlinearity=case.nonlinearity,
-        mapped=case.layout != "padded",
+        mapped=case.is_ragged,
         ragged=case.layout == "jagged",
         hx=False,
         training=training,

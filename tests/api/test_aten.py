@@ -40,7 +40,7 @@ def walks(monkeypatch):
 
     def recorded(*arguments, **options):
         taken.append(options["epilogue"])
-        recurrence(*arguments, **options)
+        return recurrence(*arguments, **options)
 
     monkeypatch.setattr(inplace, "recurrence", recorded)
     return taken

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -25,7 +26,7 @@ from tritonrnn.autotune import calls, timing, tuner, verification
 from tritonrnn.autotune.bench import neutral
 from tritonrnn.autotune.records import Shapes
 from tritonrnn.kernels import launch
-from tritonrnn.paths import aten
+from tritonrnn.paths import aten, inplace
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="has a device of its own")
 
@@ -216,7 +217,7 @@ def test_warning_that_is_an_error_comes_after_the_record(bench, monkeypatch):
         (lambda a, ends: a.add_(torch.rand(()) * 1e-3), "two runs of it differ"),
         (lambda a, ends: a.as_strided((1,), (1,), 0).zero_(), "it writes where no token is"),
         (lambda a, ends: a[0, 0].fill_(torch.nan), "times the error that is allowed, in 3 of 3"),
-        (lambda a, ends: ends[0, 0].neg_(), "what it says that walks end with is wrong"),
+        (lambda a, ends: ends[0, 0].neg_(), "the final states it stores are wrong"),
     ],
     ids=["racy", "out of bounds", "nan", "ends"],
 )
@@ -290,6 +291,24 @@ def test_exhausted_memory_of_a_timed_call_counts_for_this_process_only(
     assert served(module, x) == "resident"
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_plan_is_faster_in_this_process_than_a_path_that_fails(
+    error, bench, restart, verified, monkeypatch
+):
+    def fail(*arguments, **options):
+        raise error("not here")
+
+    module, x = a_call()
+    with monkeypatch.context() as patch:
+        patch.setattr(inplace, "recurrence", fail)
+        assert served(module, x) == "resident"
+    (row,) = rows(kind="fast")
+    assert row["reason"] == f"50.5 us, and in-place fails: {error.__name__}: not here"
+    assert (row["plan_us_p50"], row["other_us_p50"]) == (50.5, pytest.approx(nan, nan_ok=True))
+    restart({"resident": 200.0})
+    assert served(module, x) == "cooperative"
+
+
 def test_fault_that_leaves_the_device_unusable_names_the_plan(bench, restart, monkeypatch):
     def fault(plan, arguments):
         if plan.name == "resident":
@@ -302,6 +321,16 @@ def test_fault_that_leaves_the_device_unusable_names_the_plan(bench, restart, mo
         module(x)
     restart()
     assert served(module, x) == "cooperative"
+
+
+def test_fault_of_the_callers_own_is_raised_and_recorded_of_no_plan(bench, restart, verified):
+    module, x = a_call()
+    bench.is_unusable = True
+    with pytest.raises(RuntimeError, match=r"^CUDA error: an illegal memory access"):
+        module(x)
+    assert verified == rows() == []
+    restart()
+    assert served(module, x) == "resident"
 
 
 def test_program_that_waits_in_vain_fails_its_plan(bench, monkeypatch):
@@ -429,6 +458,23 @@ def test_no_trial_is_made_while_a_stream_is_captured(bench, verified):
     bench.is_capturing = False
     assert served(module, x) == "resident"
     bench.is_capturing = True
+    assert served(module, x) == "resident"
+
+
+@pytest.mark.parametrize("is_in_trial", [False, True])
+def test_capture_of_another_thread_postpones_a_trial(is_in_trial, bench, verified, monkeypatch):
+    module, x = a_call()
+
+    def verify(*of):
+        bench.is_captured_elsewhere = True
+        return True, "", 0.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "verify", verify)
+        bench.is_captured_elsewhere = not is_in_trial
+        assert served(module, x) == "in-place"
+    assert rows() == []
+    bench.is_captured_elsewhere = False
     assert served(module, x) == "resident"
 
 
@@ -668,6 +714,14 @@ def test_trial_finds_the_same_in_every_mode(mode, bench):
     assert rows(kind="fast")[0]["verdict"] == "faster"
 
 
+def test_hooks_of_the_caller_see_nothing_that_a_trial_saves():
+    with torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
+        with neutral(torch.device("cpu")):
+            timing.Stack.draw(SHAPES, torch.device("cpu")).runner("aten")()
+        with pytest.raises(AssertionError, match="saves nothing"):
+            torch.ones(1, requires_grad=True).exp()
+
+
 def test_second_thread_waits_for_the_trial_of_the_first(bench, verified):
     """They choose only: the interpreter runs one kernel at a time."""
     module, x = a_call()
@@ -732,9 +786,14 @@ def test_spoiled_kernel_never_serves_another_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_process_killed_in_a_trial_leaves_a_mark_that_the_next_one_heeds(tmp_path):
-    with pytest.raises(AssertionError):
-        run_process(tmp_path, "lambda plan, arguments: os.kill(os.getpid(), 9)")
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_plan_is_not_tried_after_two_processes_were_killed_in_its_trial(deaths, tmp_path):
+    for _ in range(deaths):
+        with pytest.raises(AssertionError):
+            run_process(tmp_path, "lambda plan, arguments: os.kill(os.getpid(), 9)")
+    if deaths == 1:
+        assert run_process(tmp_path, "lambda *_: None") == ["resident", "0", "resident"]
+        return
     assert run_process(tmp_path, "lambda *_: None") == ["cooperative", "0", "cooperative"]
 
 

@@ -103,6 +103,8 @@ def damaged(content: dict, place: str, value: object) -> dict:
         ("kind", "cheap"),
         ("seconds", -1.0),
         ("seconds", float("nan")),
+        ("seconds", 10**400),
+        ("when", 1e300),
         ("error", "0.1"),
         ("error", True),
         ("plan_us", [1.0, 2.0]),
@@ -208,16 +210,30 @@ def edited(mark: Path, **fields: object) -> None:
     ],
     ids=["gone", "number taken", "elsewhere", "elsewhere long ago"],
 )
-def test_mark_of_a_process_that_is_gone_is_a_failure(fields, fails):
-    mark = Store(DEVICE).start(KERNEL)
-    edited(mark, **fields)
+def test_second_process_that_is_gone_is_a_failure(fields, fails):
+    # One job ends with all of its processes.
+    marks = [Store(DEVICE).start(KERNEL) for _ in range(2)]
+    for mark in marks:
+        edited(mark, **fields)
+    assert Store(DEVICE).get(KERNEL) is None
+    edited(Store(DEVICE).start(KERNEL), **fields)
     found = Store(DEVICE).get(KERNEL)
     assert (found is not None) == fails
     if found is not None:
         assert found.verdict == "failed"
         assert "ended in its trial" in found.reason
-        # Written for all, in place of the mark.
+        # Written for all, in place of the marks.
         assert [row["verdict"] for row in stored_rows()] == ["failed"]
+
+
+def test_verdict_takes_the_place_of_marks_of_processes_that_are_gone():
+    store = Store(DEVICE)
+    edited(store.start(KERNEL), pid=2**30)
+    running = store.start(KERNEL)
+    store.put(RIGHT)
+    assert sorted(row["verdict"] for row in stored_rows()) == ["right", "started"]
+    store.end(running)
+    assert [row["verdict"] for row in stored_rows()] == ["right"]
 
 
 def test_threads_that_write_at_once_lose_nothing(folder):

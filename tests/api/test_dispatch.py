@@ -273,3 +273,31 @@ def test_explain_needs_no_memory_for_its_answer(dtype):
     module = tritonrnn.RNN(3, 5, dtype=dtype, device="meta")
     choice = tritonrnn.explain(module, torch.ones(4, 2, 3, dtype=dtype, device="meta"))
     assert choice.backend in ("torch", "triton")
+
+
+def operators_seen(work, module, x) -> set[str]:
+    """Return the operators of tritonrnn that a profile or a dispatch mode sees."""
+    seen = set()
+    if work == "profile":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            module(x)[0].sum().backward()
+        seen = {event.key for event in profile.key_averages()}
+    else:
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                seen.add(function.name().partition(".")[0])
+                return function(*args, **(kwargs or {}))
+
+        with Mode():
+            module(x)[0].sum().backward()
+    return {name for name in seen if name.startswith("tritonrnn::")}
+
+
+@pytest.mark.parametrize("work", ["profile", "mode"])
+def test_operators_are_seen_by_whoever_looks(work):
+    """Elsewhere their kernels are called without torch's dispatcher."""
+    module, x = tritonrnn.RNN(3, 5), torch.randn(40, 2, 3)
+    with tritonrnn.backend("torch"):
+        seen = operators_seen(work, module, x)
+    assert {"tritonrnn::elman", "tritonrnn::elman_backward"} <= seen

@@ -46,6 +46,14 @@ def test_inference_has_a_limit_of_its_own(beyond, fewest_steps):
         torch.testing.assert_close(module(x), expected(x))
 
 
+def test_call_that_wants_no_gradient_is_inference_padded_or_packed(fewest_steps):
+    module, x = tritonrnn.RNN(3, 5), torch.randn(fewest_steps[False] - 1, 2, 3)
+    packed = nn.utils.rnn.pack_padded_sequence(x, [len(x)] * 2)
+    for wants, plan in [(True, "in-place"), (False, "aten")]:
+        module.requires_grad_(wants)
+        assert [tritonrnn.explain(module, of).plan for of in (x, packed)] == [plan] * 2
+
+
 @AROUND
 def test_output_may_be_changed_in_place_where_torchs_may(beyond, fewest_steps):
     module, x = tritonrnn.RNN(3, 5), torch.randn(fewest_steps[True] + beyond, 2, 3)

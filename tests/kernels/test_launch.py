@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.imitation import on_launch
 from tests.support.recurrence import LAYOUTS, make_case
 from tritonrnn.kernels import launch
 from tritonrnn.kernels.devices import DEVICES
 from tritonrnn.kernels.plan import Problem, cooperative_plan
+from tritonrnn.layout import SequenceLayout
 
 
 def test_check_barrier_raises_where_a_program_gave_up():
@@ -50,3 +52,14 @@ def test_wait_in_vain_in_a_trial_raises_here_and_soon(monkeypatch):
     monkeypatch.setattr(launch, "MAX_SPINS_IN_TRIAL", 3)
     with pytest.raises(launch.BarrierTimeoutError), launch.trial():
         case.run("cooperative")
+
+
+def test_unaligned_rows_are_compiled_for_and_not_launched(monkeypatch):
+    launched = on_launch(monkeypatch, lambda plan, arguments: None)
+    layout = SequenceLayout.time_major(3, 2)
+    a = torch.zeros(layout.N * 5 + 1)[1:].view(layout.N, 5)
+    arguments = {"epilogue": "tanh", "reverse": (False,), "tf32": False, "plan": "resident"}
+    launch.recurrence(a, None, torch.eye(5)[None], None, layout, **arguments, compile_only=True)
+    assert launched == []
+    launch.recurrence(a, None, torch.eye(5)[None], None, layout, **arguments)
+    assert launched == ["resident"]

@@ -41,13 +41,13 @@ UNNOTICED = {
     },
     "registers": {
         "postpone: fence.proxy.async.shared::cta in share_state": (5, BY_ALL),
-        "delete: wgmma.wait_group.sync.aligned in begin_product": (4, WAITS_FOR_NOTHING),
-        "wait for one less: wgmma.wait_group.sync.aligned in begin_product": (4, WAITS_FOR_NOTHING),
+        "delete: wgmma.wait_group.sync.aligned in begin_wgmma": (4, WAITS_FOR_NOTHING),
+        "wait for one less: wgmma.wait_group.sync.aligned in begin_wgmma": (4, WAITS_FOR_NOTHING),
         "delete: bar.sync in store_ends": (1, OWN),
         "postpone: cp.async.wait_group in registers_kernel": (1, AT_THE_END),
     },
     "registers-sm_80": {
-        "delete: bar.sync in registers_kernel": (1, AT_THE_END),
+        "delete: bar.sync in store_ends": (1, OWN),
         "postpone: cp.async.wait_group in registers_kernel": (1, AT_THE_END),
     },
     "cooperative": {

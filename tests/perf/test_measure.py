@@ -77,6 +77,17 @@ def test_jagged_workload_has_one_sequence_after_the_other():
     assert torch.equal(nested.unbind()[1], workload.tokens[8:14])
 
 
+def test_workload_with_lengths_is_padded_and_in_no_order():
+    case = Case(T=8, B=6, I=2, H=3, layout="lengths", lengths="linear")
+    workload = Workload.make(case, seed=0)
+    assert workload.tokens.shape == (8, 6, 2)
+    assert workload.lengths is not None
+    drawn = workload.lengths.tolist()
+    assert sorted(drawn, reverse=True) == case.ragged_lengths(0) != drawn
+    assert case.tokens(0) == sum(drawn)
+    assert workload.to("cpu", torch.float64).lengths is workload.lengths
+
+
 def take_nested(monkeypatch) -> None:
     """Have ``tritonrnn.RNN`` take nested tensors, if only by packing them."""
     forward = tritonrnn.RNN.forward
@@ -137,6 +148,40 @@ def test_jagged_batch_that_is_wrong_is_found(monkeypatch):
 
     monkeypatch.setattr(tritonrnn.RNN, "forward", swapped)
     assert measure_case(case, "tritonrnn-torch")["tritonrnn-torch", "infer"]["status"] == "wrong"
+
+
+LENGTHS_CASE = Case(T=5, B=3, I=2, H=4, directions=2, layout="lengths", lengths="linear")
+CELL_CASE = Case(T=5, B=3, I=2, H=4, layout="cell")
+
+
+@pytest.mark.parametrize("case", [LENGTHS_CASE, CELL_CASE], ids=lambda case: case.layout)
+def test_lengths_and_cells_are_checked_and_timed(case):
+    rows = measure_case(case, "nn_aten", "nn_again", "tritonrnn", "loop")
+    for mode in ("infer", "fwdbwd"):
+        assert rows["loop", mode]["status"] == "unsupported"
+        for name in ("nn_aten", "nn_again", "tritonrnn"):
+            assert rows[name, mode].get("error") is None
+            assert rows[name, mode]["max_rel_err"] <= rows[name, mode]["tolerance"]
+            assert rows[name, mode]["speedup_vs_nn"] > 0
+
+
+def test_lengths_that_are_not_heeded_are_found(monkeypatch):
+    right = tritonrnn.RNN.forward
+    monkeypatch.setattr(tritonrnn.RNN, "forward", lambda rnn, data, *, lengths: right(rnn, data))
+    assert measure_case(LENGTHS_CASE, "tritonrnn")["tritonrnn", "infer"]["status"] == "wrong"
+
+
+def test_cell_that_is_wrong_is_found(monkeypatch):
+    right = tritonrnn.RNNCell.forward
+    # The results are right, but no gradient goes from a step to the one before.
+    monkeypatch.setattr(
+        tritonrnn.RNNCell,
+        "forward",
+        lambda cell, step, hx: right(cell, step, None if hx is None else hx.detach()),
+    )
+    rows = measure_case(CELL_CASE, "tritonrnn")
+    assert rows["tritonrnn", "infer"]["status"] == "ok"
+    assert rows["tritonrnn", "fwdbwd"]["status"] == "wrong"
 
 
 def test_rounds_time_every_peer_and_drop_gradients_after_every_call():

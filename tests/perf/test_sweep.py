@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -18,6 +19,9 @@ from typer.testing import CliRunner
 import perf
 from perf.__main__ import app
 from perf.bench import presets
+from perf.bench import sweep as sweep_module
+from perf.bench.measure import Settings
+from perf.bench.run import run
 from perf.bench.sweep import Sweep, Unit
 from perf.bench.worker import Begun
 from perf.report import schema, tables
@@ -236,6 +240,15 @@ def test_cpu_is_five_cases_in_three_modes():
     assert modes == 5 * [("packed", "fwdbwd")] + 5 * [("padded", "fwdbwd", "infer")]
 
 
+def test_short_is_every_short_call():
+    units = presets.units("short", {}, ("tritonrnn",), "cpu")
+    assert all(set(unit.modes) == {"infer", "fwdbwd"} for unit in units)
+    kinds = Counter((unit.case.layout, unit.case.directions) for unit in units)
+    # 9 numbers of steps of 3 sizes; a cell has one direction.
+    both = [(layout, D) for layout in ("padded", "packed", "lengths") for D in (1, 2)]
+    assert kinds == dict.fromkeys([*both, ("cell", 1)], 27)
+
+
 @pytest.mark.parametrize("preset", presets.PRESETS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_presets_name_cases(preset, device):
@@ -291,6 +304,40 @@ def test_cpu_command_measures_the_preset_and_prints_the_speedups(tmp_path, monke
     assert set(rows["peer"]) == {"nn_aten", "nn_again", "tritonrnn"}
     assert (rows["status"] == "ok").all()
     assert (rows["threads"] == 1).all()
+
+
+@pytest.mark.slow
+def test_short_sequences_share_a_process_until_one_ends_it(tmp_path, monkeypatch):
+    tiny = presets.grid(T=(1, 3), B=2, H=4, mode="infer", layout=("lengths", "cell"))
+    monkeypatch.setitem(presets.PRESETS, "short", (tiny,))
+    start, started = sweep_module.worker, []
+
+    def counting():
+        started.append(1)
+        return start()
+
+    monkeypatch.setattr(sweep_module, "worker", counting)
+    result = invoke("cpu", "--short", *QUICK, "--out", str(tmp_path / "short"))
+    assert result.exit_code == 0, result.output
+    assert len(started) == 1
+    rows = perf.load(tmp_path / "short")
+    assert len(rows) == 12
+    assert (rows["status"] == "ok").all()
+    started.clear()
+    given = {"layout": "padded", "T": "3,4", "mode": "infer"}
+    names = ["nn_aten", "tests.support.faulty_peers:Dies", "tritonrnn"]
+    units = presets.units("smoke", given, names, "cpu")
+    rows = run(
+        units,
+        tmp_path / "faulty",
+        Settings(2, 0.0, threads=1),
+        device="cpu",
+        timeout_s=120.0,
+        one_process=True,
+    )
+    assert Counter(row["status"] for row in rows) == {"ok": 4, "error": 2}
+    # Each case: one that died, and one for the rest, which the next case begins with.
+    assert len(started) == 3
 
 
 def test_show_and_env_print_facts(smoke):

@@ -27,6 +27,7 @@ class Imitation(Bench):
         timed: the paths and plans that were timed, in order.
         is_capturing: whether a stream is being captured.
         is_unusable: whether a fault has made the device unusable.
+        is_captured_elsewhere: whether another thread captures a stream, in mode "global".
     """
 
     # The interpreter takes its time.
@@ -37,7 +38,7 @@ class Imitation(Bench):
         self.us = us or {}
         self.spread = 0.01
         self.timed: list[str] = []
-        self.is_capturing = self.is_unusable = False
+        self.is_capturing = self.is_unusable = self.is_captured_elsewhere = False
 
     def _name(self) -> str:
         return "Imitation"
@@ -51,6 +52,8 @@ class Imitation(Bench):
     def synchronize(self) -> None:
         if self.is_unusable:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if self.is_captured_elsewhere:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
     def elapsed_us(self, name: str, run: Callable[[], object], repeats: int) -> float:
         if name not in self.timed:

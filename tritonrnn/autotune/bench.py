@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
 import triton
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 import tritonrnn.kernels
@@ -38,6 +41,8 @@ class Bench:
             "shared_bytes": limits.shared_bytes,
             "driver": self._driver(),
             "torch": torch.__version__,
+            # What a plan is timed against. MIOpen's version on AMD.
+            "cudnn": torch.backends.cudnn.version() or 0,
             "triton": triton.__version__,
             "source": source_digest(Path(tritonrnn.kernels.__path__[0])),
         }
@@ -52,7 +57,10 @@ class Bench:
         return str(torch.version.hip or torch.version.cuda)
 
     def may_try(self) -> bool:
-        """Return whether this thread may run a trial now: not while a stream is captured."""
+        """Return whether this thread may run a trial now: not while its stream is captured.
+
+        Of another thread's capture only :func:`is_of_capture` tells.
+        """
         return not torch.cuda.is_current_stream_capturing()
 
     def synchronize(self) -> None:
@@ -90,6 +98,17 @@ class Bench:
                         torch.cuda.empty_cache()
 
 
+def is_of_capture(error: BaseException) -> bool:
+    """Return whether CUDA refused a call because a stream is captured.
+
+    A capture of mode "global" forbids all threads to wait for the device, until it ends.
+    """
+    # As in the texts of all errors cudaErrorStreamCapture*.
+    return (
+        isinstance(error, RuntimeError) and re.search(r"\bcaptur(e|ing)\b", str(error)) is not None
+    )
+
+
 def is_traced() -> bool:
     """Return whether a tracer sees each operator of this thread, and not what it computes."""
     modes = torch._C._TorchDispatchModeKey
@@ -97,6 +116,10 @@ def is_traced() -> bool:
         torch._C._get_dispatch_mode(mode) is not None
         for mode in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL)
     )
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @contextmanager
@@ -114,6 +137,9 @@ def neutral(device: torch.device) -> Iterator[None]:
         # It brings autograd back, too, which an operator has left out.
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.no_grad())
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            # The hooks set last are called, and no others.
+            modes.enter_context(saved_tensors_hooks(_unchanged, _unchanged))
         for kind in {device.type, "cpu"}:
             modes.enter_context(torch.autocast(kind, enabled=False))
         yield

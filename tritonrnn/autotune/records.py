@@ -13,8 +13,11 @@ from typing import Any, get_type_hints
 
 from tritonrnn.kernels.plan import PLANS
 
+# No time, and no error, is larger.
+MOST = 1e12
 # What identifies a device: name, limits, driver, versions, source.
 Device = Mapping[str, str | int]
+Quartiles = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def _arithmetic(key: Kernel | Shapes) -> str:
 
 
 Key = Kernel | Shapes
+UNTIMED: Quartiles = (0.0, 0.0, 0.0)
 # Of a trial that has no other yet.
 STARTED = "started"
 KINDS: dict[str, type[Any]] = {"right": Kernel, "fast": Shapes}
@@ -111,7 +115,7 @@ class Record:
         seconds: that the trial took.
         error: of a kernel, the largest error in any result, as a share of what is allowed.
         plan_us, other_us: of shapes, the quartiles of the time of a call by the plan, and by what
-            it was timed against.
+            it was timed against; all 0 where that failed.
         against: the path or plan that it was timed against, or "".
         host, pid, when: where and when, in seconds since 1970.
     """
@@ -121,8 +125,8 @@ class Record:
     reason: str
     seconds: float
     error: float = 0.0
-    plan_us: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    other_us: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    plan_us: Quartiles = UNTIMED
+    other_us: Quartiles = UNTIMED
     against: str = ""
     host: str = ""
     pid: int = 0
@@ -147,7 +151,7 @@ class Record:
             return f"{plan} failed in its trial ({self.reason})"
         if self.verdict == "right":
             return f"{plan} is right ({self.reason})"
-        return f"{plan} is {self.verdict} ({self.reason} of {self.against})"
+        return f"{plan} is {self.verdict} ({self.reason})"
 
     def signed(self) -> Record:
         """Return the record as of this process and now."""
@@ -169,7 +173,7 @@ class Record:
             device, kind = content.pop("device"), content.pop("kind")
             key = _checked(KINDS[kind], content.pop("key"))
             record: Record = _checked(cls, {"key": key, **content})
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError("not a record") from error
         if key.plan not in PLANS or record.verdict not in (*VERDICTS[kind], STARTED):
             raise ValueError(f"Unknown plan or verdict: {key.plan}, {record.verdict}")
@@ -185,7 +189,7 @@ class Record:
         row["error"] = self.error if isinstance(self.key, Kernel) else math.nan
         for name in ("plan_us", "other_us"):
             for percentile, us in zip(("p25", "p50", "p75"), getattr(self, name)):
-                row[f"{name}_{percentile}"] = us if self.against else math.nan
+                row[f"{name}_{percentile}"] = us or math.nan
         return row | {f"device_{name}": value for name, value in device.items()}
 
 
@@ -193,7 +197,7 @@ def _checked(cls: type[Any], content: dict[str, Any]) -> Any:
     """Return a dataclass made of JSON.
 
     Raises:
-        ValueError: a field is missing, unknown or of another type, or no finite number.
+        ValueError: a field is missing, unknown or of another type, or no number in range.
     """
     hints = get_type_hints(cls)
     if set(content) != set(hints):
@@ -201,7 +205,7 @@ def _checked(cls: type[Any], content: dict[str, Any]) -> Any:
     made = {}
     for name, value in content.items():
         hint = hints[name]
-        if hint == tuple[float, float, float]:
+        if hint == Quartiles:
             value = tuple(value)
             is_valid = (
                 len(value) == 3 and all(map(_is_time, value)) and list(value) == sorted(value)
@@ -218,7 +222,14 @@ def _checked(cls: type[Any], content: dict[str, Any]) -> Any:
 
 def _is_time(value: Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value >= 0
+    # An integer of JSON may be too large for a float. No NaN is in the range.
+    return is_number and 0 <= value <= MOST
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's type and the first line of its text."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first[:300]}"
 
 
 def _is_plain(value: Any) -> bool:

@@ -24,6 +24,9 @@ import triton
 
 from tritonrnn.autotune.records import STARTED, Device, Key, Record
 
+# The end of a mark's name, where a process has ended in a trial of the same key before.
+LAST_TRY = "last-try"
+
 log = logging.getLogger("tritonrnn")
 
 # Seconds after which a trial on another host, whose processes can't be seen, has ended. It takes
@@ -80,17 +83,25 @@ class Store:
                 # A file system without links.
                 os.replace(aside, path)
             aside.unlink(missing_ok=True)
+        self.forget_deaths(record.key)
         return record
+
+    def forget_deaths(self, key: Key) -> None:
+        """Remove the marks of processes that ended in a trial of a key that now has a verdict."""
+        for path, _ in list(self._deaths(key)):
+            self.end(path)
 
     def start(self, key: Key) -> Path | None:
         """Leave a mark that a trial of the key has started, for :meth:`end` to remove.
 
-        Should the process die meanwhile, the mark says what it died of.
+        Should the process die meanwhile, the mark says in what. If another died so before, it says
+        that, too: this is the last try.
         """
         mark = None
         with self._writing():
             aside = self._write_aside(Record(key, STARTED, _birth(os.getpid()), 0.0).signed())
-            mark = aside.rename(self._path(key).with_suffix(f".{uuid4().hex[:8]}.started"))
+            kind = LAST_TRY if any(self._deaths(key)) else STARTED
+            mark = aside.rename(self._path(key).with_suffix(f".{uuid4().hex[:8]}.{kind}"))
         return mark
 
     def end(self, mark: Path | None) -> None:
@@ -117,15 +128,24 @@ class Store:
         return record if record and (device, record.key) == (self.device, key) else None
 
     def _of_the_dead(self, key: Key) -> Record | None:
-        """Return a record of failure if a process ended in a trial of the key, which it writes."""
-        for path in self.folder.glob(f"{self._path(key).stem}.*.started"):
-            mark = self._load(path, key)
-            if mark is not None and not _may_be_running(mark):
-                why = f"process {mark.pid} of {mark.host} ended in its trial"
-                failed = self.put(Record(key, "failed", why, 0.0))
-                self.end(path)
-                return failed
+        """Return a record of failure, which it writes, if processes ended in its trials twice.
+
+        Once is no proof: a process may be killed for what has nothing to do with its trial, and all
+        those of a job at the same time. So the second must have started when the first was gone.
+        """
+        for path, mark in self._deaths(key):
+            if path.suffix == f".{LAST_TRY}":
+                why = f"process {mark.pid} of {mark.host} ended in its trial, as one did before"
+                return self.put(Record(key, "failed", why, 0.0))
         return None
+
+    def _deaths(self, key: Key) -> Iterator[tuple[Path, Record]]:
+        """Yield the marks of trials whose process is gone."""
+        for kind in (STARTED, LAST_TRY):
+            for path in self.folder.glob(f"{self._path(key).stem}.*.{kind}"):
+                mark = self._load(path, key)
+                if mark is not None and not _may_be_running(mark):
+                    yield path, mark
 
     def _write_aside(self, record: Record) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +171,8 @@ def root() -> Path:
 
 def stored_rows() -> Iterator[dict[str, Any]]:
     """Yield a row for each valid record of every device, and for each trial that has started."""
-    for path in sorted([*root().glob("*/*.json"), *root().glob("*/*.started")]):
+    names = ("*.json", f"*.{STARTED}", f"*.{LAST_TRY}")
+    for path in sorted(path for name in names for path in root().glob(f"*/{name}")):
         found = _load(path)
         if found is not None:
             device, record = found

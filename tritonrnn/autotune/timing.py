@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tritonrnn import layer
-from tritonrnn.autotune.bench import Bench
-from tritonrnn.autotune.records import Shapes
+from tritonrnn.autotune.bench import Bench, is_of_capture
+from tritonrnn.autotune.records import UNTIMED, Quartiles, Record, Shapes, one_line
 from tritonrnn.autotune.verification import DTYPES
 from tritonrnn.kernels import launch
 from tritonrnn.layer import Recurrence
@@ -26,10 +26,8 @@ ROUNDS, LEAST_ROUNDS, LONGEST_US = 15, 5, 400_000.0
 # Of a sample: calls are repeated that are shorter.
 SAMPLE_US = 1000.0
 
-Quartiles = tuple[float, float, float]
 
-
-def compare(shapes: Shapes, other: str, bench: Bench) -> tuple[str, Quartiles, Quartiles]:
+def compare(shapes: Shapes, other: str, bench: Bench) -> Record:
     """Time a plan against another path on the same data, a sample of each in turn.
 
     Args:
@@ -38,17 +36,28 @@ def compare(shapes: Shapes, other: str, bench: Bench) -> tuple[str, Quartiles, Q
         bench: the device.
 
     Returns:
-        "faster" or "slower", where the quartiles do not overlap, else "tie"; and the quartiles of
-        the time of a call by the plan and by the other path, in microseconds.
+        A record of "faster" or "slower", where the quartiles do not overlap, else "tie". A plan is
+        faster than a path that fails.
+
+    Raises:
+        Exception: what a call by the plan raises.
     """
     stack = Stack.draw(shapes, bench.device)
     paths = {name: stack.runner(name) for name in (shapes.plan, other)}
     samples: dict[str, list[float]] = {name: [] for name in paths}
     repeats = {}
-    for name, run in paths.items():
-        # The first call compiles, and cuDNN makes its plan.
-        first_us = min(_sample(bench, name, run, 1) for _ in range(3))
-        repeats[name] = max(1, int(SAMPLE_US / max(first_us, 1.0)))
+    failure = ""
+    for name, run in list(paths.items()):
+        try:
+            # The first call compiles, and cuDNN makes its plan.
+            first_us = min(_sample(bench, name, run, 1) for _ in range(3))
+        except Exception as error:
+            if name == shapes.plan or is_of_capture(error):
+                raise
+            failure = one_line(error)
+            del paths[name]
+        else:
+            repeats[name] = max(1, int(SAMPLE_US / max(first_us, 1.0)))
     spent_us = 0.0
     for round in range(ROUNDS):
         if round >= LEAST_ROUNDS and spent_us > LONGEST_US:
@@ -56,10 +65,17 @@ def compare(shapes: Shapes, other: str, bench: Bench) -> tuple[str, Quartiles, Q
         for name in list(paths)[:: -1 if round % 2 else 1]:
             samples[name].append(_sample(bench, name, paths[name], repeats[name]))
             spent_us += samples[name][-1] * repeats[name]
-    plan_us, other_us = (_quartiles(samples[name]) for name in (shapes.plan, other))
-    if plan_us[2] < other_us[0]:
-        return "faster", plan_us, other_us
-    return "slower" if plan_us[0] > other_us[2] else "tie", plan_us, other_us
+    plan_us = _quartiles(samples[shapes.plan])
+    if failure:
+        verdict, other_us = "faster", UNTIMED
+        why = f"{plan_us[1]:.3g} us, and {other} fails: {failure}"
+    else:
+        other_us = _quartiles(samples[other])
+        verdict = "slower" if plan_us[0] > other_us[2] else "tie"
+        if plan_us[2] < other_us[0]:
+            verdict = "faster"
+        why = f"{plan_us[1]:.3g} us against {other_us[1]:.3g} us of {other}"
+    return Record(shapes, verdict, why, 0.0, 0.0, plan_us, other_us, other)
 
 
 def _sample(bench: Bench, name: str, run: Callable[[], object], repeats: int) -> float:
@@ -149,7 +165,7 @@ class Stack:
                 cotangents = self.grad_output, self.grad_h_n
                 grad, *_ = torch.autograd.grad(results, sources, cotangents)
             return results[0], grad
-        # Not by autograd, which would call the hooks that the caller has set.
+        # Without a graph, as the package's operators do.
         call = self.input, self.hx, weights, *settings
         L = self.shapes.L
         output, _, *kept = aten.forward_with_reserve(*call, num_layers=L)

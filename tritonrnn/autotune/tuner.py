@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 
 from tritonrnn.autotune import timing, verification
-from tritonrnn.autotune.bench import Bench, is_traced
+from tritonrnn.autotune.bench import Bench, is_of_capture, is_traced
 from tritonrnn.autotune.calls import Call
-from tritonrnn.autotune.records import Kernel, Key, Record
+from tritonrnn.autotune.records import UNTIMED, Kernel, Key, Record, one_line
 from tritonrnn.autotune.store import Store, log
 from tritonrnn.kernels.cost import rank_plans
 from tritonrnn.kernels.devices import device_of
@@ -125,12 +125,22 @@ class Tuner:
             # Another thread may have made the trials meanwhile.
             decision = self._look(call, plans, candidates, asked)
             if decision.missing is not None:
-                with self.bench.session(), self._compiling(call, candidates) as compiled:
-                    while decision.missing is not None:
-                        record = self._try(decision.missing, call, plans, compiled)
-                        if record.verdict == "wrong":
-                            wrong.append(record)
-                        decision = self._look(call, plans, candidates, asked)
+                with self.bench.session():
+                    # What the caller's own kernels have done is raised here, and is no trial's.
+                    try:
+                        self.bench.synchronize()
+                    except RuntimeError as error:
+                        if is_of_capture(error):
+                            return decision
+                        raise
+                    with self._compiling(call, candidates) as compiled:
+                        while decision.missing is not None:
+                            record = self._try(decision.missing, call, plans, compiled)
+                            if record is None:
+                                break
+                            if record.verdict == "wrong":
+                                wrong.append(record)
+                            decision = self._look(call, plans, candidates, asked)
         finally:
             self._lock.release()
             # What was decided before there were these records.
@@ -203,8 +213,8 @@ class Tuner:
         call: Call,
         plans: Sequence[LaunchPlan],
         compiled: Mapping[Kernel, Future[None]],
-    ) -> Record:
-        """Make the trial of a key, and remember what it finds."""
+    ) -> Record | None:
+        """Make the trial of a key, and remember what it finds; None if a capture hinders it."""
         started = time.perf_counter()
         mark = None
         try:
@@ -218,12 +228,12 @@ class Tuner:
             else:
                 baseline = self._baseline(call, plans)
                 against = baseline.name if baseline else call.torch_path
-                verdict, plan_us, other_us = timing.compare(key, against, self.bench)
-                why = f"{plan_us[1]:.3g} us against {other_us[1]:.3g} us"
-                found = Record(key, verdict, why, 0.0, 0.0, plan_us, other_us, against)
+                found = timing.compare(key, against, self.bench)
             self.bench.synchronize()
         except Exception as error:
-            found = Record(key, "failed", _one_line(error), 0.0)
+            if is_of_capture(error):
+                return None
+            found = Record(key, "failed", one_line(error), 0.0)
             # A time may fail for what is wrong with torch's own path.
             lasts = isinstance(key, Kernel) and not isinstance(error, PASSING)
             try:
@@ -236,8 +246,11 @@ class Tuner:
                     "TRITONRNN_AUTOTUNE=off, none will try any"
                 ) from error
         else:
-            # A tie may be none the next time.
-            lasts = found.verdict != "tie"
+            self.store.forget_deaths(key)
+            # A tie may be none the next time, and the other path may not fail.
+            lasts = isinstance(key, Kernel) or (
+                found.verdict != "tie" and found.other_us != UNTIMED
+            )
         finally:
             self.store.end(mark)
         found = replace(found, seconds=time.perf_counter() - started)
@@ -269,8 +282,3 @@ def _why(record: Record) -> str:
     if record.verdict == "tie":
         return f"its trial on this device found it right, and as fast as {record.against}."
     return f"its trial on this device found it right, and faster than {record.against}."
-
-
-def _one_line(error: BaseException) -> str:
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first[:300]}"

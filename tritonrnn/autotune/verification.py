@@ -70,7 +70,7 @@ def verify(kernel: Kernel, bench: Bench) -> tuple[bool, str, float]:
             if share <= 1:
                 worst = max(worst, share)
                 if not _same_bits(ends, layout.final_states(first, _reverse(kernel), None)):
-                    return False, "what it says that walks end with is wrong", MOST
+                    return False, "the final states it stores are wrong", MOST
             else:
                 failed, error = failed + 1, max(error, share)
                 why = (

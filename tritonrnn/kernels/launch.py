@@ -93,6 +93,7 @@ def recurrence(
             with_ends=with_ends,
             otherwise=otherwise,
             plan=plan,
+            compile_only=compile_only,
         )
         a.copy_(aligned)
         return ends

@@ -1,0 +1,71 @@
+"""Show where a call over a short sequence on a CPU is slower than torch.nn.RNN's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from perf.bench import presets
+from perf.peers import OURS
+
+# A cell whose speed-up is at least this is not slower.
+LEAST_SPEEDUP = 0.95
+_CELL = ["case_id", "mode"]
+_LINE = ["layout", "mode", "B", "H", "directions"]
+
+
+def judge(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the cells of the preset ``short`` on the CPU that are among rows.
+
+    Returns:
+        Columns of the cell; ``status``; ``speedup_vs_nn``, the median ratio of nn.RNN's time to
+        tritonrnn's; ``noise``, that of nn.RNN against itself; ``slower``: whether the first is
+        below ``LEAST_SPEEDUP`` and below the second.
+    """
+    units = presets.units("short", {}, (OURS,), "cpu")
+    known = pd.DataFrame(
+        [(unit.case.case_id, mode) for unit in units for mode in unit.modes], columns=_CELL
+    )
+    on_cpu = rows[rows["device"] == "cpu"].astype({"mode": "string"})
+    again = on_cpu.loc[on_cpu["peer"] == "nn_again", [*_CELL, "speedup_vs_nn"]]
+    again = again.rename(columns={"speedup_vs_nn": "noise"})
+    cells = on_cpu[on_cpu["peer"] == OURS].merge(known, on=_CELL).merge(again, on=_CELL, how="left")
+    speedup = cells["speedup_vs_nn"]
+    # Where nn.RNN against itself is not known, there is no noise to hide in.
+    limit = cells["noise"].fillna(1.0).clip(upper=LEAST_SPEEDUP)
+    columns = [*_CELL, "T", "B", "H", "directions", "layout", "status", "speedup_vs_nn", "noise"]
+    return cells[columns].assign(slower=speedup < limit)
+
+
+def paragraphs(rows: pd.DataFrame) -> Iterator[str]:
+    """Yield a table of the cells, those in bold that are slower, and a sentence with their number.
+
+    The rows of the table are what a call is of; its columns are the steps T.
+    """
+    cells = judge(rows)
+    timed = cells[cells["speedup_vs_nn"].notna()]
+    if timed.empty:
+        yield "No short sequence was timed beside nn.RNN."
+        return
+    yield (
+        "nn.RNN's time (nn.RNNCell's of a cell) by tritonrnn's, median over the rounds, by T. In "
+        f"bold where it is slower: below {LEAST_SPEEDUP}, and below nn.RNN's against itself."
+    )
+    judged = zip(cells["speedup_vs_nn"], cells["status"], cells["slower"], strict=True)
+    cells = cells.assign(shown=[_shown(*cell) for cell in judged])
+    table = cells.pivot(index=_LINE, columns="T", values="shown").sort_index().fillna("")
+    table.columns = pd.Index([f"T {T}" for T in table.columns])
+    yield table.reset_index().to_markdown(index=False, disable_numparse=True)
+    noise = timed["noise"]
+    yield (
+        f"{timed['slower'].sum()} of {len(timed)} cells are slower, the worst at "
+        f"{timed['speedup_vs_nn'].min():.2f}. nn.RNN against itself is below {LEAST_SPEEDUP} in "
+        f"{(noise < LEAST_SPEEDUP).sum()}, from {noise.min():.2f} to {noise.max():.2f}."
+    )
+
+
+def _shown(speedup: float, status: str, slower: bool) -> str:
+    if pd.isna(speedup):
+        return status
+    return f"**{speedup:.2f}**" if slower else f"{speedup:.2f}"
