@@ -187,7 +187,8 @@ def test_spoiled_kernel_is_warned_of_once_and_never_serves(bench, restart, monke
     module, x = a_call()
     with pytest.warns(RuntimeWarning) as caught:
         module(x)
-    (warning,) = caught
+    # Some versions of the interpreter warn, too, outside of trials.
+    (warning,) = (one for one in caught if one.category is RuntimeWarning)
     assert "the plan resident computes wrong numbers" in str(warning.message)
     assert "on Imitation" in str(warning.message)
     assert "for tanh, fp32, G=1 H=5." in str(warning.message)
@@ -205,7 +206,7 @@ def test_warning_that_is_an_error_comes_after_the_record(bench, monkeypatch):
     on_launch(monkeypatch, spoiled("resident"))
     module, x = a_call()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", RuntimeWarning)
         with pytest.raises(RuntimeWarning):
             module(x)
         assert served(module, x) == "cooperative"

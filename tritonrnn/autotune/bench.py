@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -130,6 +131,9 @@ def neutral(device: torch.device) -> Iterator[None]:
     depend on them.
     """
     with ExitStack() as modes:
+        # A warning, which the caller may have made an error, says nothing of a plan.
+        modes.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
         # Modes of dispatch first: they would see the others being switched.
         modes.enter_context(_disable_current_modes())
         # Among the modes of this kind is torch's default device.
