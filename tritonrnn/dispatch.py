@@ -151,7 +151,7 @@ def choose_now(
         device, dtype: of the tensors, and in which the call is computed.
         T, B, I, G, H, L: the sizes, by the dimension key of ``layout.py``.
         nonlinearity: "tanh" or "relu".
-        mapped: whether the rows of the batch are packed.
+        mapped: whether rows come from a row map: packed, or with lengths or resets.
         ragged: whether the layout is one of ``ragged.py``, which torch's own kernels don't take.
         hx: whether initial states are given.
         needs_grad: whether a gradient may be wanted. A plan is judged by its forward pass if not.

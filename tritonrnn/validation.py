@@ -162,7 +162,7 @@ def check(
             H=H,
             L=num_layers,
             nonlinearity=nonlinearity,
-            mapped=layout == "packed",
+            mapped=seq_metadata is not None or reset is not None,
             ragged=is_ragged,
             hx=hx is not None,
             needs_grad=_needs_grad(data, hx, weights),

@@ -8,6 +8,7 @@ from torch import nn
 
 import tritonrnn
 from tests.support.cases import Case, assert_same_results, pair, run
+from tritonrnn import validation
 
 pytestmark = pytest.mark.usefixtures("torch_back_end")
 # Steps beyond what the in-place path serves at least, in training.
@@ -140,3 +141,18 @@ def results_of(output, h_n, data, h_0, module) -> list[torch.Tensor]:
     (output.sin().sum() + h_n.cos().sum()).backward()
     leaves = [data, *([] if h_0 is None else [h_0]), *module.parameters()]
     return [output, h_n, *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("given", STEPS)
+def test_one_step_is_judged_by_the_kernel_that_it_would_launch(given, monkeypatch):
+    """With lengths or resets that has a row map, whatever the number of steps."""
+    asked = []
+
+    def recorded(*arguments, **call):
+        asked.append(call["mapped"])
+        return choose(*arguments, **call)
+
+    choose = validation.choose
+    monkeypatch.setattr(validation, "choose", recorded)
+    tritonrnn.RNN(3, 5)(torch.randn(1, 3, 3), **STEPS[given])
+    assert asked == [True]
