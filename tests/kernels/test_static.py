@@ -208,12 +208,14 @@ COSTS = {
     Kernel("registers", "sm_90", "fp32", 97, "tanh"): Cost("hmma", 1, overlaps_mma_sync),
     Kernel("registers", "sm_100", "bf16", 201, "tanh_grad"): Cost("hmma", 1, overlaps_mma_sync),
     Kernel("registers", "sm_120", "fp16", 250, "tanh_grad"): Cost("hmma", 1, overlaps_mma_sync),
+    Kernel("registers", "sm_120", "tf32", 64, "relu", "padded"): Cost("hmma", 1, overlaps_mma_sync),
     Kernel("cooperative", "sm_80", "bf16", 1024, "tanh_grad"): Cost("hmma", 20),
     Kernel("cooperative", "sm_86", "fp32", 333, "tanh_grad"): Cost("hmma", 30),
     Kernel("cooperative", "sm_89", "bf16", 1024, "tanh_grad"): Cost("hmma", 12),
     Kernel("cooperative", "sm_89", "tf32", 512, "tanh_grad"): Cost("hmma", 48),
     Kernel("cooperative", "sm_100", "bf16", 1024, "tanh_grad"): Cost("hmma", 12),
-    Kernel("cooperative", "sm_120", "fp16", 1023, "tanh_grad"): Cost("hmma", 72),
+    Kernel("cooperative", "sm_120", "fp16", 201, "relu_grad"): Cost("hmma", 20),
+    Kernel("cooperative", "sm_120", "bf16", 768, "relu_grad"): Cost("hmma", 24),
     Kernel("cooperative", "sm_90", "bf16", 1024, "tanh", "padded"): Cost(
         "hgmma", 16, reads_at_once
     ),
@@ -224,6 +226,7 @@ COSTS = {
     Kernel("cooperative", "sm_90", "fp32", 333, "tanh_grad"): Cost("hgmma", 36),
     Kernel("stepwise", "sm_90", "fp16", 201, "tanh_grad"): Cost("hgmma", 10),
     Kernel("stepwise", "sm_80", "fp32", 100, "tanh_grad"): Cost("hmma", 10),
+    Kernel("stepwise", "sm_86", "fp16", 640, "relu"): Cost("hmma", 26),
 }
 ELSEWHERE = [
     Kernel(plan, "gfx942", dtype, 128 if dtype == "bf16" else 64, "tanh_grad")
