@@ -73,7 +73,7 @@ class Forced(Ours):
         from tritonrnn.kernels import cost, devices, plan
 
         sizes = case.T, case.B, case.directions, case.H
-        is_tf32 = case.fp32_mode == "tf32"
+        is_tf32 = case.precision == "tf32"
         problem = plan.Problem(*sizes, case.dtype, is_tf32, case.nonlinearity)
         device = devices.device_of(torch.device(case.device))
         fitting = cost.rank_plans(problem, device, training=True)

@@ -165,18 +165,13 @@ def work(case: Case, mode: str, seed: int) -> Work:
     return Work(flop, nbytes)
 
 
-def precision(case: Case) -> str:
-    """Return the precision of a case's products, as the constants name it."""
-    return "tf32" if case.dtype == "fp32" and case.fp32_mode == "tf32" else case.dtype
-
-
 def limit(case: Case, mode: str, gpu: GPU, seed: int) -> Limit:
     """Return the least time of a case on a GPU."""
     todo = work(case, mode, seed)
     chain_us, strategy = min(chains(case, gpu))
     steps = sum(passes(mode)) * (case.T + case.layers - 1)
     return Limit(
-        compute_us=todo.flop / (1e6 * gpu[f"{precision(case)}_TFLOPps"]),
+        compute_us=todo.flop / (1e6 * gpu[f"{case.precision}_TFLOPps"]),
         hbm_us=todo.bytes / (1e6 * gpu["hbm_TBps"]),
         serial_us=steps * chain_us,
         strategy=strategy,
@@ -232,5 +227,5 @@ def _work_clk(case: Case, gpu: GPU, members: int, slices: int) -> float | None:
 
 def _matrix_clk(case: Case, gpu: GPU, sequences: int, members: int) -> float:
     tiles = math.ceil(sequences / SEQUENCES_PER_TILE) * SEQUENCES_PER_TILE
-    per_clk = members * gpu[f"{precision(case)}_FLOP_per_clk"]
+    per_clk = members * gpu[f"{case.precision}_FLOP_per_clk"]
     return 2 * tiles * case.H**2 / per_clk
