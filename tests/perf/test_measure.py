@@ -240,8 +240,8 @@ def test_footprint_counts_peak_and_what_stays():
         _ = [torch.empty(2**20, dtype=torch.uint8) for _ in range(3)]
         return torch.empty(2**18, dtype=torch.uint8)
 
-    found, result = memory.footprint(call, kept.device)
-    assert isinstance(result, torch.Tensor)
+    found = memory.footprint(call, kept.device)
+    assert isinstance(found.result, torch.Tensor)
     assert found.peak_bytes == 3 * 2**20 + 2**18
     assert found.alive_bytes == 2**18
 
@@ -258,9 +258,9 @@ def test_saved_bytes_of_a_loop_are_those_of_its_states():
     # output. So the drive and every state stay, less what the caller gets.
     case = Case(T=64, B=16, I=8, H=32)
     runner, workload = build(case, "loop")
-    found, results = memory.footprint(make_job(runner, workload, "fwd").call, torch.device("cpu"))
-    assert isinstance(results, tuple)
-    saved = found.alive_bytes - memory.unique_bytes(results)
+    found = memory.footprint(make_job(runner, workload, "fwd").call, torch.device("cpu"))
+    assert isinstance(found.result, tuple)
+    saved = found.alive_bytes - memory.unique_bytes(found.result)
     state_bytes = case.T * case.B * case.H * 4
     assert state_bytes <= saved <= 1.2 * state_bytes
 
