@@ -47,6 +47,10 @@ class Settings:
         max_s: About how long the rounds of a case and mode may last.
         threads: CPU threads of torch; 0 for its own choice.
         seed: Seed of the inputs, the weights and the order of the peers.
+        timeout_s: A worker that sends nothing for longer is killed.
+        budget_s: Time after which a sweep stops.
+        one_process: Whether a worker that has finished a case takes the next one, which saves the
+            seconds that one takes to start.
     """
 
     rounds: int = 20
@@ -54,6 +58,9 @@ class Settings:
     max_s: float = 60.0
     threads: int = 0
     seed: int = 0
+    timeout_s: float = 300.0
+    budget_s: float = float("inf")
+    one_process: bool = False
 
 
 class Measurement:

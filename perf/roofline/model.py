@@ -161,13 +161,12 @@ def limit(case: Case, mode: str, gpu: GPU, seed: int) -> Limit:
     """Return the least time of a case on a GPU."""
     flop, nbytes = work(case, mode, seed)
     chain_us, strategy = min(chains(case, gpu))
-    parts = {
-        "compute": flop / (1e6 * gpu[f"{case.precision}_TFLOPps"]),
-        "memory": nbytes / (1e6 * gpu["hbm_TBps"]),
-        "serial": chain_us * sum(passes(mode)) * (case.T + case.layers - 1),
-    }
-    largest = max(parts, key=lambda part: parts[part])
-    return Limit(*parts.values(), parts[largest], largest, strategy)
+    steps = sum(passes(mode)) * (case.T + case.layers - 1)
+    compute_us = flop / (1e6 * gpu[f"{case.precision}_TFLOPps"])
+    hbm_us = nbytes / (1e6 * gpu["hbm_TBps"])
+    serial_us = steps * chain_us
+    parts = (compute_us, "compute"), (hbm_us, "memory"), (serial_us, "serial")
+    return Limit(compute_us, hbm_us, serial_us, *max(parts), strategy)
 
 
 def chains(case: Case, gpu: GPU) -> Iterator[tuple[float, str]]:
