@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ class Runner:
     """
 
     forward: Forward
-    parameters: list[Tensor]
+    parameters: Sequence[Tensor]
     plan: Callable[[], str] = str
     context: Callable[[], AbstractContextManager[object]] = nullcontext
     uncaptured: Forward | None = None
@@ -53,14 +52,9 @@ class Runner:
 
 
 class Peer(ABC):
-    """Run an Elman RNN in one way.
-
-    Attributes:
-        compiles: Whether its kernels are compiled at first use, and then kept on disk.
-    """
+    """Run an Elman RNN in one way."""
 
     name: str
-    compiles: ClassVar[bool] = False
 
     @abstractmethod
     def supports(self, case: Case) -> str | None:
