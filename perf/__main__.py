@@ -316,9 +316,9 @@ def launches() -> None:
     No GPU need be there. D is the number of directions; lengths are new in every batch of real
     data, and seen before in the layers above the first.
     """
-    from perf.bench import launches
+    from perf.bench import launch_counts
 
-    typer.echo(launches.table().to_markdown(index=False))
+    typer.echo(launch_counts.table().to_markdown(index=False))
 
 
 @app.command()

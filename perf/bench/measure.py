@@ -15,7 +15,7 @@ from torch import nn
 from perf import peers
 from perf.bench import memory
 from perf.bench.cases import DTYPES, Case, Workload
-from perf.bench.check import Check
+from perf.bench.check import Check, results_of
 from perf.bench.failures import Row, failure, first_line, raise_if_gpu_is_lost
 from perf.bench.switches import set_precision
 from perf.bench.telemetry import Telemetry
@@ -26,6 +26,7 @@ from perf.bench.timing import (
     Job,
     WallClock,
     floor_us,
+    make_job,
     time_in_rounds,
 )
 from perf.peers.peer import Runner
@@ -140,7 +141,7 @@ class Measurement:
         try:
             runner = peers.find(name).build(self._case, module, self._workload)
             with runner.context():
-                results = runner.results(self._workload, trains=trains)
+                results = results_of(runner, self._workload, trains)
                 with torch.set_grad_enabled(trains):
                     plan = runner.plan()
             error = self._check.error(results, trains)
@@ -237,32 +238,6 @@ class Measurement:
 
     def _row(self, name: str, mode: str) -> Row:
         return {**self._case.columns(), "peer": name, "mode": mode}
-
-
-def make_job(runner: Runner, workload: Workload, mode: str) -> Job:
-    """Return the job of a peer that a mode times."""
-    tokens = workload.tokens.detach().clone().requires_grad_(mode != "infer")
-    leaves = [tokens, *runner.parameters] if mode != "infer" else []
-    gradients = (workload.output_grad, workload.h_n_grad)
-
-    def infer() -> object:
-        with torch.no_grad():
-            return runner.forward(tokens)
-
-    def train() -> None:
-        torch.autograd.backward(runner.forward(tokens), gradients)
-
-    if mode == "infer":
-        call: Callable[[], object] = infer
-    elif mode == "fwd":
-        call = lambda: runner.forward(tokens)  # noqa: E731
-    elif mode == "fwdbwd":
-        call = train
-    else:
-        with runner.context():
-            results = runner.forward(tokens)
-        call = lambda: torch.autograd.backward(results, gradients, retain_graph=True)  # noqa: E731
-    return Job(call, leaves, runner.context)
 
 
 def quantiles(name: str, values: Sequence[float]) -> dict[str, float]:

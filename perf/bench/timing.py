@@ -17,6 +17,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from perf.bench.cases import Workload
+from perf.peers.peer import Runner
+
 WARM_UP_CALLS = 3
 # Even a case that takes too long gets so many rounds, for its quantiles.
 LEAST_ROUNDS = 3
@@ -54,6 +57,34 @@ class Job:
         """Drop the gradients, so that the next call does not add to them."""
         for leaf in self.leaves:
             leaf.grad = None
+
+
+def make_job(runner: Runner, workload: Workload, mode: str) -> Job:
+    """Return the job of a peer that a mode times."""
+    tokens = workload.tokens.detach().clone().requires_grad_(mode != "infer")
+    leaves = [tokens, *runner.parameters] if mode != "infer" else []
+    gradients = (workload.output_grad, workload.h_n_grad)
+
+    def infer() -> object:
+        with torch.no_grad():
+            return runner.forward(tokens)
+
+    def train() -> object:
+        results = runner.forward(tokens)
+        torch.autograd.backward(results, gradients)
+        return results
+
+    if mode == "infer":
+        call: Callable[[], object] = infer
+    elif mode == "fwd":
+        call = lambda: runner.forward(tokens)  # noqa: E731
+    elif mode == "fwdbwd":
+        call = train
+    else:
+        with runner.context():
+            results = runner.forward(tokens)
+        call = lambda: torch.autograd.backward(results, gradients, retain_graph=True)  # noqa: E731
+    return Job(call, leaves, runner.context)
 
 
 class Clock(ABC):

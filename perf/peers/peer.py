@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from perf.bench.cases import Case, Workload
@@ -34,21 +33,6 @@ class Runner:
     plan: Callable[[], str] = str
     context: Callable[[], AbstractContextManager[object]] = nullcontext
     uncaptured: Forward | None = None
-
-    def results(self, workload: Workload, *, trains: bool) -> list[Tensor]:
-        """Run once; return the output, ``h_n``, and in training the gradients."""
-        if not trains:
-            with torch.no_grad():
-                return list(self.forward(workload.tokens))
-        tokens = workload.tokens.detach().clone().requires_grad_()
-        leaves = (tokens, *self.parameters)
-        results = self.forward(tokens)
-        torch.autograd.backward(results, (workload.output_grad, workload.h_n_grad))
-        # Every parameter of an RNN contributes to its output.
-        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
-        for leaf in leaves:
-            leaf.grad = None
-        return [*(result.detach().clone() for result in results), *gradients]
 
 
 class Peer(ABC):
