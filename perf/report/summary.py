@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def write(folder: Path) -> Path:
         "## Speed-up over nn.RNN",
         *speedups(rows),
         "## Pictures",
-        *(f"![{picture.caption}]({PICTURES}/{picture.path.name})" for picture in drawn),
+        *(f"![{caption}]({PICTURES}/{name})" for name, caption in drawn.items()),
         "## Tables",
         "What the columns of `rows.csv` and `rows.parquet` mean: `python -m perf schema`.",
         *_pivots(rows),
@@ -173,17 +174,13 @@ def _cpu_targets(rows: pd.DataFrame) -> Iterator[str]:
 
 
 def _pivots(rows: pd.DataFrame) -> Iterator[str]:
-    timed = rows[rows["status"] == "ok"].astype({"peer": "string"})
-    for key, family in timed.groupby(plots.FAMILY, observed=True, sort=True):
-        assert isinstance(key, tuple)
-        yield f"### {plots.family_title(key)}"
-        table = family.pivot_table(index=["T", "B", "I", "H"], columns="peer", values=[*METRICS])
-        columns = [
-            (metric, peer)
-            for peer in plots.peers_of(family)
-            for metric in METRICS
-            if (metric, peer) in table.columns
-        ]
+    for title, _, family in plots.families(rows):
+        yield f"### {title}"
+        table = family.pivot_table(
+            index=["T", "B", "I", "H"], columns="peer", values=[*METRICS], observed=True
+        )
+        wanted = itertools.product(plots.peers_of(family), METRICS)
+        columns = [(metric, peer) for peer, metric in wanted if (metric, peer) in table]
         table = table[columns]
         table.columns = pd.Index([f"{peer} {METRICS[metric]}" for metric, peer in columns])
         yield table.reset_index().to_markdown(index=False, floatfmt=",.4g")
