@@ -206,8 +206,6 @@ def _maps(
 ) -> Figure | None:
     """Draw a heat map of a column for each T; return None if it would have one row or column."""
     ours = family[(family["peer"] == OURS) & family[column].notna()]
-    if ours.empty:
-        return None
     if not (ours.groupby("T")[["B", "H"]].nunique() >= 2).all(axis=1).any():
         return None
     steps, sequences, hidden = _some(ours["T"]), _usual(ours["B"]), _usual(ours["H"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 
-import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -81,7 +81,7 @@ def portions(steps: int, T: int, seed: int, device: torch.device) -> Iterator[li
         yield [(input.to(device), sums.to(device)) for input, sums in batches]
 
 
-def draw(trainees: Sequence[Trainee[Adder]], T: int) -> Figure:
+def draw(trainees: Sequence[Trainee], T: int) -> Figure:
     """Draw the losses, and how far two trainings drift from torch.nn.RNN's."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -131,18 +131,19 @@ def run(
     )
     trainees = train(task, seed=seed, device=device)
 
-    def columns(trainee: Trainee[Adder]) -> dict[str, float]:
-        return {
-            "loss": float(np.mean(trainee.losses[-WINDOW:])),
+    results = pd.DataFrame(
+        {
+            "loss": mean(one.losses[-WINDOW:]),
             "blind_loss": BLIND_LOSS,
-            "steps_per_s": steps / trainee.seconds,
-            "seconds": trainee.seconds,
+            "steps_per_s": steps / one.seconds,
+            "seconds": one.seconds,
         }
-
+        for one in trainees
+    )
     print(f"loss: mean squared error over the last {WINDOW} steps. blind_loss: of answering 1.")
     agrees = conclude(
         trainees,
-        columns,
+        results,
         ("", ".5f", ".3f", ",.0f", ".1f", ".2f"),
         facts={"steps": steps, "T": T, "hidden_size": hidden_size, "seed": seed},
         device=device,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,12 +31,11 @@ OURS = "tritonrnn.RNN"
 TWIN = "torch.nn.RNN, 1 ulp off"
 
 MakeRNN = Callable[..., nn.RNNBase]
-Model = TypeVar("Model", bound=nn.Module)
 Batch = tuple[Any, Tensor]
 
 
 @dataclass(frozen=True)
-class Task(Generic[Model]):
+class Task:
     """Hold what is learned, and how.
 
     Attributes:
@@ -51,7 +50,7 @@ class Task(Generic[Model]):
     """
 
     name: str
-    build: Callable[[MakeRNN], Model]
+    build: Callable[[MakeRNN], nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor]
     portions: Iterable[Sequence[Batch]]
     steps: int
@@ -60,7 +59,7 @@ class Task(Generic[Model]):
 
 
 @dataclass
-class Trainee(Generic[Model]):
+class Trainee:
     """Train a model, and record its losses and times.
 
     Attributes:
@@ -69,8 +68,8 @@ class Trainee(Generic[Model]):
     """
 
     name: str
-    model: Model
-    task: Task[Model]
+    model: Any
+    task: Task
     losses: list[float] = field(default_factory=list)
     chunk_seconds: list[float] = field(default_factory=list)
 
@@ -98,7 +97,7 @@ class Trainee(Generic[Model]):
         self.losses += torch.stack(losses).tolist()
 
 
-def train(task: Task[Model], *, seed: int, device: torch.device) -> list[Trainee[Model]]:
+def train(task: Task, *, seed: int, device: torch.device) -> list[Trainee]:
     """Train every model on the same batches, chunk by chunk, each chunk in random order.
 
     Args:
@@ -155,11 +154,11 @@ def perturb(model: nn.Module, unit: float) -> None:
 
 
 def conclude(
-    trainees: Sequence[Trainee[Model]],
-    columns: Callable[[Trainee[Model]], Mapping[str, object]],
+    trainees: Sequence[Trainee],
+    results: pd.DataFrame,
     formats: Sequence[str],
     *,
-    facts: Mapping[str, object],
+    facts: dict[str, Any],
     device: torch.device,
     out: Path | None,
 ) -> bool:
@@ -170,7 +169,7 @@ def conclude(
 
     Args:
         trainees: Those of :func:`train`.
-        columns: Returns the columns of a trainee, without its name and its speedup.
+        results: A row for each, without its name and its speedup.
         formats: Those of all columns.
         facts: The columns that say what was run.
         device: Where it was run.
@@ -180,7 +179,7 @@ def conclude(
         Whether the curves agree.
     """
     reference, ours, twin = trainees
-    results = pd.DataFrame({"model": one.name, **columns(one)} for one in trainees)
+    results.insert(0, "model", [one.name for one in trainees])
     seconds = np.array([one.chunk_seconds for one in trainees])
     results["speedup_vs_nn"] = np.median(seconds[0] / seconds, axis=1)
     comparison = loss_curves.compare(reference.losses, twin.losses, ours.losses)

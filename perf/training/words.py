@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import tritonrnn
-from perf.training.paired_training import Batch, MakeRNN, Task, Trainee, conclude, train
+from perf.training.paired_training import Batch, MakeRNN, Task, conclude, train
 
 LANGUAGES = ("cs", "de", "en", "es", "fi", "fr", "hu", "it", "nl", "pl", "pt", "sv", "tr", "ro")
 SHORTEST, LONGEST = 3, 22
@@ -216,20 +216,21 @@ def run(
     tests = list(pack(held_out))
     [(majority, _)] = Counter(word.label for word in training).most_common(1)
 
-    def columns(trainee: Trainee[WordClassifier]) -> dict[str, object]:
-        return {
-            "loss": mean(trainee.losses[-steps_per_epoch:]),
-            "held_out_accuracy": accuracy(trainee.model, tests),
+    results = pd.DataFrame(
+        {
+            "loss": mean(one.losses[-steps_per_epoch:]),
+            "held_out_accuracy": accuracy(one.model, tests),
             "majority_accuracy": mean(word.label == majority for word in held_out),
-            "words_per_s": epochs * len(training) / trainee.seconds,
-            "seconds": trainee.seconds,
-            "backend": backend_of(trainee.model, tests[0][0]),
+            "words_per_s": epochs * len(training) / one.seconds,
+            "seconds": one.seconds,
+            "backend": backend_of(one.model, tests[0][0]),
         }
-
+        for one in trainees
+    )
     print("loss: mean over the last epoch.")
     agrees = conclude(
         trainees,
-        columns,
+        results,
         ("", ".5f", ".3f", ".3f", ",.0f", ".1f", "", ".2f"),
         facts={"epochs": epochs, "hidden_size": hidden_size, "seed": seed, "top": top},
         device=device,
