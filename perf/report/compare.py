@@ -23,6 +23,7 @@ WIDEST_SAME = 0.10
 _SIZES = [
     *("T", "B", "I", "H", "layers", "directions", "nonlinearity", "layout", "lengths", "device")
 ]
+_TEXTS = [*KEYS, *_SIZES, "dtype", "fp32_mode", "status"]
 # The cells of all peers, which share their noise.
 _NOISE_KEYS = ["case_id", "device", "mode"]
 
@@ -62,8 +63,13 @@ def judge(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     the noise. SAME: the medians differ by no more than the noise, and the ranges are narrow.
     UNCLEAR: all other cells that both runs have.
     """
+    # Categories of two runs may differ, and then can't be compared.
+    before, after = (rows.astype(dict.fromkeys(_TEXTS, "string")) for rows in (before, after))
     _check_precisions(before, after)
-    old, new = _times(before).align(_times(after))
+    # If a cell was measured twice, the last row counts.
+    old = before.drop_duplicates(KEYS, keep="last").set_index(KEYS)
+    new = after.drop_duplicates(KEYS, keep="last").set_index(KEYS)
+    old, new = old.align(new)
     cells = pd.DataFrame({"before_us": old["us_p50"], "after_us": new["us_p50"]})
     cells["speedup"] = cells["before_us"] / cells["after_us"]
     cells = cells.join(_noise(before, after), on=_NOISE_KEYS)
@@ -85,26 +91,17 @@ def judge(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     return cells[in_old | in_new].sort_values(["verdict", "speedup"]).reset_index()
 
 
-def _times(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the status and the times of each cell; if it was measured twice, the last row's."""
-    names = [*KEYS, "status"]
-    cells = rows.astype(dict.fromkeys(names, "string")).drop_duplicates(KEYS, keep="last")
-    return cells.set_index(KEYS)[["status", "us_p10", "us_p50", "us_p90"]]
-
-
 def _noise(*runs: pd.DataFrame) -> pd.Series:
     """Return for each case, device and mode how far ``nn_again`` was from ``nn.RNN`` at most."""
-    again = pd.concat([rows[rows["peer"] == "nn_again"] for rows in runs])
-    noise = again.astype(dict.fromkeys(_NOISE_KEYS, "string")).set_index(_NOISE_KEYS)
-    return np.log(noise["speedup_vs_nn"]).abs().groupby(_NOISE_KEYS).max().rename("noise")
+    again = pd.concat([rows[rows["peer"] == "nn_again"] for rows in runs]).set_index(_NOISE_KEYS)
+    return np.log(again["speedup_vs_nn"]).abs().groupby(_NOISE_KEYS).max().rename("noise")
 
 
 def _check_precisions(*runs: pd.DataFrame) -> None:
     """Raise if both runs have a case, but at no common precision."""
-    names = [*_SIZES, "dtype", "fp32_mode"]
-    texts = [rows[names].astype("string").drop_duplicates() for rows in runs]
     before, after = (
-        rows[_SIZES].assign(precision=rows["dtype"] + " " + rows["fp32_mode"]) for rows in texts
+        rows[_SIZES].assign(precision=rows["dtype"] + " " + rows["fp32_mode"]).drop_duplicates()
+        for rows in runs
     )
     both = before.merge(after, on=_SIZES, suffixes=("_before", "_after"))
     both["equal"] = both["precision_before"] == both["precision_after"]
