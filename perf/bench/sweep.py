@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from perf import peers
+from perf.bench import environment
 from perf.bench.cases import Case
 from perf.bench.failures import Row
 from perf.bench.measure import Settings
 from perf.bench.worker import Begun, Ended, Message, Request, Worker
-from perf.report.tables import RowFile
-from perf.roofline.model import GPU
+from perf.report import tables
+from perf.roofline import model as roofline
 
 
 @dataclass(frozen=True)
@@ -48,38 +53,73 @@ class OutOfTimeError(Exception):
 
 
 class Sweep:
-    """Measure units and write their rows.
+    """Measure the cells of units that a folder has no row of yet.
 
     Args:
-        file: File of the rows; cells that it holds are not measured again.
-        run_id: The id of this run.
+        units: What to measure.
+        out: Folder for the rows and the facts of the run.
         settings: How to measure.
-        gpu: Constants of the roofline model, if the cases run on a GPU.
+        device: Where the units run.
+
+    Raises:
+        ValueError: a peer is not known, or ``out`` has rows of another machine.
     """
 
-    def __init__(self, file: RowFile, run_id: str, settings: Settings, gpu: GPU | None) -> None:
-        self._file, self._run_id = file, run_id
-        self._settings, self._gpu = settings, gpu
+    def __init__(self, units: Sequence[Unit], out: Path, settings: Settings, device: str) -> None:
+        for name in {name for unit in units for name, _ in unit.cells()}:
+            peers.find(name)
+        facts = environment.describe(torch.device(device))
+        facts["threads"] = settings.threads or facts["threads"]
+        here = environment.machine(facts)
+        for run_id, before in tables.read_environments(out).items():
+            # A CPU and a GPU of one machine may share a folder.
+            there = environment.machine(before)
+            if there["device"] == here["device"] and there != here:
+                raise ValueError(
+                    f"{out} has rows of {there}, measured in {run_id}; here it is {here}"
+                )
+        self._units, self._out, self._settings = units, out, settings
+        self._run_id = environment.new_run_id()
+        tables.add_environment(out, self._run_id, facts)
+        self._gpu = roofline.gpu_at(torch.device(device))
+        calibration = tables.read_calibration(out)
+        if self._gpu is not None and calibration.get("device") == self._gpu.name:
+            self._gpu = self._gpu.measured(calibration["measured"])
         self._timeout_s = settings.timeout_s
-        self._deadline = time.monotonic() + settings.budget_s
         self._worker: Worker | None = None
 
-    def close(self) -> None:
-        """End the worker that waits for the next unit."""
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker = None
+    def run(self) -> list[Row]:
+        """Measure, show the progress, and return the rows of this run."""
+        started = time.monotonic()
+        self._deadline = started + self._settings.budget_s
+        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
+        with (
+            tables.RowFile(self._out) as self._file,
+            Progress(*columns, TimeElapsedColumn(), transient=True) as progress,
+        ):
+            before = len(self._file.rows)
+            bar = progress.add_task("", total=len(self._units))
+            try:
+                for unit in self._units:
+                    self._measure(unit, lambda what: progress.update(bar, description=what))
+                    progress.advance(bar)
+            except (OutOfTimeError, KeyboardInterrupt):
+                stopped = f"Stopped after {time.monotonic() - started:.0f} s"
+                progress.console.print(f"{stopped}; run the same command again to continue.")
+            finally:
+                self._end_worker()
+        rows = self._file.rows[before:]
+        counts = Counter(str(row["status"]) for row in rows)
+        summary = ", ".join(f"{n} {status}" for status, n in counts.items()) or "nothing new"
+        waiting = sum(1 for unit in self._units if unit.left(self._file.rows).modes)
+        progress.console.print(
+            f"{self._out}: {summary}; {len(self._file.rows)} rows in all, "
+            f"{waiting} of {len(self._units)} cases to go."
+        )
+        return rows
 
-    def run(self, unit: Unit, log: Callable[[str], None]) -> None:
-        """Measure what is left of a unit, with as many workers as it takes.
-
-        Args:
-            unit: What to measure.
-            log: Called with a message when a phase begins.
-
-        Raises:
-            OutOfTimeError: the budget is spent; rows of finished cells are written.
-        """
+    def _measure(self, unit: Unit, log: Callable[[str], None]) -> None:
+        """Measure what is left of a unit, with as many workers as it takes; log each phase."""
         while (left := unit.left(self._file.rows)).modes:
             if time.monotonic() > self._deadline:
                 raise OutOfTimeError
@@ -87,49 +127,46 @@ class Sweep:
                 self._attempt(left, log)
             finally:
                 if not self._settings.one_process or left.left(self._file.rows).modes:
-                    self.close()
+                    self._end_worker()
+
+    def _end_worker(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
 
     def _attempt(self, left: Unit, log: Callable[[str], None]) -> None:
         """Have one worker measure until it ends; at least one cell has a row afterwards."""
-        at = Begun("", "", "starting")
-        columns: Row | None = None
         # One that waited for this unit may be gone.
         if self._worker is None or not self._worker.process.is_alive():
-            self.close()
+            self._end_worker()
             self._worker = Worker()
-        worker = self._worker
-        worker.pipe.send(Request(left.case, self._with_baseline(left), self._settings, self._gpu))
-        while columns is None:
-            try:
-                message = self._receive(worker.pipe)
-            except TimeoutError as error:
-                columns = {"status": "timeout", "error": f"{error} while in: {at.phase}"}
-            except (EOFError, ConnectionResetError):
-                columns = {"status": "error", "error": worker.last_words(at.phase)}
-            else:
-                if isinstance(message, Begun):
-                    at = message
-                    log(f"{left.case.case_id} {at.mode} {at.peer} {at.phase}")
-                elif isinstance(message, Ended):
-                    columns = message.columns
-                elif (message["peer"], message["mode"]) in set(left.cells()):
-                    self._write(message)
-        self._give_up(left.left(self._file.rows), at, columns)
+        request = Request(left.case, self._with_baseline(left), self._settings, self._gpu)
+        self._worker.pipe.send(request)
+        at = Begun("", "", "starting")
+        while not isinstance(message := self._receive(self._worker, at.phase), Ended):
+            if isinstance(message, Begun):
+                at = message
+                log(f"{left.case.case_id} {at.mode} {at.peer} {at.phase}")
+            elif (message["peer"], message["mode"]) in set(left.cells()):
+                self._write(message)
+        self._give_up(left.left(self._file.rows), at, message.columns)
 
-    def _receive(self, pipe: Connection) -> Message:
-        """Return the next message.
+    def _receive(self, worker: Worker, phase: str) -> Message:
+        """Return the next message; from a worker that died or sends nothing, a last one.
 
         Raises:
-            EOFError: the worker died.
-            TimeoutError: the worker sends nothing.
             OutOfTimeError: the budget is spent.
         """
         remaining_s = self._deadline - time.monotonic()
-        if not pipe.poll(max(0.0, min(self._timeout_s, remaining_s))):
-            if remaining_s <= self._timeout_s:
-                raise OutOfTimeError
-            raise TimeoutError(f"nothing for {self._timeout_s:g} s")
-        return pipe.recv()
+        try:
+            if worker.pipe.poll(max(0.0, min(self._timeout_s, remaining_s))):
+                return worker.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            return Ended({"status": "error", "error": worker.last_words(phase)})
+        if remaining_s <= self._timeout_s:
+            raise OutOfTimeError
+        error = f"nothing for {self._timeout_s:g} s while in: {phase}"
+        return Ended({"status": "timeout", "error": error})
 
     def _with_baseline(self, left: Unit) -> dict[str, Sequence[str]]:
         """Add the baseline where it has its row: the others' speed-ups need it in their rounds.

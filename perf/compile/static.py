@@ -51,6 +51,7 @@ DTYPES = {
     "fp32": (torch.float32, False),
 }
 T = 1024
+PLAN_COLUMNS = ("epilogue", "block_h", "block_b", "num_warps", "interleave")
 # Steps of one iteration of a time loop, where that is not one.
 STEPS_A_LOOP = {"registers": 4}
 
@@ -207,12 +208,8 @@ def row(case: CompileCase, compiled: Compiled) -> dict[str, Any]:
         "layout": case.layout,
         "v_0": case.has_v_0,
         "plan": plan.name,
-        "epilogue": plan.epilogue,
-        "block_h": plan.block_h,
-        "block_b": plan.block_b,
-        "num_warps": plan.num_warps,
-        # The instructions below are of a step of as many batch blocks.
-        "interleave": plan.interleave,
+        # The instructions below are of a step of as many batch blocks as are interleaved.
+        **{name: getattr(plan, name) for name in PLAN_COLUMNS},
         "registers": registers,
         "spill_bytes": spill_bytes,
         "shared_bytes": compiled.kernel.metadata.shared,
@@ -225,9 +222,7 @@ def row(case: CompileCase, compiled: Compiled) -> dict[str, Any]:
             # Of the spilled registers, what is stored and loaded within the time loop.
             "spills_per_step": -(-count(loop, r"(?:LDL|STL)\S*") // steps),
             "sass_per_step": len(loop) // steps,
-            "hgmma": count(loop, "HGMMA") // steps,
-            "hmma": count(loop, "HMMA") // steps,
-            "bar": count(loop, "BAR") // steps,
+            **{name.lower(): count(loop, name) // steps for name in ("HGMMA", "HMMA", "BAR")},
         }
     return made | {"compile_s": round(compiled.compile_s, 2)}
 

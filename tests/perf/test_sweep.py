@@ -21,7 +21,6 @@ from perf.__main__ import app
 from perf.bench import presets
 from perf.bench import sweep as sweep_module
 from perf.bench.measure import Settings
-from perf.bench.run import run
 from perf.bench.sweep import Sweep, Unit
 from perf.bench.worker import Begun, Worker
 from perf.report import schema, tables
@@ -124,9 +123,9 @@ def test_every_failure_is_a_row_and_spares_the_others(tmp_path, monkeypatch):
     )
     receive, attempt = Sweep._receive, Sweep._attempt
 
-    def be_impatient(self, pipe):
+    def be_impatient(self, worker, phase):
         # Only with the peer that hangs: a busy machine may need long to start a worker.
-        message = receive(self, pipe)
+        message = receive(self, worker, phase)
         if isinstance(message, Begun) and message.peer.endswith(":Hangs"):
             self._timeout_s = 0.5
         return message
@@ -329,7 +328,7 @@ def test_short_sequences_share_a_process_until_one_ends_it(tmp_path, monkeypatch
     names = ["nn_aten", "tests.support.faulty_peers:Dies", "tritonrnn"]
     units = presets.units("smoke", given, names, "cpu")
     settings = Settings(2, 0.0, threads=1, timeout_s=120.0, one_process=True)
-    rows = run(units, tmp_path / "faulty", settings, "cpu")
+    rows = Sweep(units, tmp_path / "faulty", settings, "cpu").run()
     assert Counter(row["status"] for row in rows) == {"ok": 4, "error": 2}
     # Each case: one that died, and one for the rest, which the next case begins with.
     assert len(started) == 3
