@@ -103,7 +103,7 @@ def test_csv_and_parquet_hold_what_the_lines_hold(smoke):
 
 
 def test_every_column_is_in_the_schema_and_documented(smoke):
-    [*rows] = tables.read_lines(smoke / "rows.jsonl")
+    [*rows] = tables.read_rows(smoke / "rows.jsonl")
     assert {name for row in rows for name in row} <= set(schema.NAMES)
     document = invoke("schema").output
     assert all(f"`{name}`" in document for name in schema.NAMES)
@@ -180,13 +180,13 @@ def test_killed_sweep_goes_on_where_it_was(tmp_path):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    measured = tables.read_lines(path)
+    measured = tables.read_rows(path)
     assert len(measured) == 1
     # As if it had been killed within a line.
     with path.open("a") as file:
         file.write('{"case_id": "T4-')
     assert sweep(tmp_path, *axes_given).exit_code == 0
-    rows = tables.read_lines(path)
+    rows = tables.read_rows(path)
     assert rows[: len(measured)] == measured
     assert sorted(row["T"] for row in rows) == [3, 4]
     # The baseline ran beside it every time, although its rows were not asked for.
