@@ -131,6 +131,13 @@ class Case:
         return sum(self.ragged_lengths(seed)) if self.is_ragged else self.T * self.B
 
 
+def set_precision(case: Case) -> None:
+    """Set the precision of all fp32 products, of every peer, to that of the case."""
+    if case.on_gpu and case.dtype == "fp32":
+        torch.backends.cudnn.rnn.fp32_precision = case.fp32_mode  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.fp32_precision = case.fp32_mode
+
+
 @dataclass(frozen=True)
 class Workload:
     """Hold an input, and the gradients of both results.

@@ -13,26 +13,16 @@ import torch
 from torch import nn
 
 from perf import peers
-from perf.bench import memory
-from perf.bench.cases import DTYPES, Case, Workload
+from perf.bench import memory, timing
+from perf.bench.cases import DTYPES, Case, Workload, set_precision
 from perf.bench.check import Check, results_of
 from perf.bench.failures import Row, failure, first_line, raise_if_gpu_is_lost
-from perf.bench.switches import set_precision
-from perf.bench.telemetry import Telemetry
-from perf.bench.timing import (
-    Clock,
-    EventClock,
-    GraphClock,
-    Job,
-    WallClock,
-    floor_us,
-    make_job,
-    time_in_rounds,
-)
 from perf.peers.peer import Runner
 from perf.roofline import model as roofline
 
+# The name of a peer, and that of the column which a clock measures.
 Cell = tuple[str, str]
+Clocks = dict[Cell, timing.Clock]
 
 # A row gets a note if its time is below that of so many empty kernels.
 FLOORS = 5
@@ -114,7 +104,7 @@ class Measurement:
         self._begin("", mode, "float64")
         self._check.tolerance(mode != "infer")
         rows: dict[str, Row] = {}
-        clocks: dict[Cell, Clock] = {}
+        clocks: Clocks = {}
         for name in names:
             try:
                 self._begin(name, mode, "check")
@@ -163,37 +153,37 @@ class Measurement:
 
     def _weigh(self, runner: Runner, mode: str) -> Row:
         runner = replace(runner, forward=runner.uncaptured or runner.forward)
-        job = make_job(runner, self._workload, mode)
+        job = timing.make_job(runner, self._workload, mode)
         with job.context():
             called = memory.footprint(job.call, self._device)
             job.reset()
-            forward = make_job(runner, self._workload, "infer" if mode == "infer" else "fwd")
+            forward = timing.make_job(runner, self._workload, "infer" if mode == "infer" else "fwd")
             kept = memory.footprint(forward.call, self._device)
         saved = max(0, kept.alive_bytes - memory.unique_bytes(kept.result))
         return {"peak_MiB": called.peak_bytes / memory.MIB, "saved_MiB": saved / memory.MIB}
 
-    def _clocks(self, name: str, runner: Runner, mode: str, row: Row) -> dict[Cell, Clock]:
+    def _clocks(self, name: str, runner: Runner, mode: str, row: Row) -> Clocks:
         seconds = self._settings.sample_s
 
-        def job() -> Job:
-            return make_job(runner, self._workload, mode)
+        def job() -> timing.Job:
+            return timing.make_job(runner, self._workload, mode)
 
-        clocks: dict[Cell, Clock] = {(name, "wall_us"): WallClock(job(), seconds)}
+        clocks: Clocks = {(name, "wall_us"): timing.WallClock(job(), seconds)}
         if self._case.on_gpu:
-            clocks[name, "event_us"] = EventClock(job(), seconds)
+            clocks[name, "event_us"] = timing.EventClock(job(), seconds)
             if runner.uncaptured is not None:
                 row["note"] = "no CUDA graph: it replays some of its own"
                 return clocks
             try:
-                clocks[name, "graph_us"] = GraphClock(job(), seconds)
+                clocks[name, "graph_us"] = timing.GraphClock(job(), seconds)
             except Exception as exception:
                 raise_if_gpu_is_lost(exception)
                 row["note"] = f"no CUDA graph: {first_line(exception)}"
         return clocks
 
-    def _time(self, mode: str, rows: Mapping[str, Row], clocks: Mapping[Cell, Clock]) -> None:
+    def _time(self, mode: str, rows: Mapping[str, Row], clocks: Clocks) -> None:
         settings, timed = self._settings, dict(rows)
-        telemetry = Telemetry(self._device)
+        telemetry = timing.Telemetry(self._device)
 
         def before(cell: Cell) -> None:
             telemetry.sample()
@@ -210,10 +200,10 @@ class Measurement:
         # Seeded by the case and mode, so that a case has the same order after a resumed run.
         random = Random(f"{settings.seed} {self._case.case_id} {mode}")
         rounds, most_s = settings.rounds, settings.max_s
-        samples = time_in_rounds(
+        samples = timing.time_in_rounds(
             clocks, rounds=rounds, max_seconds=most_s, random=random, before=before, failed=failed
         )
-        floor = floor_us(settings.sample_s) if self._case.on_gpu and timed else None
+        floor = timing.floor_us(settings.sample_s) if self._case.on_gpu and timed else None
         model = roofline.columns(self._case, mode, self._gpu, settings.seed)
         for name, row in timed.items():
             times = self._times(name, samples)

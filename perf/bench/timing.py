@@ -8,8 +8,9 @@ import statistics
 import time
 import timeit
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
@@ -25,6 +26,13 @@ WARM_UP_CALLS = 3
 LEAST_ROUNDS = 3
 # Several times the size of any L2 cache.
 CACHE_BYTES = 2**28
+
+# What is read of a GPU while it is measured; nothing is ever set.
+SENSORS = {
+    "sm_MHz": torch.cuda.clock_rate,
+    "power_W": lambda device: torch.cuda.power_draw(device) / 1e3,
+    "temp_C": torch.cuda.temperature,
+}
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -217,6 +225,27 @@ def time_in_rounds(
                 failed(key, error)
         samples.append(sample)
     return [{key: sample[key] for key in running} for sample in samples]
+
+
+class Telemetry:
+    """Sample a GPU's state; do nothing on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._samples: defaultdict[str, list[float]] = defaultdict(list)
+
+    def sample(self) -> None:
+        """Read every sensor once; leave out those that fail, as some do in virtual machines."""
+        if self._device.type == "cuda":
+            for name, read in SENSORS.items():
+                # NVML may be missing, and has exceptions of its own.
+                with suppress(Exception):
+                    value = read(self._device)
+                    self._samples[name].append(value)
+
+    def columns(self) -> dict[str, float]:
+        """Return the median of each sensor that was read."""
+        return {name: statistics.median(values) for name, values in self._samples.items()}
 
 
 def floor_us(seconds: float) -> float:

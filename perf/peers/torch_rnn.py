@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
+import torch
 from torch import nn
 
 from perf.bench.cases import Case, Workload, make_cell
-from perf.bench.switches import cudnn_off
 from perf.peers.peer import Peer, Runner
+
+
+@contextmanager
+def cudnn_off() -> Iterator[None]:
+    """Switch cuDNN off inside, so that ATen's own kernels run.
+
+    ``torch.backends.cudnn.flags`` would also read and set the precision of fp32, by an older name
+    that raises after :func:`set_precision`; and ``torch.backends.cudnn.enabled`` can't be set after
+    torch's own test utilities were imported.
+    """
+    before = torch._C._get_cudnn_enabled()
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_enabled(before)
 
 
 class NN(Peer):

@@ -14,17 +14,17 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import tritonrnn
-from perf.bench import memory, telemetry, timing
-from perf.bench.cases import LENGTHS, Case, Workload
+from perf.bench import memory, timing
+from perf.bench.cases import LENGTHS, Case, Workload, set_precision
 from perf.bench.check import max_relative_error, results_of
 from perf.bench.failures import Row, failure, raise_if_gpu_is_lost
 from perf.bench.measure import Measurement, Settings
-from perf.bench.switches import cudnn_off, set_precision
 from perf.bench.timing import EventClock, Job, WallClock, make_job, time_in_rounds
 from perf.peers import PEERS, find
 from perf.peers.loops import WrittenOut
 from perf.peers.ours import forced_plan
 from perf.peers.peer import Runner
+from perf.peers.torch_rnn import cudnn_off
 from tests.support.imitation import imitate
 from tests.support.recurrence import PLANS_HERE
 from tritonrnn.kernels import devices
@@ -371,12 +371,12 @@ def test_sensors_that_fail_are_left_out(monkeypatch):
 
     readings = iter([10.0, 30.0, 20.0])
     sensors = {"sm_MHz": lambda device: next(readings), "power_W": fails}
-    monkeypatch.setattr(telemetry, "SENSORS", sensors)
-    on_gpu = telemetry.Telemetry(torch.device("cuda"))
+    monkeypatch.setattr(timing, "SENSORS", sensors)
+    on_gpu = timing.Telemetry(torch.device("cuda"))
     for _ in range(3):
         on_gpu.sample()
     assert on_gpu.columns() == {"sm_MHz": 20.0}
-    on_cpu = telemetry.Telemetry(torch.device("cpu"))
+    on_cpu = timing.Telemetry(torch.device("cpu"))
     on_cpu.sample()
     assert on_cpu.columns() == {}
 
