@@ -24,6 +24,8 @@ from perf.roofline import model as roofline
 Cell = tuple[str, str]
 Clocks = dict[Cell, timing.Clock]
 
+# Even a case that takes too long gets so many rounds, for its quantiles.
+LEAST_ROUNDS = 3
 # A row gets a note if its time is below that of so many empty kernels.
 FLOORS = 5
 
@@ -77,7 +79,6 @@ class Measurement:
         self._case, self._settings = case, settings
         self._device, self._gpu = torch.device(case.device), gpu
         self._begin, self._emit = begin, emit
-        self._clock = "event_us" if case.on_gpu else "wall_us"
         # All modes that train share a run, which is checked.
         self._checked = functools.cache(self._build_and_check)
         set_precision(case)
@@ -181,47 +182,52 @@ class Measurement:
                 row["note"] = f"no CUDA graph: {first_line(exception)}"
         return clocks
 
-    def _time(self, mode: str, rows: Mapping[str, Row], clocks: Clocks) -> None:
-        settings, timed = self._settings, dict(rows)
-        telemetry = timing.Telemetry(self._device)
+    def _time(self, mode: str, rows: dict[str, Row], clocks: Clocks) -> None:
+        """Take samples of every clock in rounds, each in random order, and emit the rows.
 
-        def before(cell: Cell) -> None:
-            telemetry.sample()
-            self._begin(cell[0], mode, "timing")
-
-        def failed(cell: Cell, exception: Exception) -> None:
-            raise_if_gpu_is_lost(exception)
-            name, clock = cell
-            if clock == "graph_us":
-                rows[name]["note"] = f"no CUDA graph: {first_line(exception)}"
-            elif timed.pop(name, None) is not None:
-                self._emit(rows[name] | failure(exception))
-
+        If the machine slows down for a while, it slows every peer of a round; so ratios of times
+        are taken within a round.
+        """
+        settings, telemetry = self._settings, timing.Telemetry(self._device)
+        samples: dict[Cell, list[float]] = {cell: [] for cell in clocks}
         # Seeded by the case and mode, so that a case has the same order after a resumed run.
         random = Random(f"{settings.seed} {self._case.case_id} {mode}")
-        rounds, most_s = settings.rounds, settings.max_s
-        samples = timing.time_in_rounds(
-            clocks, rounds=rounds, max_seconds=most_s, random=random, before=before, failed=failed
-        )
-        floor = timing.floor_us(settings.sample_s) if self._case.on_gpu and timed else None
+        deadline, rounds = time.monotonic() + settings.max_s, 0
+        while rounds < settings.rounds and (rounds < LEAST_ROUNDS or time.monotonic() < deadline):
+            rounds += 1
+            for name, clock in random.sample(list(samples), len(samples)):
+                telemetry.sample()
+                self._begin(name, mode, "timing")
+                try:
+                    samples[name, clock].append(clocks[name, clock].sample_us())
+                except Exception as exception:
+                    raise_if_gpu_is_lost(exception)
+                    del samples[name, clock]
+                    # Another clock of this peer may have raised before.
+                    if name in rows and clock == "graph_us":
+                        rows[name]["note"] = f"no CUDA graph: {first_line(exception)}"
+                    elif name in rows:
+                        self._emit(rows.pop(name) | failure(exception))
+        floor = timing.floor_us(settings.sample_s) if self._case.on_gpu and rows else None
         model = roofline.columns(self._case, mode, self._gpu, settings.seed)
-        for name, row in timed.items():
+        for name, row in rows.items():
             times = self._times(name, samples)
-            row |= times | telemetry.columns() | model
+            row |= {"n_samples": rounds} | times | telemetry.columns() | model
             if floor is not None:
                 row["event_floor_us"] = floor
                 if times["event_us_p50"] < FLOORS * floor:
                     row["note"] = f"{row.get('note', '')} under {FLOORS} empty kernels".strip()
             self._emit(row)
 
-    def _times(self, name: str, samples: Sequence[Mapping[Cell, float]]) -> dict[str, float]:
-        times: dict[str, float] = {"n_samples": len(samples)}
+    def _times(self, name: str, samples: Mapping[Cell, Sequence[float]]) -> dict[str, float]:
+        times: dict[str, float] = {}
         for clock in ("event_us", "graph_us", "wall_us"):
-            if all((name, clock) in sample for sample in samples):
-                times |= quantiles(clock, [sample[name, clock] for sample in samples])
-        own, reference = ((one, self._clock) for one in (name, peers.baseline(self._case.device)))
-        if all(reference in sample for sample in samples):
-            ratios = [sample[reference] / sample[own] for sample in samples]
+            if (name, clock) in samples:
+                times |= quantiles(clock, samples[name, clock])
+        clock = "event_us" if self._case.on_gpu else "wall_us"
+        reference = samples.get((peers.baseline(self._case.device), clock))
+        if reference is not None:
+            ratios = [theirs / own for theirs, own in zip(reference, samples[name, clock])]
             times |= quantiles("speedup_vs_nn", ratios)
             times["speedup_vs_nn"] = times.pop("speedup_vs_nn_p50")
         return times

@@ -9,11 +9,9 @@ import time
 import timeit
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from random import Random
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +20,6 @@ from perf.bench.cases import Workload
 from perf.peers.peer import Runner
 
 WARM_UP_CALLS = 3
-# Even a case that takes too long gets so many rounds, for its quantiles.
-LEAST_ROUNDS = 3
 # Several times the size of any L2 cache.
 CACHE_BYTES = 2**28
 
@@ -33,8 +29,6 @@ SENSORS = {
     "power_W": lambda device: torch.cuda.power_draw(device) / 1e3,
     "temp_C": torch.cuda.temperature,
 }
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 def synchronized_time() -> float:
@@ -184,47 +178,6 @@ class GraphClock(EventClock):
         super().__init__(Job(graph.replay), seconds)
         # The tensors that the graph reads and writes must outlive it.
         self._captured = job
-
-
-def time_in_rounds(
-    clocks: Mapping[Key, Clock],
-    *,
-    rounds: int,
-    max_seconds: float,
-    random: Random,
-    before: Callable[[Key], None] = lambda key: None,
-    failed: Callable[[Key, Exception], None],
-) -> list[dict[Key, float]]:
-    """Take samples of several clocks in rounds.
-
-    If the machine slows down for a while, it slows every peer of a round; so ratios of times are
-    taken within a round.
-
-    Args:
-        clocks: What to sample.
-        rounds: Samples of each clock.
-        max_seconds: After this time no round begins, except the first few.
-        random: Draws the order of the clocks in each round.
-        before: Called with the key of a clock before each sample.
-        failed: Called with the key and the error of a clock that raised; it is not sampled again.
-
-    Returns:
-        For each round, the microseconds of a call by each clock.
-    """
-    running = dict(clocks)
-    samples: list[dict[Key, float]] = []
-    deadline = time.monotonic() + max_seconds
-    while len(samples) < rounds and (len(samples) < LEAST_ROUNDS or time.monotonic() < deadline):
-        sample = {}
-        for key in random.sample(list(running), len(running)):
-            before(key)
-            try:
-                sample[key] = running[key].sample_us()
-            except Exception as error:
-                del running[key]
-                failed(key, error)
-        samples.append(sample)
-    return [{key: sample[key] for key in running} for sample in samples]
 
 
 class Telemetry:

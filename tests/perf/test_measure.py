@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from random import Random
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -19,7 +18,7 @@ from perf.bench.cases import LENGTHS, Case, Workload, set_precision
 from perf.bench.check import max_relative_error, results_of
 from perf.bench.failures import Row, failure, raise_if_gpu_is_lost
 from perf.bench.measure import Measurement, Settings
-from perf.bench.timing import EventClock, Job, WallClock, make_job, time_in_rounds
+from perf.bench.timing import EventClock, Job, WallClock, make_job
 from perf.peers import PEERS, find
 from perf.peers.loops import WrittenOut
 from perf.peers.ours import forced_plan
@@ -31,6 +30,7 @@ from tritonrnn.kernels import devices
 from tritonrnn.kernels.plan import PLANS
 
 TINY = Case(T=8, B=4, I=2, H=3)
+QUICK = Settings(rounds=2, sample_s=0, max_s=0)
 
 
 def build(case: Case, name: str) -> tuple[Runner, Workload]:
@@ -106,9 +106,8 @@ def take_nested(monkeypatch) -> None:
     monkeypatch.setattr(tritonrnn, "explain", lambda rnn, data: choice)
 
 
-def measure_case(case: Case, *names: str) -> dict[tuple[str, str], Row]:
+def measure_case(case: Case, *names: str, settings: Settings = QUICK) -> dict[tuple[str, str], Row]:
     rows: list[Row] = []
-    settings = Settings(rounds=2, sample_s=0, max_s=0)
     begin = lambda *where: None  # noqa: E731
     modes = dict.fromkeys(("infer", "fwdbwd"), names)
     Measurement(case, settings, None, begin=begin, emit=rows.append).run(modes)
@@ -184,51 +183,48 @@ def test_cell_that_is_wrong_is_found(monkeypatch):
     assert rows["tritonrnn", "fwdbwd"]["status"] == "wrong"
 
 
-def test_rounds_time_every_peer_and_drop_gradients_after_every_call():
-    calls: list[str] = []
-    leaf = torch.ones(1, requires_grad=True)
+def test_rounds_time_every_peer_in_random_order():
+    names = ["nn_aten", "loop", "tritonrnn"]
+    timed: list[str] = []
 
-    def call(name: str) -> None:
-        assert leaf.grad is None
-        leaf.sum().backward()
-        calls.append(name)
+    def begin(name: str, mode: str, phase: str) -> None:
+        timed.extend([name] if phase == "timing" else [])
 
-    jobs = {name: Job(lambda name=name: call(name), [leaf]) for name in "abc"}  # type: ignore[misc]
-    clocks = {name: WallClock(job, 0.0) for name, job in jobs.items()}
-    calls.clear()
-    samples = time_in_rounds(
-        clocks, rounds=5, max_seconds=60, random=Random(0), failed=lambda key, error: None
-    )
-    assert [set(sample) for sample in samples] == 5 * [set("abc")]
-    assert all(us > 0 for sample in samples for us in sample.values())
-    orders = {tuple(calls[start : start + 3]) for start in range(0, 15, 3)}
-    assert {frozenset(order) for order in orders} == {frozenset("abc")}
-    assert len(orders) > 1
+    rows: list[Row] = []
+    settings = Settings(rounds=5, sample_s=0)
+    Measurement(TINY, settings, None, begin=begin, emit=rows.append).run({"infer": names})
+    assert [row["n_samples"] for row in rows] == [5, 5, 5]
+    orders = [tuple(timed[start : start + 3]) for start in range(0, 15, 3)]
+    assert [sorted(order) for order in orders] == 5 * [sorted(names)]
+    assert len(timed) == 15
+    assert len(set(orders)) > 1
 
 
 def test_rounds_stop_early_but_not_at_once():
-    clock = WallClock(Job(lambda: None), 0.0)
-    samples = time_in_rounds(
-        {"a": clock}, rounds=50, max_seconds=0, random=Random(0), failed=lambda key, error: None
-    )
-    assert len(samples) == 3
+    row = measure_case(TINY, "loop", settings=Settings(rounds=50, sample_s=0, max_s=0))
+    assert row["loop", "infer"]["n_samples"] == 3
 
 
-def test_clock_that_raises_leaves_the_others():
-    class Raising:
-        def sample_us(self) -> float:
-            raise ArithmeticError
+def test_peer_that_raises_while_it_is_timed_leaves_the_others():
+    tired = "tests.support.faulty_peers:ThrowsLater"
+    settings = Settings(rounds=6, sample_s=0)
+    rows = measure_case(TINY, "nn_aten", tired, "loop", settings=settings)
+    assert rows[tired, "infer"]["error"] == "ArithmeticError: tired"
+    assert "wall_us_p50" not in rows[tired, "infer"]
+    for name in ("nn_aten", "loop"):
+        assert rows[name, "infer"]["status"] == "ok"
+        assert rows[name, "infer"]["n_samples"] == 6
 
-    failed = []
-    samples = time_in_rounds(
-        {"a": WallClock(Job(lambda: None), 0.0), "b": Raising()},
-        rounds=2,
-        max_seconds=60,
-        random=Random(0),
-        failed=lambda key, error: failed.append((key, type(error))),
-    )
-    assert [set(sample) for sample in samples] == [{"a"}, {"a"}]
-    assert failed == [("b", ArithmeticError)]
+
+def test_wall_clock_drops_gradients_after_every_call():
+    leaf = torch.ones(1, requires_grad=True)
+
+    def call() -> None:
+        assert leaf.grad is None
+        leaf.sum().backward()
+
+    assert WallClock(Job(call, [leaf]), 0.001).sample_us() > 0
+    assert leaf.grad is None
 
 
 def test_footprint_counts_peak_and_what_stays():
