@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +57,14 @@ class Settings:
     one_process: bool = False
 
 
+class Begun(NamedTuple):
+    """Report that a phase begins. If no message follows, it failed in this phase."""
+
+    peer: str
+    mode: str
+    phase: str
+
+
 class Measurement:
     """Measure one case in this process.
 
@@ -63,28 +72,21 @@ class Measurement:
         case: What to run.
         settings: How to measure.
         gpu: Constants of the roofline model, if the case runs on a GPU.
-        begin: Called with the peer, mode and phase that come next, to name them after a crash.
-        emit: Called with each row as soon as it is known.
+        send: Called with each phase that begins, and with each row as soon as it is known.
     """
 
     def __init__(
-        self,
-        case: Case,
-        settings: Settings,
-        gpu: roofline.GPU | None,
-        *,
-        begin: Callable[[str, str, str], None],
-        emit: Callable[[Row], None],
+        self, case: Case, settings: Settings, gpu: roofline.GPU | None, send: Callable[..., None]
     ) -> None:
         self._case, self._settings = case, settings
         self._device, self._gpu = torch.device(case.device), gpu
-        self._begin, self._emit = begin, emit
+        self._send = send
         # All modes that train share a run, which is checked.
         self._checked = functools.cache(self._build_and_check)
         set_precision(case)
 
     def run(self, modes: Mapping[str, Sequence[str]]) -> None:
-        """Measure the peers of each mode, and emit a row for each."""
+        """Measure the peers of each mode, and send a row for each."""
         able: dict[str, list[str]] = {}
         for mode, names in modes.items():
             for name in names:
@@ -92,7 +94,7 @@ class Measurement:
                 if reason is None:
                     able.setdefault(mode, []).append(name)
                 else:
-                    self._emit(self._row(name, mode) | {"status": "unsupported", "error": reason})
+                    self._send(self._row(name, mode) | {"status": "unsupported", "error": reason})
         if not able:
             return
         drawn = Workload.make(self._case, seed=self._settings.seed)
@@ -102,26 +104,26 @@ class Measurement:
             self._measure(mode, names)
 
     def _measure(self, mode: str, names: Sequence[str]) -> None:
-        self._begin("", mode, "float64")
+        self._send(Begun("", mode, "float64"))
         self._check.tolerance(mode != "infer")
         rows: dict[str, Row] = {}
         clocks: Clocks = {}
         for name in names:
             try:
-                self._begin(name, mode, "check")
+                self._send(Begun(name, mode, "check"))
                 runner, columns = self._checked(name, mode != "infer")
                 row = self._row(name, mode) | columns
                 if runner is None or row["status"] != "ok":
-                    self._emit(row)
+                    self._send(row)
                     continue
-                self._begin(name, mode, "memory")
+                self._send(Begun(name, mode, "memory"))
                 row |= self._weigh(runner, mode)
-                self._begin(name, mode, "warm up")
+                self._send(Begun(name, mode, "warm up"))
                 clocks |= self._clocks(name, runner, mode, row)
                 rows[name] = row
             except Exception as exception:
                 raise_if_gpu_is_lost(exception)
-                self._emit(self._row(name, mode) | failure(exception))
+                self._send(self._row(name, mode) | failure(exception))
         self._time(mode, rows, clocks)
 
     def _build_and_check(self, name: str, trains: bool) -> tuple[Runner | None, Row]:
@@ -183,7 +185,7 @@ class Measurement:
         return clocks
 
     def _time(self, mode: str, rows: dict[str, Row], clocks: Clocks) -> None:
-        """Take samples of every clock in rounds, each in random order, and emit the rows.
+        """Take samples of every clock in rounds, each in random order, and send the rows.
 
         If the machine slows down for a while, it slows every peer of a round; so ratios of times
         are taken within a round.
@@ -197,7 +199,7 @@ class Measurement:
             rounds += 1
             for name, clock in random.sample(list(samples), len(samples)):
                 telemetry.sample()
-                self._begin(name, mode, "timing")
+                self._send(Begun(name, mode, "timing"))
                 try:
                     samples[name, clock].append(clocks[name, clock].sample_us())
                 except Exception as exception:
@@ -207,7 +209,7 @@ class Measurement:
                     if name in rows and clock == "graph_us":
                         rows[name]["note"] = f"no CUDA graph: {first_line(exception)}"
                     elif name in rows:
-                        self._emit(rows.pop(name) | failure(exception))
+                        self._send(rows.pop(name) | failure(exception))
         floor = timing.floor_us(settings.sample_s) if self._case.on_gpu and rows else None
         model = roofline.columns(self._case, mode, self._gpu, settings.seed)
         for name, row in rows.items():
@@ -217,7 +219,7 @@ class Measurement:
                 row["event_floor_us"] = floor
                 if times["event_us_p50"] < FLOORS * floor:
                     row["note"] = f"{row.get('note', '')} under {FLOORS} empty kernels".strip()
-            self._emit(row)
+            self._send(row)
 
     def _times(self, name: str, samples: Mapping[Cell, Sequence[float]]) -> dict[str, float]:
         times: dict[str, float] = {}

@@ -15,8 +15,8 @@ from perf import peers
 from perf.bench import environment
 from perf.bench.cases import Case
 from perf.bench.failures import Row
-from perf.bench.measure import Settings
-from perf.bench.worker import Begun, Ended, Message, Request, Worker
+from perf.bench.measure import Begun, Settings
+from perf.bench.worker import Ended, Message, Request, Worker
 from perf.report import tables
 from perf.roofline import model as roofline
 

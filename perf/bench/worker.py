@@ -17,7 +17,7 @@ import torch
 
 from perf.bench.cases import Case
 from perf.bench.failures import Row, failure
-from perf.bench.measure import Measurement, Settings
+from perf.bench.measure import Begun, Measurement, Settings
 from perf.roofline.model import GPU
 
 # Not for workers: Triton's interpreter is never timed, and each peer chooses its own back end.
@@ -32,14 +32,6 @@ class Request(NamedTuple):
     modes: Mapping[str, Sequence[str]]
     settings: Settings
     gpu: GPU | None
-
-
-class Begun(NamedTuple):
-    """Report that a phase begins. If no message follows, it failed in this phase."""
-
-    peer: str
-    mode: str
-    phase: str
 
 
 class Ended(NamedTuple):
@@ -114,8 +106,7 @@ def _measure(pipe: Connection, request: Request) -> Row:
             torch.cuda.set_device(torch.device(case.device))
             # CUDA graphs can't be captured on the default stream, nor while work waits for it.
             torch.cuda.set_stream(torch.cuda.Stream())
-        begin = lambda *where: pipe.send(Begun(*where))  # noqa: E731
-        Measurement(case, settings, gpu, begin=begin, emit=pipe.send).run(modes)
+        Measurement(case, settings, gpu, pipe.send).run(modes)
     except Exception as exception:
         return failure(exception)
     return {"status": "error", "error": "the worker left it out"}

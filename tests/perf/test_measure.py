@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -107,11 +107,11 @@ def take_nested(monkeypatch) -> None:
 
 
 def measure_case(case: Case, *names: str, settings: Settings = QUICK) -> dict[tuple[str, str], Row]:
-    rows: list[Row] = []
-    begin = lambda *where: None  # noqa: E731
+    sent: list[Any] = []
     modes = dict.fromkeys(("infer", "fwdbwd"), names)
-    Measurement(case, settings, None, begin=begin, emit=rows.append).run(modes)
-    return {(str(row["peer"]), str(row["mode"])): row for row in rows}
+    Measurement(case, settings, None, sent.append).run(modes)
+    rows = [message for message in sent if isinstance(message, dict)]
+    return {(row["peer"], row["mode"]): row for row in rows}
 
 
 @pytest.mark.slow
@@ -185,15 +185,10 @@ def test_cell_that_is_wrong_is_found(monkeypatch):
 
 def test_rounds_time_every_peer_in_random_order():
     names = ["nn_aten", "loop", "tritonrnn"]
-    timed: list[str] = []
-
-    def begin(name: str, mode: str, phase: str) -> None:
-        timed.extend([name] if phase == "timing" else [])
-
-    rows: list[Row] = []
-    settings = Settings(rounds=5, sample_s=0)
-    Measurement(TINY, settings, None, begin=begin, emit=rows.append).run({"infer": names})
-    assert [row["n_samples"] for row in rows] == [5, 5, 5]
+    sent: list[Any] = []
+    Measurement(TINY, Settings(rounds=5, sample_s=0), None, sent.append).run({"infer": names})
+    assert [row["n_samples"] for row in sent if isinstance(row, dict)] == [5, 5, 5]
+    timed = [peer for peer, mode, phase in sent[:-3] if phase == "timing"]
     orders = [tuple(timed[start : start + 3]) for start in range(0, 15, 3)]
     assert [sorted(order) for order in orders] == 5 * [sorted(names)]
     assert len(timed) == 15

@@ -20,9 +20,9 @@ import perf
 from perf.__main__ import app
 from perf.bench import presets
 from perf.bench import sweep as sweep_module
-from perf.bench.measure import Settings
+from perf.bench.measure import Begun, Settings
 from perf.bench.sweep import Sweep, Unit
-from perf.bench.worker import Begun, Worker
+from perf.bench.worker import Worker
 from perf.report import schema, tables
 
 CHECKOUT = Path(__file__).parents[2]
