@@ -24,13 +24,7 @@ ALLOWED_ROUNDINGS = 8
 
 
 class Check:
-    """Judge the results of one case.
-
-    Args:
-        case: What is run.
-        drawn: The input and the cotangents, in float32 on the CPU.
-        seed: Seed of the weights.
-    """
+    """Judge the results of one case, of an input and cotangents drawn on the CPU in float32."""
 
     def __init__(self, case: Case, drawn: Workload, seed: int) -> None:
         self._case, self._drawn, self._seed = case, drawn, seed

@@ -69,8 +69,7 @@ class Measurement:
     """Measure one case in this process.
 
     Args:
-        case: What to run.
-        settings: How to measure.
+        case, settings: What to measure, and how.
         gpu: Constants of the roofline model, if the case runs on a GPU.
         send: Called with each phase that begins, and with each row as soon as it is known.
     """

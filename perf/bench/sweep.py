@@ -53,13 +53,11 @@ class OutOfTimeError(Exception):
 
 
 class Sweep:
-    """Measure the cells of units that a folder has no row of yet.
+    """Measure the cells of units on a device, but for those that ``out`` has a row of.
 
     Args:
-        units: What to measure.
+        units, settings, device: What is measured, how, and where.
         out: Folder for the rows and the facts of the run.
-        settings: How to measure.
-        device: Where the units run.
 
     Raises:
         ValueError: a peer is not known, or ``out`` has rows of another machine.

@@ -10,14 +10,14 @@ import timeit
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from perf.bench.cases import Workload
-from perf.peers.peer import Runner
+from perf.peers.peer import Context, Runner
 
 WARM_UP_CALLS = 3
 # Several times the size of any L2 cache.
@@ -53,7 +53,7 @@ class Job:
 
     call: Callable[[], object]
     leaves: Sequence[Tensor] = ()
-    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    context: Context = nullcontext
 
     def reset(self) -> None:
         """Drop the gradients, so that the next call does not add to them."""

@@ -50,7 +50,7 @@ DTYPES = {
     "tf32": (torch.float32, True),
     "fp32": (torch.float32, False),
 }
-T = 1024
+T, B = 1024, 16
 PLAN_COLUMNS = ("epilogue", "block_h", "block_b", "num_warps", "interleave")
 # Steps of one iteration of a time loop, where that is not one.
 STEPS_A_LOOP = {"registers": 4}
@@ -162,7 +162,6 @@ def compile_cases(
     epilogues: Iterable[str] = EPILOGUES,
     batches: Iterable[tuple[str, int, bool]] = BATCHES,
     plans: Iterable[str] = tuple(PLANS),
-    B: int = 16,
 ) -> list[CompileCase]:
     """Return every plan that fits the device, over a spread of shapes."""
     device = DEVICES[arch]
