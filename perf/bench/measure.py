@@ -21,9 +21,9 @@ from perf.bench.failures import Row, failure, first_line, raise_if_gpu_is_lost
 from perf.peers.peer import Runner
 from perf.roofline import model as roofline
 
-# The name of a peer, and that of the column which a clock measures.
+# A peer and a mode; a peer and the column that a clock measures.
 Cell = tuple[str, str]
-Clocks = dict[Cell, timing.Clock]
+Timed = tuple[str, str]
 
 # Even a case that takes too long gets so many rounds, for its quantiles.
 LEAST_ROUNDS = 3
@@ -84,16 +84,15 @@ class Measurement:
         self._checked = functools.cache(self._build_and_check)
         set_precision(case)
 
-    def run(self, modes: Mapping[str, Sequence[str]]) -> None:
-        """Measure the peers of each mode, and send a row for each."""
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Measure the cells, mode by mode, and send a row for each."""
         able: dict[str, list[str]] = {}
-        for mode, names in modes.items():
-            for name in names:
-                reason = peers.find(name).supports(self._case)
-                if reason is None:
-                    able.setdefault(mode, []).append(name)
-                else:
-                    self._send(self._row(name, mode) | {"status": "unsupported", "error": reason})
+        for name, mode in cells:
+            reason = peers.find(name).supports(self._case)
+            if reason is None:
+                able.setdefault(mode, []).append(name)
+            else:
+                self._send(self._row(name, mode) | {"status": "unsupported", "error": reason})
         if not able:
             return
         drawn = Workload.make(self._case, seed=self._settings.seed)
@@ -106,7 +105,7 @@ class Measurement:
         self._send(Begun("", mode, "float64"))
         self._check.tolerance(mode != "infer")
         rows: dict[str, Row] = {}
-        clocks: Clocks = {}
+        clocks: dict[Timed, timing.Clock] = {}
         for name in names:
             try:
                 self._send(Begun(name, mode, "check"))
@@ -164,13 +163,13 @@ class Measurement:
         saved = max(0, kept.alive_bytes - memory.unique_bytes(kept.result))
         return {"peak_MiB": called.peak_bytes / memory.MIB, "saved_MiB": saved / memory.MIB}
 
-    def _clocks(self, name: str, runner: Runner, mode: str, row: Row) -> Clocks:
+    def _clocks(self, name: str, runner: Runner, mode: str, row: Row) -> dict[Timed, timing.Clock]:
         seconds = self._settings.sample_s
 
         def job() -> timing.Job:
             return timing.make_job(runner, self._workload, mode)
 
-        clocks: Clocks = {(name, "wall_us"): timing.WallClock(job(), seconds)}
+        clocks: dict[Timed, timing.Clock] = {(name, "wall_us"): timing.WallClock(job(), seconds)}
         if self._case.on_gpu:
             clocks[name, "event_us"] = timing.EventClock(job(), seconds)
             if runner.uncaptured is not None:
@@ -183,14 +182,14 @@ class Measurement:
                 row["note"] = f"no CUDA graph: {first_line(exception)}"
         return clocks
 
-    def _time(self, mode: str, rows: dict[str, Row], clocks: Clocks) -> None:
+    def _time(self, mode: str, rows: dict[str, Row], clocks: dict[Timed, timing.Clock]) -> None:
         """Take samples of every clock in rounds, each in random order, and send the rows.
 
         If the machine slows down for a while, it slows every peer of a round; so ratios of times
         are taken within a round.
         """
         settings, telemetry = self._settings, timing.Telemetry(self._device)
-        samples: dict[Cell, list[float]] = {cell: [] for cell in clocks}
+        samples: dict[Timed, list[float]] = {key: [] for key in clocks}
         # Seeded by the case and mode, so that a case has the same order after a resumed run.
         random = Random(f"{settings.seed} {self._case.case_id} {mode}")
         deadline, rounds = time.monotonic() + settings.max_s, 0
@@ -220,7 +219,7 @@ class Measurement:
                     row["note"] = f"{row.get('note', '')} under {FLOORS} empty kernels".strip()
             self._send(row)
 
-    def _times(self, name: str, samples: Mapping[Cell, Sequence[float]]) -> dict[str, float]:
+    def _times(self, name: str, samples: Mapping[Timed, Sequence[float]]) -> dict[str, float]:
         times: dict[str, float] = {}
         for clock in ("event_us", "graph_us", "wall_us"):
             if (name, clock) in samples:

@@ -10,6 +10,7 @@ from typing import Any
 
 from perf import peers
 from perf.bench.cases import DTYPES, LAYOUTS, LENGTHS, MODES, RAGGED, Case
+from perf.bench.measure import Cell
 from perf.bench.sweep import Unit
 
 # Values of "mode" and of fields of a case; all combinations of them are measured. Without "I", the
@@ -141,12 +142,13 @@ def units(
         raise ValueError(f"Expected a preset of {', '.join(PRESETS)}, got {preset!r}")
     given = {axis: values(axis, text) for axis, text in axes.items() if text is not None}
     names = tuple(names) or peers.defaults(device)
-    found: dict[Case, dict[str, Sequence[str]]] = {}
+    found: dict[Case, dict[Cell, None]] = {}
     for one in PRESETS[preset]:
         wanted = {**one, **given}
+        cells = [(name, mode) for mode in wanted["mode"] for name in names]
         for case in _cases(wanted, device):
-            found.setdefault(case, {}).update(dict.fromkeys(wanted["mode"], names))
-    units = [Unit(case, modes) for case, modes in found.items()]
+            found.setdefault(case, {}).update(dict.fromkeys(cells))
+    units = [Unit(case, tuple(cells)) for case, cells in found.items()]
     # What a run that is stopped has measured is then a sample of all.
     Random(0).shuffle(units)
     return units

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from perf import peers
 from perf.bench import environment
 from perf.bench.cases import Case
 from perf.bench.failures import Row
-from perf.bench.measure import Begun, Settings
+from perf.bench.measure import Begun, Cell, Settings
 from perf.bench.worker import Ended, Message, Request, Worker
 from perf.report import tables
 from perf.roofline import model as roofline
@@ -23,16 +23,10 @@ from perf.roofline import model as roofline
 
 @dataclass(frozen=True)
 class Unit:
-    """Hold a case, and the peers that run each mode of it."""
+    """Hold a case, and its cells: each peer that measures it, in each mode."""
 
     case: Case
-    modes: Mapping[str, Sequence[str]]
-
-    def cells(self) -> Iterator[tuple[str, str]]:
-        """Yield each peer and mode."""
-        for mode, names in self.modes.items():
-            for name in names:
-                yield name, mode
+    cells: tuple[Cell, ...]
 
     def has(self, row: Row) -> bool:
         """Return whether a row is of this case."""
@@ -41,11 +35,7 @@ class Unit:
     def left(self, rows: Iterable[Row]) -> Unit:
         """Return the unit without the cells that have a row among these."""
         done = {(row["peer"], row["mode"]) for row in rows if self.has(row)}
-        left = {
-            mode: tuple(name for name in names if (name, mode) not in done)
-            for mode, names in self.modes.items()
-        }
-        return Unit(self.case, {mode: names for mode, names in left.items() if names})
+        return Unit(self.case, tuple(cell for cell in self.cells if cell not in done))
 
 
 class OutOfTimeError(Exception):
@@ -64,7 +54,7 @@ class Sweep:
     """
 
     def __init__(self, units: Sequence[Unit], out: Path, settings: Settings, device: str) -> None:
-        for name in {name for unit in units for name, _ in unit.cells()}:
+        for name in {name for unit in units for name, _ in unit.cells}:
             peers.find(name)
         facts = environment.describe(torch.device(device))
         facts["threads"] = settings.threads or facts["threads"]
@@ -109,7 +99,7 @@ class Sweep:
         rows = self._file.rows[before:]
         counts = Counter(str(row["status"]) for row in rows)
         summary = ", ".join(f"{n} {status}" for status, n in counts.items()) or "nothing new"
-        waiting = sum(1 for unit in self._units if unit.left(self._file.rows).modes)
+        waiting = sum(1 for unit in self._units if unit.left(self._file.rows).cells)
         progress.console.print(
             f"{self._out}: {summary}; {len(self._file.rows)} rows in all, "
             f"{waiting} of {len(self._units)} cases to go."
@@ -118,13 +108,13 @@ class Sweep:
 
     def _measure(self, unit: Unit, log: Callable[[str], None]) -> None:
         """Measure what is left of a unit, with as many workers as it takes; log each phase."""
-        while (left := unit.left(self._file.rows)).modes:
+        while (left := unit.left(self._file.rows)).cells:
             if time.monotonic() > self._deadline:
                 raise OutOfTimeError
             try:
                 self._attempt(left, log)
             finally:
-                if not self._settings.one_process or left.left(self._file.rows).modes:
+                if not self._settings.one_process or left.left(self._file.rows).cells:
                     self._end_worker()
 
     def _end_worker(self) -> None:
@@ -145,7 +135,7 @@ class Sweep:
             if isinstance(message, Begun):
                 at = message
                 log(f"{left.case.case_id} {at.mode} {at.peer} {at.phase}")
-            elif (message["peer"], message["mode"]) in set(left.cells()):
+            elif (message["peer"], message["mode"]) in left.cells:
                 self._write(message)
         self._give_up(left.left(self._file.rows), at, message.columns)
 
@@ -166,31 +156,29 @@ class Sweep:
         error = f"nothing for {self._timeout_s:g} s while in: {phase}"
         return Ended({"status": "timeout", "error": error})
 
-    def _with_baseline(self, left: Unit) -> dict[str, Sequence[str]]:
+    def _with_baseline(self, left: Unit) -> tuple[Cell, ...]:
         """Add the baseline where it has its row: the others' speed-ups need it in their rounds.
 
         Leave it out where it failed, because it would fail again.
         """
-        name = peers.baseline(left.case.device)
+        baseline = peers.baseline(left.case.device)
         failed = {
             row["mode"]
             for row in self._file.rows
-            if left.has(row) and row["peer"] == name and row["status"] != "ok"
+            if left.has(row) and row["peer"] == baseline and row["status"] != "ok"
         }
-        return {
-            mode: names if name in names or mode in failed else (name, *names)
-            for mode, names in left.modes.items()
-        }
+        beside = [(baseline, mode) for _, mode in left.cells if mode not in failed]
+        return tuple(dict.fromkeys([*beside, *left.cells]))
 
     def _give_up(self, left: Unit, at: Begun, columns: Row) -> None:
         """Write rows for cells that can't be measured: one peer's, or all of them."""
-        if (at.peer, at.mode) in left.cells():
+        if (at.peer, at.mode) in left.cells:
             self._write({**left.case.columns(), "peer": at.peer, "mode": at.mode, **columns})
             return
         # Where the baseline, which has its row, failed this time, the others have no ratio to it.
         where = f"beside {at.peer}" if at.peer else at.phase
         reason = f"{columns['status']} in {where}: {columns['error']}"
-        for name, mode in left.cells():
+        for name, mode in left.cells:
             if at.peer or at.mode in ("", mode):
                 cell = {**left.case.columns(), "peer": name, "mode": mode}
                 self._write(cell | {"status": "skipped", "error": reason})

@@ -108,8 +108,8 @@ def take_nested(monkeypatch) -> None:
 
 def measure_case(case: Case, *names: str, settings: Settings = QUICK) -> dict[tuple[str, str], Row]:
     sent: list[Any] = []
-    modes = dict.fromkeys(("infer", "fwdbwd"), names)
-    Measurement(case, settings, None, sent.append).run(modes)
+    cells = [(name, mode) for mode in ("infer", "fwdbwd") for name in names]
+    Measurement(case, settings, None, sent.append).run(cells)
     rows = [message for message in sent if isinstance(message, dict)]
     return {(row["peer"], row["mode"]): row for row in rows}
 
@@ -186,7 +186,8 @@ def test_cell_that_is_wrong_is_found(monkeypatch):
 def test_rounds_time_every_peer_in_random_order():
     names = ["nn_aten", "loop", "tritonrnn"]
     sent: list[Any] = []
-    Measurement(TINY, Settings(rounds=5, sample_s=0), None, sent.append).run({"infer": names})
+    cells = [(name, "infer") for name in names]
+    Measurement(TINY, Settings(rounds=5, sample_s=0), None, sent.append).run(cells)
     assert [row["n_samples"] for row in sent if isinstance(row, dict)] == [5, 5, 5]
     timed = [peer for peer, mode, phase in sent[:-3] if phase == "timing"]
     orders = [tuple(timed[start : start + 3]) for start in range(0, 15, 3)]
