@@ -296,7 +296,7 @@ def test_help_has_the_names_of_every_axis():
 
 @pytest.mark.slow
 def test_cpu_command_measures_the_preset_and_prints_the_speedups(tmp_path, monkeypatch):
-    tiny = presets.grid(T=5, B=3, I=4, H=6, mode="fwdbwd", layout="packed", lengths="linear")
+    tiny = "T=5 B=3 I=4 H=6 mode=fwdbwd layout=packed lengths=linear"
     monkeypatch.setitem(presets.PRESETS, "cpu", (tiny,))
     result = invoke("cpu", *QUICK, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
@@ -309,7 +309,7 @@ def test_cpu_command_measures_the_preset_and_prints_the_speedups(tmp_path, monke
 
 @pytest.mark.slow
 def test_short_sequences_share_a_process_until_one_ends_it(tmp_path, monkeypatch):
-    tiny = presets.grid(T=(1, 3), B=2, H=4, mode="infer", layout=("lengths", "cell"))
+    tiny = "T=1,3 B=2 H=4 mode=infer layout=lengths,cell"
     monkeypatch.setitem(presets.PRESETS, "short", (tiny,))
     started = []
 
