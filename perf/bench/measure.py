@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from perf import peers
 from perf.bench import memory, timing
@@ -126,7 +125,7 @@ class Measurement:
 
     def _build_and_check(self, name: str, trains: bool) -> tuple[Runner | None, Row]:
         """Run a peer once; return it, and the columns of its rows: right, wrong or failed."""
-        module = self._case.make_module(nn.RNN, self._settings.seed)
+        module = self._case.make_module(self._settings.seed)
         module = module.to(self._case.device, DTYPES[self._case.dtype])
         started = time.perf_counter()
         try:

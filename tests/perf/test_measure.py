@@ -35,7 +35,7 @@ QUICK = Settings(rounds=2, sample_s=0, max_s=0)
 
 def build(case: Case, name: str) -> tuple[Runner, Workload]:
     workload = Workload.make(case, seed=0)
-    return find(name).build(case, case.make_module(nn.RNN, 0), workload), workload
+    return find(name).build(case, case.make_module(0), workload), workload
 
 
 def test_case_id_names_everything_but_the_device():
@@ -459,7 +459,7 @@ def test_long_loops_are_not_compiled():
 
 def test_loop_compiles_whole():
     case = Case(T=3, B=2, I=2, H=4, layers=2, directions=2)
-    module, workload = case.make_module(nn.RNN, 0), Workload.make(case, seed=0)
+    module, workload = case.make_module(0), Workload.make(case, seed=0)
     loop = torch.compile(WrittenOut(module, case), fullgraph=True, backend="eager")
     for got, expected in zip(loop(workload.tokens), module(workload.tokens)):
         torch.testing.assert_close(got, expected)
