@@ -123,11 +123,12 @@ def cpu(
 @app.command()
 def calibrate(
     device: options.Device = "cpu",
-    out: options.KeptIn = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Takes calibration.json, for runs with the same --out."),
+    ] = None,
 ) -> None:
     """Measure the constants of the roofline model, and show them beside the published ones.
-
-    Runs with the same --out use them.
 
     Exits with 1 when one could not be measured on a GPU.
     """
