@@ -24,7 +24,7 @@ from rich.progress import track
 from triton.backends.compiler import GPUTarget
 
 from perf.compile import listing
-from perf.compile.listing import count, listing_of, time_loop
+from perf.compile.listing import count, time_loop
 from tritonrnn.kernels import launch
 from tritonrnn.kernels.devices import DEVICES, Device
 from tritonrnn.kernels.plan import EPILOGUES, PLANS, LaunchPlan, Problem
@@ -97,13 +97,6 @@ class Compiled:
     compile_s: float
 
     @property
-    def resources(self) -> tuple[int, int]:
-        """Return the registers of a thread, and the bytes that a thread spills to memory."""
-        if self.plan.device.is_amd:
-            return listing.amd_resources(self.kernel.asm["amdgcn"])
-        return listing.nvidia_resources(self._listing)
-
-    @property
     def step_sass(self) -> list[str]:
         """Return the time loop; of a stepwise kernel, which is one step, everything."""
         if self.plan.name == "stepwise":
@@ -113,11 +106,13 @@ class Compiled:
     @property
     def sass(self) -> list[str]:
         """Return the instructions of the kernel, each with its address."""
-        return listing.instructions(self._listing)
+        return listing.instructions(self.listing)
 
     @cached_property
-    def _listing(self) -> str:
-        return listing_of(self.kernel.asm["cubin"])
+    def listing(self) -> str:
+        """Return AMD's assembly, or the resources and instructions of NVIDIA's kernel."""
+        asm = self.kernel.asm
+        return asm["amdgcn"] if self.plan.device.is_amd else listing.listing_of(asm["cubin"])
 
 
 def compile_case(case: CompileCase) -> Compiled:
@@ -198,7 +193,7 @@ def _compile_row(case: CompileCase) -> dict[str, Any]:
 def row(case: CompileCase, compiled: Compiled) -> dict[str, Any]:
     """Return the row of a compiled case."""
     problem, plan = case.problem, case.plan
-    registers, spill_bytes = compiled.resources
+    registers, spill_bytes = listing.resources(compiled.listing)
     made = {
         "arch": plan.device.arch,
         "dtype": case.dtype,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from perf.bench.cases import Case, Workload, make_cell
-from perf.peers.peer import Peer, Runner
+from perf.peers.peer import Context, Peer, Runner
 
 
 @contextmanager
@@ -35,20 +35,16 @@ class NN(Peer):
     Args:
         name: The name of the peer.
         on: "cpu" or "cuda", or "" for both.
-        cudnn: Whether cuDNN stays switched on.
+        context: Switches that are set during the calls.
     """
 
-    def __init__(self, name: str, on: str = "", *, cudnn: bool = True) -> None:
-        self.name = name
-        self._on = on
-        self._context = nullcontext if cudnn else cudnn_off
+    def __init__(self, name: str, on: str = "", context: Context = nullcontext) -> None:
+        self.name, self._on, self._context = name, on, context
 
     def supports(self, case: Case) -> str | None:
         """Return None on its device, for all but nested tensors."""
         if not case.device.startswith(self._on):
-            return (
-                "on a GPU nn.RNN is nn_cudnn or nn_no_cudnn" if case.on_gpu else "cuDNN is a GPU's"
-            )
+            return f"it runs on {self._on}"
         return "it takes no nested tensors" if case.layout == "jagged" else None
 
     def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
