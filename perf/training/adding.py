@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -30,8 +30,6 @@ BATCH_SIZE = 128
 INPUT_WEIGHT_STD = 0.05
 LEARNING_RATE = 1e-3
 CLIP_NORM = 1.0
-# Batches that are built together, before the models train on them.
-PORTION = 80
 # Steps that the loss is averaged over, for the table and the plot.
 WINDOW = 50
 # The variance of the sum of two uniform numbers: the loss of a model that always answers 1.
@@ -59,7 +57,7 @@ class Adder(nn.Module):
         return self.head(h_n[0]).squeeze(1)
 
 
-def make_batch(T: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def make_batch(T: int, generator: torch.Generator) -> Batch:
     """Draw numbers uniform in [0, 1); one is marked in each half of a sequence.
 
     Returns:
@@ -71,14 +69,6 @@ def make_batch(T: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     for start, end in ((0, T // 2), (T // 2, T)):
         marks[torch.randint(start, end, (BATCH_SIZE,), generator=generator), sequences] = 1
     return torch.stack([numbers, marks], -1), (numbers * marks).sum(0)
-
-
-def portions(steps: int, T: int, seed: int, device: torch.device) -> Iterator[list[Batch]]:
-    """Yield ``steps`` batches in all, ``PORTION`` at a time."""
-    generator = torch.Generator().manual_seed(seed)
-    for start in range(0, steps, PORTION):
-        batches = (make_batch(T, generator) for _ in range(min(PORTION, steps - start)))
-        yield [(input.to(device), sums.to(device)) for input, sums in batches]
 
 
 def draw(trainees: Sequence[Trainee], T: int) -> Figure:
@@ -120,17 +110,18 @@ def run(
         f"Sums of 2 of {T} numbers, {BATCH_SIZE} sequences a batch; {device}, "
         f"{torch.get_num_threads()} threads"
     )
+    generator = torch.Generator().manual_seed(seed)
+    batches = (make_batch(T, generator) for _ in range(steps))
     task = Task(
         "adding",
         lambda rnn_class: Adder(rnn_class, hidden_size),
         nn.functional.mse_loss,
-        portions(steps, T, seed, device),
+        ((input.to(device), sums.to(device)) for input, sums in batches),
         steps,
         LEARNING_RATE,
         CLIP_NORM,
     )
     trainees = train(task, seed=seed, device=device)
-
     results = pd.DataFrame(
         {
             "loss": mean(one.losses[-WINDOW:]),

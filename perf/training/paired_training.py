@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -42,9 +43,8 @@ class Task:
         name: Names the tables of results.
         build: Returns a model around an RNN.
         loss: Returns the loss of what a model returns, given a target.
-        portions: Yields batches of an input and a target, on the device. A portion is built before
-            any model trains on it, so that building batches is not timed.
-        steps: The number of batches in all.
+        batches: Yields an input and a target for each step, on the device.
+        steps: The number of batches.
         learning_rate: Of Adam.
         clip_norm: Largest norm of all gradients.
     """
@@ -52,7 +52,7 @@ class Task:
     name: str
     build: Callable[[MakeRNN], nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor]
-    portions: Iterable[Sequence[Batch]]
+    batches: Iterator[Batch]
     steps: int
     learning_rate: float
     clip_norm: float = float("inf")
@@ -118,18 +118,17 @@ def train(task: Task, *, seed: int, device: torch.device) -> list[Trainee]:
     random = Random(seed)
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
         bar = progress.add_task("", total=task.steps)
-        for index, batches in enumerate(task.portions):
-            if index == 0:
+        # A chunk is built before any model trains on it, so that building batches is not timed.
+        while chunk := list(islice(task.batches, CHUNK_STEPS)):
+            if not trainees[0].losses:
                 # With copies, so that no start-up cost is timed.
                 for one in trainees:
                     copied = Trainee(one.name, copy.deepcopy(one.model), task)
-                    copied.train(batches[:WARM_UP_STEPS])
-            for start in range(0, len(batches), CHUNK_STEPS):
-                chunk = batches[start : start + CHUNK_STEPS]
-                for one in random.sample(trainees, len(trainees)):
-                    one.train(chunk)
-                loss = f"loss {trainees[0].losses[-1]:.3f}"
-                progress.update(bar, advance=len(chunk), description=loss)
+                    copied.train(chunk[:WARM_UP_STEPS])
+            for one in random.sample(trainees, len(trainees)):
+                one.train(chunk)
+            loss = f"loss {trainees[0].losses[-1]:.3f}"
+            progress.update(bar, advance=len(chunk), description=loss)
     return trainees
 
 

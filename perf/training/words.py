@@ -208,7 +208,7 @@ def run(
         "words",
         lambda rnn_class: WordClassifier(rnn_class, len(alphabet) + 1, hidden_size),
         nn.functional.cross_entropy,
-        (list(pack(training)) for _ in range(epochs)),
+        (batch for _ in range(epochs) for batch in pack(training)),
         epochs * steps_per_epoch,
         LEARNING_RATE,
     )
