@@ -163,7 +163,7 @@ def classify(
     """Return the two likeliest languages of each word."""
     letters = [encode(normalize(word), alphabet) for word in words]
     scores = model(pack_sequence(letters, enforce_sorted=False).to(device))  # type: ignore[arg-type]
-    likelihood, language = (best.T.tolist() for best in scores.softmax(1).topk(2))
+    likelihood, language = (found.T.tolist() for found in scores.softmax(1).topk(2))
     best, second = ([LANGUAGES[label] for label in labels] for labels in language)
     return pd.DataFrame(
         {
