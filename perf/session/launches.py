@@ -12,7 +12,7 @@ from itertools import product
 import torch
 
 from tritonrnn.kernels import launch
-from tritonrnn.kernels.plan import PLANS
+from tritonrnn.kernels.plan import EPILOGUES, PLANS
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.ragged import RaggedLayout
 
@@ -23,7 +23,6 @@ LAYOUTS = {
     "many": SequenceLayout.packed([60, 33, 9, 1], 103),
     "jagged": RaggedLayout.jagged(torch.tensor([0, 1, 1, 8, 10, 11, 15, 16, 16, 22, 23]), 23),
 }
-EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
 DTYPES = (torch.bfloat16, torch.float32)
 
 

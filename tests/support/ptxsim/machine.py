@@ -99,7 +99,7 @@ class CTA:
         return self._every if mask is None else np.flatnonzero(self._of_all(mask))
 
     def _of_all(self, elements: Array) -> Array:
-        return np.broadcast_to(elements, (self.threads,))
+        return elements if len(elements) == self.threads else elements.repeat(self.threads)
 
     def full(self, slot: int) -> Array:
         """Return a register with an element for each thread."""
