@@ -21,6 +21,7 @@ from perf.training.paired_training import (
     Task,
     Trainee,
     conclude,
+    losses_of,
     train,
 )
 
@@ -75,7 +76,7 @@ def draw(trainees: Sequence[Trainee], T: int) -> Figure:
     """Draw the losses, and how far two trainings drift from torch.nn.RNN's."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    losses = pd.DataFrame({trainee.name: trainee.losses for trainee in trainees})
+    losses = losses_of(trainees)
     drift = losses.sub(losses[REFERENCE], axis=0).abs().cummax()
     styles = {REFERENCE: ("tab:gray", 4), OURS: ("tab:blue", 1.2), TWIN: ("tab:gray", 1.2)}
     for ax, names, curves in (
