@@ -66,12 +66,10 @@ def distinct_words(
         Word(word, label)
         for label, language in enumerate(LANGUAGES)
         for word in ranked[language]
-        if languages_of[word] == 1 and _is_latin(word) and SHORTEST <= len(word) <= LONGEST
+        if languages_of[word] == 1
+        and SHORTEST <= len(word) <= LONGEST
+        and all(unicodedata.name(letter, "").startswith("LATIN ") for letter in word)
     ]
-
-
-def _is_latin(word: str) -> bool:
-    return all(unicodedata.name(letter, "").startswith("LATIN ") for letter in word)
 
 
 def split(words: Sequence[Word], held_out: float, seed: int) -> tuple[list[Word], list[Word]]:
