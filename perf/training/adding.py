@@ -18,7 +18,6 @@ from perf.training.paired_training import (
     TWIN,
     Batch,
     MakeRNN,
-    Task,
     Trainee,
     conclude,
     losses_of,
@@ -113,16 +112,16 @@ def run(
     )
     generator = torch.Generator().manual_seed(seed)
     batches = (make_batch(T, generator) for _ in range(steps))
-    task = Task(
-        "adding",
+    trainees = train(
         lambda rnn_class: Adder(rnn_class, hidden_size),
         nn.functional.mse_loss,
         ((input.to(device), sums.to(device)) for input, sums in batches),
-        steps,
-        LEARNING_RATE,
-        CLIP_NORM,
+        steps=steps,
+        learning_rate=LEARNING_RATE,
+        clip_norm=CLIP_NORM,
+        seed=seed,
+        device=device,
     )
-    trainees = train(task, seed=seed, device=device)
     results = pd.DataFrame(
         {
             "loss": mean(one.losses[-WINDOW:]),
@@ -134,6 +133,7 @@ def run(
     )
     print(f"loss: mean squared error over the last {WINDOW} steps. blind_loss: of answering 1.")
     agrees = conclude(
+        "adding",
         trainees,
         results,
         ("", ".5f", ".3f", ",.0f", ".1f", ".2f"),

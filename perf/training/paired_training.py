@@ -42,29 +42,6 @@ MakeRNN = Callable[..., nn.RNNBase]
 Batch = tuple[Any, Tensor]
 
 
-@dataclass(frozen=True)
-class Task:
-    """Hold what is learned, and how.
-
-    Attributes:
-        name: Names the tables of results.
-        build: Returns a model around an RNN.
-        loss: Returns the loss of what a model returns, given a target.
-        batches: Yields an input and a target for each step, on the device.
-        steps: The number of batches.
-        learning_rate: Of Adam.
-        clip_norm: Largest norm of all gradients.
-    """
-
-    name: str
-    build: Callable[[MakeRNN], nn.Module]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    batches: Iterator[Batch]
-    steps: int
-    learning_rate: float
-    clip_norm: float = float("inf")
-
-
 @dataclass
 class Trainee:
     """Train a model, and record its losses and times.
@@ -76,12 +53,11 @@ class Trainee:
 
     name: str
     model: Any
-    task: Task
+    loss: Callable[[Tensor, Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    clip_norm: float
     losses: list[float] = field(default_factory=list)
     chunk_seconds: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.task.learning_rate)
 
     @property
     def seconds(self) -> float:
@@ -94,21 +70,36 @@ class Trainee:
         start = synchronized_time()
         for input, target in batches:
             self.optimizer.zero_grad()
-            loss = self.task.loss(self.model(input), target)
+            loss = self.loss(self.model(input), target)
             loss.backward()
-            if self.task.clip_norm < float("inf"):
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.task.clip_norm)
+            if self.clip_norm < float("inf"):
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
             self.optimizer.step()
             losses.append(loss.detach())
         self.chunk_seconds.append(synchronized_time() - start)
         self.losses += torch.stack(losses).tolist()
 
 
-def train(task: Task, *, seed: int, device: torch.device) -> list[Trainee]:
+def train(
+    build: Callable[[MakeRNN], nn.Module],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    batches: Iterator[Batch],
+    *,
+    steps: int,
+    learning_rate: float,
+    clip_norm: float = float("inf"),
+    seed: int,
+    device: torch.device,
+) -> list[Trainee]:
     """Train every model on the same batches, chunk by chunk, each chunk in random order.
 
     Args:
-        task: What is learned.
+        build: Returns a model around an RNN.
+        loss: Returns the loss of what a model returns, given a target.
+        batches: Yields an input and a target for each step, on the device.
+        steps: The number of batches.
+        learning_rate: Of Adam.
+        clip_norm: Largest norm of all gradients.
         seed: Seed of the initial weights, and of the order.
         device: Where to train.
 
@@ -118,24 +109,24 @@ def train(task: Task, *, seed: int, device: torch.device) -> list[Trainee]:
     trainees = []
     for name, rnn_class in ((REFERENCE, nn.RNN), (OURS, tritonrnn.RNN), (TWIN, nn.RNN)):
         torch.manual_seed(seed)
-        model = task.build(rnn_class)
+        model = build(rnn_class)
         if name == TWIN:
             perturb(model, rounding_unit(device))
-        trainees.append(Trainee(name, model.to(device), task))
+        adam = torch.optim.Adam(model.to(device).parameters(), lr=learning_rate)
+        trainees.append(Trainee(name, model, loss, adam, clip_norm))
     random = Random(seed)
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-        bar = progress.add_task("", total=task.steps)
+        bar = progress.add_task("", total=steps)
         # A chunk is built before any model trains on it, so that building batches is not timed.
-        while chunk := list(islice(task.batches, CHUNK_STEPS)):
+        while chunk := list(islice(batches, CHUNK_STEPS)):
             if not trainees[0].losses:
                 # With copies, so that no start-up cost is timed.
-                for one in trainees:
-                    copied = Trainee(one.name, copy.deepcopy(one.model), task)
-                    copied.train(chunk[:WARM_UP_STEPS])
+                for one in copy.deepcopy(trainees):
+                    one.train(chunk[:WARM_UP_STEPS])
             for one in random.sample(trainees, len(trainees)):
                 one.train(chunk)
-            loss = f"loss {trainees[0].losses[-1]:.3f}"
-            progress.update(bar, advance=len(chunk), description=loss)
+            shown = f"loss {trainees[0].losses[-1]:.3f}"
+            progress.update(bar, advance=len(chunk), description=shown)
     return trainees
 
 
@@ -178,6 +169,7 @@ def first_departure(losses: pd.DataFrame) -> int | None:
 
 
 def conclude(
+    name: str,
     trainees: Sequence[Trainee],
     results: pd.DataFrame,
     formats: Sequence[str],
@@ -192,6 +184,7 @@ def conclude(
     machine for a while does not change.
 
     Args:
+        name: Names the tables.
         trainees: Those of :func:`train`.
         results: A row for each, without its name and its speedup.
         formats: Those of all columns.
@@ -217,7 +210,7 @@ def conclude(
         f"is at most {drift[TWIN]:.1e} from its twin that starts one unit in the last place away."
     )
     if out is not None:
-        run_id, name = environment.new_run_id(), trainees[0].task.name
+        run_id = environment.new_run_id()
         curves = losses.melt(var_name="model", value_name="loss", ignore_index=False)
         curves = curves.reset_index(names="step").assign(run_id=run_id)
         tables.append_rows(out, name, results.assign(run_id=run_id, **facts))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import tritonrnn
-from perf.training.paired_training import Batch, MakeRNN, Task, conclude, train
+from perf.training.paired_training import Batch, MakeRNN, conclude, train
 
 LANGUAGES = ("cs", "de", "en", "es", "fi", "fr", "hu", "it", "nl", "pl", "pt", "sv", "tr", "ro")
 SHORTEST, LONGEST = 3, 22
@@ -202,15 +202,15 @@ def run(
         generator=torch.Generator().manual_seed(seed),
     )
     steps_per_epoch = -(-len(training) // BATCH_SIZE)
-    task = Task(
-        "words",
+    trainees = train(
         lambda rnn_class: WordClassifier(rnn_class, len(alphabet) + 1, hidden_size),
         nn.functional.cross_entropy,
         (batch for _ in range(epochs) for batch in pack(training)),
-        epochs * steps_per_epoch,
-        LEARNING_RATE,
+        steps=epochs * steps_per_epoch,
+        learning_rate=LEARNING_RATE,
+        seed=seed,
+        device=device,
     )
-    trainees = train(task, seed=seed, device=device)
     tests = list(pack(held_out))
     [(majority, _)] = Counter(word.label for word in training).most_common(1)
 
@@ -227,6 +227,7 @@ def run(
     )
     print("loss: mean over the last epoch.")
     agrees = conclude(
+        "words",
         trainees,
         results,
         ("", ".5f", ".3f", ".3f", ",.0f", ".1f", "", ".2f"),
