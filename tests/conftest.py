@@ -21,15 +21,17 @@ from tritonrnn import dispatch, validation
 FEWEST_STEPS = dict(dispatch.FEWEST_STEPS)
 dispatch.FEWEST_STEPS.update({False: 2, True: 2})
 
-# The tensors here are small: on a busy machine, several threads take ten times as long.
+# The tensors here are small: on a busy machine, several threads take ten times as long. In the
+# processes that tests start, too.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # The same examples in every run; `--hypothesis-profile=fresh` draws new ones, and many more.
 settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("fresh", max_examples=2000, deadline=None, print_blob=True)
 
 
-def patch_once_a_launch() -> None:
+def speed_up_the_interpreter() -> None:
     """Have Triton's interpreter patch its language when a kernel is launched, and not again.
 
     At each call of another function inside the kernel it would look for what there is to patch,
@@ -51,7 +53,7 @@ def patch_once_a_launch() -> None:
 
 
 if find_spec("triton") is not None:
-    patch_once_a_launch()
+    speed_up_the_interpreter()
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:

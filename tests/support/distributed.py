@@ -124,11 +124,9 @@ def train_in_two(
     with tempfile.TemporaryDirectory() as folder:
         torch.save([astuple(training) for training in trainings], Path(folder, "trainings"))
         command = [sys.executable, "-m", "tests.support.distributed", folder]
-        # One thread each: two processes with many threads would wait for each other's cores. The
-        # loopback interface: gloo must not look for the network.
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        if sys.platform == "linux":
-            environment |= {"GLOO_SOCKET_IFNAME": "lo"}
+        # The loopback interface: gloo must not look for the network.
+        loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+        environment = os.environ | loopback
         logs = [Path(folder, f"log{rank}") for rank in range(PROCESSES)]
         processes = []
         try:
