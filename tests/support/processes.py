@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 
 # Its processes are copies of one that has imported torch, which takes longer than most programs.
-_copies = multiprocessing.get_context("forkserver")
-_copies.set_forkserver_preload(["torch"])
+copies = multiprocessing.get_context("forkserver")
+copies.set_forkserver_preload(["torch"])
 
 
 def run_alone(program: str, **variables: str) -> str:
@@ -20,7 +20,7 @@ def run_alone(program: str, **variables: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     with tempfile.TemporaryDirectory() as folder:
         arguments = textwrap.dedent(program), environment | variables, folder
-        process = _copies.Process(target=_run, args=arguments)
+        process = copies.Process(target=_run, args=arguments)
         process.start()
         process.join(300)
         process.kill()
@@ -30,10 +30,17 @@ def run_alone(program: str, **variables: str) -> str:
     return printed
 
 
+def print_to(path: Path, *descriptors: int) -> None:
+    """Have a file take what this process prints to its descriptors."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT)
+    for descriptor in descriptors:
+        os.dup2(file, descriptor)
+
+
 def _run(program: str, environment: dict[str, str], folder: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), descriptor)
+    print_to(Path(folder, "stdout"), 1)
+    print_to(Path(folder, "stderr"), 2)
     warnings.simplefilter("error")
     exec(program, {"__name__": "__main__"})
