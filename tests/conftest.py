@@ -40,7 +40,8 @@ def speed_up_the_interpreter() -> None:
     from triton import language
     from triton.runtime import interpreter
 
-    patch_language = interpreter._patch_lang
+    patch_language, np_dtype_of = interpreter._patch_lang, interpreter._get_np_dtype
+    np_dtypes: dict[str, Any] = {}
 
     def patch(function: Any) -> Any:
         modules = {id(value) for value in function.__globals__.values()}
@@ -49,7 +50,13 @@ def speed_up_the_interpreter() -> None:
                 return patch_language(function)
         return interpreter._LangPatchScope()
 
-    interpreter._patch_lang = patch
+    def np_dtype(dtype: Any) -> Any:
+        # It makes a table of all of them to look up one.
+        if dtype.name not in np_dtypes:
+            np_dtypes[dtype.name] = np_dtype_of(dtype)
+        return np_dtypes[dtype.name]
+
+    interpreter._patch_lang, interpreter._get_np_dtype = patch, np_dtype
 
 
 if find_spec("triton") is not None:
