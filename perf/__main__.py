@@ -87,14 +87,9 @@ def run(
     axes |= {"lengths": lengths, "nonlinearity": nonlinearity}
     peers = [name for name in peer_names.split(",") if name]
     with refused():
-        rows = run(
-            presets.units(preset, axes, peers, device),
-            out,
-            Settings(rounds, seconds, max_seconds, threads, seed),
-            device=device,
-            timeout_s=presets.seconds(timeout),
-            budget_s=presets.seconds(budget),
-        )
+        timeout_s, budget_s = presets.seconds(timeout), presets.seconds(budget)
+        settings = Settings(rounds, seconds, max_seconds, threads, seed, timeout_s, budget_s)
+        rows = run(presets.units(preset, axes, peers, device), out, settings, device)
     raise typer.Exit(_exit_code(rows))
 
 
@@ -128,12 +123,12 @@ def cpu(
 
     if seconds is None:
         seconds = 0.01 if short else 0.05
-    settings = Settings(rounds, seconds, threads=threads, seed=seed)
+    settings = Settings(rounds, seconds, threads=threads, seed=seed, one_process=short)
     preset = "short" if short else "cpu"
     units = presets.units(preset, {}, ("nn_aten", "nn_again", "tritonrnn"), "cpu")
     with TemporaryDirectory() as scratch, refused():
         folder = out or Path(scratch)
-        rows = run(units, folder, settings, device="cpu", timeout_s=300.0, one_process=short)
+        rows = run(units, folder, settings, "cpu")
         shown = short_table.paragraphs if short else summary.speedups
         typer.echo("\n\n".join(shown(tables.load(folder))))
     raise typer.Exit(_exit_code(rows))
@@ -321,9 +316,9 @@ def launches() -> None:
     No GPU need be there. D is the number of directions; lengths are new in every batch of real
     data, and seen before in the layers above the first.
     """
-    from perf.bench import launches
+    from perf.bench import launch_counts
 
-    typer.echo(launches.table().to_markdown(index=False))
+    typer.echo(launch_counts.table().to_markdown(index=False))
 
 
 @app.command()

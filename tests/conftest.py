@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Read TRITON_INTERPRET, too.
-from tritonrnn import dispatch, validation
+from tritonrnn import dispatch
 
 # Short sequences are left to torch's own kernels, and those of the tests are short. Here the
 # in-place path takes them; tests/api/test_short.py tests the limits that users have.
@@ -92,11 +92,11 @@ def torch_back_end() -> Iterator[None]:
 
 
 @pytest.fixture
-def fewest_steps() -> Iterator[dict[bool, int]]:
-    """Return the steps from which users have the in-place path, with them in force."""
-    before = dict(dispatch.FEWEST_STEPS)
-    for limits in (FEWEST_STEPS, before):
-        dispatch.FEWEST_STEPS.update(limits)
-        validation._checked_choice.cache_clear()
-        if limits is FEWEST_STEPS:
-            yield dict(FEWEST_STEPS)
+def fewest_steps(request: pytest.FixtureRequest) -> Iterator[dict[bool, int]]:
+    """Return the steps from which the in-place path serves: a parameter, else those of users."""
+    before, limits = dict(dispatch.FEWEST_STEPS), getattr(request, "param", FEWEST_STEPS)
+    for in_force in (limits, before):
+        dispatch.FEWEST_STEPS.update(in_force)
+        dispatch.choose_by_steps.cache_clear()
+        if in_force is limits:
+            yield dict(limits)

@@ -152,7 +152,7 @@ def choose_now(
         T, B, I, G, H, L: the sizes, by the dimension key of ``layout.py``.
         nonlinearity: "tanh" or "relu".
         mapped: whether rows come from a row map: packed, or with lengths or resets.
-        ragged: whether the layout is one of ``ragged.py``, which torch's own kernels don't take.
+        ragged: whether torch's own kernels can't take the layout, one of ``ragged.py``.
         hx: whether initial states are given.
         needs_grad: whether a gradient may be wanted. A plan is judged by its forward pass if not.
         may_try: whether trials of plans may be made now, where no record of one stands.
@@ -220,20 +220,35 @@ def _torchs_choice(path: str, reason: str) -> Choice:
     return Choice("torch", path, reason)
 
 
-def asked_where_sizes_decide(device: torch.device, dtype: torch.dtype) -> Backend | None:
-    """Return the back end asked for if, given it, a choice depends on sizes and dtypes alone.
+def asked_where_steps_decide(data: Tensor) -> Backend | None:
+    """Return the back end asked for where :func:`choose_by_steps` chooses as :func:`choose` does.
 
     So it does in an eager call on a CPU, where no kernel can serve. Else return None.
     """
     if (
-        device.type != "cpu"
+        not data.is_cpu
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
-        or why_composite(dtype) is not None
+        or why_composite(data.dtype) is not None
     ):
         return None
     asked = current_backend()
     return asked if asked == "torch" or not _is_interpreted else None
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_by_steps(
+    asked: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    T: int,
+    G: int,
+    needs_grad: bool,
+    ragged: bool,
+) -> Choice:
+    """Choose as :func:`choose_now` does, where no other size matters."""
+    settings: dict[str, Any] = {"ragged": ragged, "needs_grad": needs_grad}
+    return choose_now(asked, device, dtype, T=T, B=1, G=G, H=1, nonlinearity="tanh", **settings)
 
 
 def recurrence_of(backend: str, device: torch.device, dtype: torch.dtype) -> Recurrence:

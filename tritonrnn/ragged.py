@@ -80,12 +80,7 @@ class RaggedLayout(SequenceLayout):
         lengths = lengths.detach().to(torch.int64)
         longest = T
         if lengths.device.type == "cpu":
-            longest = int(lengths.max()) if B else 0
-            if longest > T or (B and int(lengths.min()) < 0):
-                raise ValueError(
-                    f"Expected lengths from 0 to the {T} steps of the input, "
-                    f"got {abridged(lengths.tolist())}"
-                )
+            longest = longest_of(lengths, T)
         elif B:
             # Reading them here would wait. The device checks that each is an index of T + 1 steps,
             # and the next call that waits for it raises.
@@ -260,6 +255,21 @@ class RaggedLayout(SequenceLayout):
         t = t.repeat_interleave(batch_sizes)
         rows = self.batch_base[order[rank.to(device)]] + t.to(device) * self.stride
         return PackedForm(rows, order, layout)
+
+
+def longest_of(lengths: Tensor, T: int) -> int:
+    """Return the largest of the lengths of a padded batch, which are on the CPU.
+
+    Raises:
+        ValueError: one is outside 0 to T.
+    """
+    values = lengths.tolist()
+    longest: int = max(values, default=0)
+    if longest > T or min(values, default=0) < 0:
+        raise ValueError(
+            f"Expected lengths from 0 to the {T} steps of the input, got {abridged(values)}"
+        )
+    return longest
 
 
 def layout_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -60,17 +60,11 @@ class Case:
     @property
     def case_id(self) -> str:
         """Return the name, without the device: ``T100-B1-I32-H32-L1-D1-tanh-padded-fp32-ieee``."""
-        parts = [
-            f"T{self.T}-B{self.B}-I{self.I}-H{self.H}-L{self.layers}-D{self.directions}",
-            self.nonlinearity,
-            self.layout,
-        ]
-        if self.is_ragged:
-            parts.append(self.lengths)
-        parts.append(self.dtype)
-        if self.dtype == "fp32":
-            parts.append(self.fp32_mode)
-        return "-".join(parts)
+        sizes = f"T{self.T}-B{self.B}-I{self.I}-H{self.H}-L{self.layers}-D{self.directions}"
+        lengths = self.lengths if self.is_ragged else ""
+        fp32_mode = self.fp32_mode if self.dtype == "fp32" else ""
+        parts = (sizes, self.nonlinearity, self.layout, lengths, self.dtype, fp32_mode)
+        return "-".join(filter(None, parts))
 
     @property
     def is_ragged(self) -> bool:
@@ -83,10 +77,14 @@ class Case:
         return torch.device(self.device).type == "cuda"
 
     @property
+    def precision(self) -> str:
+        """Return the precision of the case's products: "tf32", or its dtype."""
+        return "tf32" if self.dtype == "fp32" and self.fp32_mode == "tf32" else self.dtype
+
+    @property
     def eps(self) -> float:
         """Return the rounding of the case's products."""
-        tf32 = self.dtype == "fp32" and self.fp32_mode == "tf32"
-        return TF32_EPS if tf32 else torch.finfo(DTYPES[self.dtype]).eps
+        return TF32_EPS if self.precision == "tf32" else torch.finfo(DTYPES[self.dtype]).eps
 
     def columns(self) -> dict[str, object]:
         """Return the columns of a row that name this case."""
@@ -182,13 +180,12 @@ class Workload:
 
     def to(self, device: str, dtype: torch.dtype) -> Workload:
         """Return the same values on another device or in another dtype."""
-        return Workload(
-            self.tokens.to(device, dtype),
-            self.output_grad.to(device, dtype),
-            self.h_n_grad.to(device, dtype),
-            self.batch_sizes,
-            None if self.offsets is None else self.offsets.to(device),
-            self.lengths,
+        return replace(
+            self,
+            tokens=self.tokens.to(device, dtype),
+            output_grad=self.output_grad.to(device, dtype),
+            h_n_grad=self.h_n_grad.to(device, dtype),
+            offsets=None if self.offsets is None else self.offsets.to(device),
         )
 
     def input_of(self, tokens: Tensor) -> Any:
@@ -238,9 +235,8 @@ class Workload:
 
 def make_cell(module: nn.RNNBase) -> nn.RNNCell:
     """Return an ``nn.RNNCell`` with the parameters of an ``nn.RNN`` of one layer and direction."""
-    parameters = list(module.parameters())
     phi = str(module.nonlinearity)
     cell = nn.RNNCell(module.input_size, module.hidden_size, nonlinearity=phi)
-    for (name, _), parameter in zip(list(cell.named_parameters()), parameters, strict=True):
+    for name, parameter in zip(dict(cell.named_parameters()), module.parameters(), strict=True):
         setattr(cell, name, parameter)
     return cell

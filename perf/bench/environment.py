@@ -17,7 +17,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 def new_run_id() -> str:
     """Return an id for a run that starts now, in UTC; later runs sort after earlier ones."""
-    return datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    return datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
 
 
 def describe(device: torch.device) -> dict[str, object]:

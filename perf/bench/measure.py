@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -15,7 +15,7 @@ from torch import nn
 from perf import peers
 from perf.bench import memory
 from perf.bench.cases import DTYPES, Case, Workload
-from perf.bench.check import Check
+from perf.bench.check import Check, results_of
 from perf.bench.failures import Row, failure, first_line, raise_if_gpu_is_lost
 from perf.bench.switches import set_precision
 from perf.bench.telemetry import Telemetry
@@ -26,6 +26,7 @@ from perf.bench.timing import (
     Job,
     WallClock,
     floor_us,
+    make_job,
     time_in_rounds,
 )
 from perf.peers.peer import Runner
@@ -47,6 +48,10 @@ class Settings:
         max_s: About how long the rounds of a case and mode may last.
         threads: CPU threads of torch; 0 for its own choice.
         seed: Seed of the inputs, the weights and the order of the peers.
+        timeout_s: A worker that sends nothing for longer is killed.
+        budget_s: Time after which a sweep stops.
+        one_process: Whether a worker that has finished a case takes the next one, which saves the
+            seconds that one takes to start.
     """
 
     rounds: int = 20
@@ -54,14 +59,9 @@ class Settings:
     max_s: float = 60.0
     threads: int = 0
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Checked:
-    """Hold a peer that was run once, and the columns of its rows, its status among them."""
-
-    runner: Runner | None
-    columns: Row
+    timeout_s: float = 300.0
+    budget_s: float = float("inf")
+    one_process: bool = False
 
 
 class Measurement:
@@ -88,7 +88,8 @@ class Measurement:
         self._device, self._gpu = torch.device(case.device), gpu
         self._begin, self._emit = begin, emit
         self._clock = "event_us" if case.on_gpu else "wall_us"
-        self._checked: dict[tuple[str, bool], Checked] = {}
+        # All modes that train share a run, which is checked.
+        self._checked = functools.cache(self._build_and_check)
         set_precision(case)
 
     def run(self, modes: Mapping[str, Sequence[str]]) -> None:
@@ -115,41 +116,38 @@ class Measurement:
         rows: dict[str, Row] = {}
         clocks: dict[Cell, Clock] = {}
         for name in names:
-            with self._failing(name, mode):
+            try:
                 self._begin(name, mode, "check")
-                checked = self._run_once(name, mode != "infer")
-                row = self._row(name, mode) | checked.columns
-                if checked.runner is None or row["status"] != "ok":
+                runner, columns = self._checked(name, mode != "infer")
+                row = self._row(name, mode) | columns
+                if runner is None or row["status"] != "ok":
                     self._emit(row)
                     continue
                 self._begin(name, mode, "memory")
-                row |= self._weigh(checked.runner, mode)
+                row |= self._weigh(runner, mode)
                 self._begin(name, mode, "warm up")
-                clocks |= self._clocks(name, checked.runner, mode, row)
+                clocks |= self._clocks(name, runner, mode, row)
                 rows[name] = row
+            except Exception as exception:
+                raise_if_gpu_is_lost(exception)
+                self._emit(self._row(name, mode) | failure(exception))
         self._time(mode, rows, clocks)
 
-    def _run_once(self, name: str, trains: bool) -> Checked:
-        """Return a peer with the status of its results: right, wrong or failed."""
-        known = self._checked.get((name, trains))
-        if known is None:
-            known = self._checked[name, trains] = self._build_and_check(name, trains)
-        return known
-
-    def _build_and_check(self, name: str, trains: bool) -> Checked:
+    def _build_and_check(self, name: str, trains: bool) -> tuple[Runner | None, Row]:
+        """Run a peer once; return it, and the columns of its rows: right, wrong or failed."""
         module = self._case.make_module(nn.RNN, self._settings.seed)
         module = module.to(self._case.device, DTYPES[self._case.dtype])
         started = time.perf_counter()
         try:
             runner = peers.find(name).build(self._case, module, self._workload)
             with runner.context():
-                results = runner.results(self._workload, trains=trains)
+                results = results_of(runner, self._workload, trains)
                 with torch.set_grad_enabled(trains):
                     plan = runner.plan()
             error = self._check.error(results, trains)
         except Exception as exception:
             raise_if_gpu_is_lost(exception)
-            return Checked(None, failure(exception))
+            return None, failure(exception)
         tolerance = self._check.tolerance(trains)
         columns: Row = {
             "status": "ok",
@@ -159,22 +157,19 @@ class Measurement:
             "plan": plan or None,
         }
         if not error <= tolerance:
-            columns |= {
-                "status": "wrong",
-                "error": f"off by {error:.3g}, allowed {tolerance:.3g}",
-            }
-        return Checked(runner, columns)
+            wrong = f"off by {error:.3g}, allowed {tolerance:.3g}"
+            columns |= {"status": "wrong", "error": wrong}
+        return runner, columns
 
     def _weigh(self, runner: Runner, mode: str) -> Row:
         runner = replace(runner, forward=runner.uncaptured or runner.forward)
         job = make_job(runner, self._workload, mode)
         with job.context():
-            called, _ = memory.footprint(job.call, self._device)
+            called = memory.footprint(job.call, self._device)
             job.reset()
             forward = make_job(runner, self._workload, "infer" if mode == "infer" else "fwd")
-            kept, results = memory.footprint(forward.call, self._device)
-        assert isinstance(results, tuple)
-        saved = max(0, kept.alive_bytes - memory.unique_bytes(results))
+            kept = memory.footprint(forward.call, self._device)
+        saved = max(0, kept.alive_bytes - memory.unique_bytes(kept.result))
         return {"peak_MiB": called.peak_bytes / memory.MIB, "saved_MiB": saved / memory.MIB}
 
     def _clocks(self, name: str, runner: Runner, mode: str, row: Row) -> dict[Cell, Clock]:
@@ -214,18 +209,15 @@ class Measurement:
 
         # Seeded by the case and mode, so that a case has the same order after a resumed run.
         random = Random(f"{settings.seed} {self._case.case_id} {mode}")
+        rounds, most_s = settings.rounds, settings.max_s
         samples = time_in_rounds(
-            clocks,
-            rounds=settings.rounds,
-            max_seconds=settings.max_s,
-            random=random,
-            before=before,
-            failed=failed,
+            clocks, rounds=rounds, max_seconds=most_s, random=random, before=before, failed=failed
         )
         floor = floor_us(settings.sample_s) if self._case.on_gpu and timed else None
+        model = roofline.columns(self._case, mode, self._gpu, settings.seed)
         for name, row in timed.items():
             times = self._times(name, samples)
-            row |= times | telemetry.columns() | self._model(mode)
+            row |= times | telemetry.columns() | model
             if floor is not None:
                 row["event_floor_us"] = floor
                 if times["event_us_p50"] < FLOORS * floor:
@@ -244,51 +236,8 @@ class Measurement:
             times["speedup_vs_nn"] = times.pop("speedup_vs_nn_p50")
         return times
 
-    def _model(self, mode: str) -> Row:
-        work = roofline.work(self._case, mode, self._settings.seed)
-        columns: Row = {"flop": work.flop, "min_bytes": work.bytes}
-        if self._gpu is not None:
-            limit = roofline.limit(self._case, mode, self._gpu, self._settings.seed)
-            columns |= limit.columns() | {"limit_constants": self._gpu.origin}
-        return columns
-
     def _row(self, name: str, mode: str) -> Row:
         return {**self._case.columns(), "peer": name, "mode": mode}
-
-    @contextmanager
-    def _failing(self, name: str, mode: str) -> Iterator[None]:
-        """Make a row of an exception raised inside, unless the process can't continue."""
-        try:
-            yield
-        except Exception as exception:
-            raise_if_gpu_is_lost(exception)
-            self._emit(self._row(name, mode) | failure(exception))
-
-
-def make_job(runner: Runner, workload: Workload, mode: str) -> Job:
-    """Return the job of a peer that a mode times."""
-    tokens = workload.tokens.detach().clone().requires_grad_(mode != "infer")
-    leaves = [tokens, *runner.parameters] if mode != "infer" else []
-    gradients = (workload.output_grad, workload.h_n_grad)
-
-    def infer() -> object:
-        with torch.no_grad():
-            return runner.forward(tokens)
-
-    def train() -> None:
-        torch.autograd.backward(runner.forward(tokens), gradients)
-
-    if mode == "infer":
-        call: Callable[[], object] = infer
-    elif mode == "fwd":
-        call = lambda: runner.forward(tokens)  # noqa: E731
-    elif mode == "fwdbwd":
-        call = train
-    else:
-        with runner.context():
-            results = runner.forward(tokens)
-        call = lambda: torch.autograd.backward(results, gradients, retain_graph=True)  # noqa: E731
-    return Job(call, leaves, runner.context)
 
 
 def quantiles(name: str, values: Sequence[float]) -> dict[str, float]:

@@ -9,7 +9,6 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from perf import peers
@@ -21,17 +20,7 @@ from perf.report import tables
 from perf.roofline import model as roofline
 
 
-def run(
-    units: Sequence[Unit],
-    out: Path,
-    settings: Settings,
-    *,
-    device: str,
-    timeout_s: float,
-    budget_s: float = float("inf"),
-    one_process: bool = False,
-    console: Console | None = None,
-) -> list[Row]:
+def run(units: Sequence[Unit], out: Path, settings: Settings, device: str) -> list[Row]:
     """Measure the cells that have no row in ``out`` yet.
 
     Args:
@@ -39,10 +28,6 @@ def run(
         out: Folder for the rows and the facts of the run.
         settings: How to measure.
         device: Where the units run.
-        timeout_s: A worker that sends nothing for longer is killed.
-        budget_s: Stop after this time.
-        one_process: Whether cases share a process, see :class:`~perf.bench.sweep.Sweep`.
-        console: Shows the progress.
 
     Returns:
         The rows of this run.
@@ -50,13 +35,12 @@ def run(
     Raises:
         ValueError: a peer is not known, or ``out`` has rows of another machine.
     """
-    console = console or Console()
     for name in {name for unit in units for name, _ in unit.cells()}:
         peers.find(name)
     facts = environment.describe(torch.device(device))
     facts["threads"] = settings.threads or facts["threads"]
     _check_machine(out, facts)
-    run_id = _new_run_id(out)
+    run_id = environment.new_run_id()
     tables.add_environment(out, run_id, facts)
     known = roofline.gpu_at(torch.device(device))
     calibration = tables.read_calibration(out)
@@ -65,50 +49,27 @@ def run(
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
     with (
         tables.RowFile(out) as file,
-        Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress,
+        Progress(*columns, TimeElapsedColumn(), transient=True) as progress,
     ):
         before = len(file.rows)
-        sweep = Sweep(
-            file,
-            run_id,
-            settings,
-            known,
-            timeout_s=timeout_s,
-            budget_s=budget_s,
-            one_process=one_process,
-        )
         bar = progress.add_task("", total=len(units))
         started = time.monotonic()
         try:
-            with closing(sweep):
+            with closing(Sweep(file, run_id, settings, known)) as sweep:
                 for unit in units:
                     sweep.run(unit, lambda what: progress.update(bar, description=what))
                     progress.advance(bar)
         except (OutOfTimeError, KeyboardInterrupt):
-            console.print(
-                f"Stopped after {time.monotonic() - started:.0f} s; run the same command again to "
-                "continue."
-            )
+            stopped = f"Stopped after {time.monotonic() - started:.0f} s"
+            progress.console.print(f"{stopped}; run the same command again to continue.")
         rows = file.rows[before:]
     counts = Counter(str(row["status"]) for row in rows)
     summary = ", ".join(f"{count} {status}" for status, count in counts.items()) or "nothing new"
-    console.print(
-        f"{out}: {summary}; {len(file.rows)} rows in all, "
-        f"{waiting(units, file.rows)} of {len(units)} cases to go."
+    waiting = sum(1 for unit in units if unit.left(file.rows).modes)
+    progress.console.print(
+        f"{out}: {summary}; {len(file.rows)} rows in all, {waiting} of {len(units)} cases to go."
     )
     return rows
-
-
-def waiting(units: Sequence[Unit], rows: Sequence[Row]) -> int:
-    """Return how many units have a cell without a row."""
-    return sum(1 for unit in units if unit.left(rows).modes)
-
-
-def _new_run_id(out: Path) -> str:
-    """Return an id that no run in ``out`` has; wait for the next second if necessary."""
-    while (run_id := environment.new_run_id()) in tables.read_environments(out):
-        time.sleep(0.1)
-    return run_id
 
 
 def _check_machine(out: Path, facts: dict[str, object]) -> None:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 from perf import peers
 from perf.bench.cases import Case
 from perf.bench.failures import Row
 from perf.bench.measure import Settings
-from perf.bench.worker import Begun, Ended, Message, Request, Worker, worker
+from perf.bench.worker import Begun, Ended, Message, Request, Worker
 from perf.report.tables import RowFile
 from perf.roofline.model import GPU
-
-LOG_TAIL = 300
 
 
 @dataclass(frozen=True)
@@ -61,36 +55,22 @@ class Sweep:
         run_id: The id of this run.
         settings: How to measure.
         gpu: Constants of the roofline model, if the cases run on a GPU.
-        timeout_s: A worker that sends nothing for longer is killed.
-        budget_s: Time after which the sweep stops.
-        one_process: Whether a worker that has finished a unit takes the next one, which saves the
-            seconds that one takes to start.
     """
 
-    def __init__(
-        self,
-        file: RowFile,
-        run_id: str,
-        settings: Settings,
-        gpu: GPU | None,
-        *,
-        timeout_s: float,
-        budget_s: float = float("inf"),
-        one_process: bool = False,
-    ) -> None:
+    def __init__(self, file: RowFile, run_id: str, settings: Settings, gpu: GPU | None) -> None:
         self._file, self._run_id = file, run_id
         self._settings, self._gpu = settings, gpu
-        self._timeout_s, self._deadline = timeout_s, time.monotonic() + budget_s
-        self._one_process = one_process
+        self._timeout_s = settings.timeout_s
+        self._deadline = time.monotonic() + settings.budget_s
         self._worker: Worker | None = None
-        self._running = ExitStack()
 
     def close(self) -> None:
         """End the worker that waits for the next unit."""
-        self._worker = None
-        self._running.close()
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
 
-    def run(self, unit: Unit, log: Callable[[str], None] = lambda message: None) -> None:
+    def run(self, unit: Unit, log: Callable[[str], None]) -> None:
         """Measure what is left of a unit, with as many workers as it takes.
 
         Args:
@@ -103,45 +83,38 @@ class Sweep:
         while (left := unit.left(self._file.rows)).modes:
             if time.monotonic() > self._deadline:
                 raise OutOfTimeError
-            self._attempt(left, log)
+            try:
+                self._attempt(left, log)
+            finally:
+                if not self._settings.one_process or left.left(self._file.rows).modes:
+                    self.close()
 
     def _attempt(self, left: Unit, log: Callable[[str], None]) -> None:
         """Have one worker measure until it ends; at least one cell has a row afterwards."""
         at = Begun("", "", "starting")
         columns: Row | None = None
-        request = Request(left.case, self._with_baseline(left), self._settings, self._gpu)
-        with self._worker_for(left) as running:
-            running.pipe.send(request)
-            while columns is None:
-                try:
-                    message = self._receive(running.pipe)
-                except TimeoutError as error:
-                    columns = {"status": "timeout", "error": f"{error} while in: {at.phase}"}
-                except (EOFError, ConnectionResetError):
-                    ended = describe_exit(running.process)
-                    reason = f"{ended} in: {at.phase}. {tail(running.output)}"
-                    columns = {"status": "error", "error": reason.strip()}
-                else:
-                    if isinstance(message, Begun):
-                        at = message
-                        log(f"{left.case.case_id} {at.mode} {at.peer} {at.phase}")
-                    elif isinstance(message, Ended):
-                        columns = message.columns
-                    elif (message["peer"], message["mode"]) in set(left.cells()):
-                        self._write(message)
-        self._give_up(left.left(self._file.rows), at, columns)
-
-    @contextmanager
-    def _worker_for(self, left: Unit) -> Iterator[Worker]:
-        """Yield a worker; keep it for the next unit if it may have several and finished this."""
+        # One that waited for this unit may be gone.
         if self._worker is None or not self._worker.process.is_alive():
             self.close()
-            self._worker = self._running.enter_context(worker())
-        try:
-            yield self._worker
-        finally:
-            if not self._one_process or left.left(self._file.rows).modes:
-                self.close()
+            self._worker = Worker()
+        worker = self._worker
+        worker.pipe.send(Request(left.case, self._with_baseline(left), self._settings, self._gpu))
+        while columns is None:
+            try:
+                message = self._receive(worker.pipe)
+            except TimeoutError as error:
+                columns = {"status": "timeout", "error": f"{error} while in: {at.phase}"}
+            except (EOFError, ConnectionResetError):
+                columns = {"status": "error", "error": worker.last_words(at.phase)}
+            else:
+                if isinstance(message, Begun):
+                    at = message
+                    log(f"{left.case.case_id} {at.mode} {at.peer} {at.phase}")
+                elif isinstance(message, Ended):
+                    columns = message.columns
+                elif (message["peer"], message["mode"]) in set(left.cells()):
+                    self._write(message)
+        self._give_up(left.left(self._file.rows), at, columns)
 
     def _receive(self, pipe: Connection) -> Message:
         """Return the next message.
@@ -189,18 +162,3 @@ class Sweep:
 
     def _write(self, row: Row) -> None:
         self._file.add({"run_id": self._run_id, **row})
-
-
-def describe_exit(process: BaseProcess) -> str:
-    """Return in words how a process ended."""
-    process.join()
-    code = process.exitcode
-    if code is not None and code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    return f"exited with {code}"
-
-
-def tail(path: Path) -> str:
-    """Return the end of a file in one line."""
-    text = path.read_text(errors="replace") if path.exists() else ""
-    return " ".join(text[-LOG_TAIL:].split())

@@ -7,14 +7,18 @@ import math
 import statistics
 import time
 import timeit
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from random import Random
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from perf.bench.cases import Workload
+from perf.peers.peer import Runner
 
 WARM_UP_CALLS = 3
 # Even a case that takes too long gets so many rounds, for its quantiles.
@@ -55,17 +59,36 @@ class Job:
             leaf.grad = None
 
 
-class Clock(Protocol):
-    """Takes one sample of one job."""
+def make_job(runner: Runner, workload: Workload, mode: str) -> Job:
+    """Return the job of a peer that a mode times."""
+    tokens = workload.tokens.detach().clone().requires_grad_(mode != "infer")
+    leaves = [tokens, *runner.parameters] if mode != "infer" else []
+    gradients = (workload.output_grad, workload.h_n_grad)
 
-    def sample_us(self) -> float:
-        """Return the microseconds of a call."""
+    def infer() -> object:
+        with torch.no_grad():
+            return runner.forward(tokens)
+
+    def train() -> object:
+        results = runner.forward(tokens)
+        torch.autograd.backward(results, gradients)
+        return results
+
+    if mode == "infer":
+        call: Callable[[], object] = infer
+    elif mode == "fwd":
+        call = lambda: runner.forward(tokens)  # noqa: E731
+    elif mode == "fwdbwd":
+        call = train
+    else:
+        with runner.context():
+            results = runner.forward(tokens)
+        call = lambda: torch.autograd.backward(results, gradients, retain_graph=True)  # noqa: E731
+    return Job(call, leaves, runner.context)
 
 
-class WallClock:
-    """Time calls one after the other on the host's clock, on any device; synchronise at the end.
-
-    Dropping the gradients is timed too, because it is part of a training step.
+class Clock(ABC):
+    """Take samples of one job.
 
     Args:
         job: What to time.
@@ -73,47 +96,43 @@ class WallClock:
     """
 
     def __init__(self, job: Job, seconds: float) -> None:
-        self._timer = timeit.Timer(
-            "call(); reset()",
-            timer=synchronized_time,
-            globals={"call": job.call, "reset": job.reset},
-        )
-        self._context = job.context
-        with self._context():
-            self._timer.timeit(WARM_UP_CALLS)
-            seconds_per_call = self._timer.timeit(WARM_UP_CALLS) / WARM_UP_CALLS
-        self._calls = max(1, math.ceil(seconds / seconds_per_call))
-
-    def sample_us(self) -> float:
-        """Return the microseconds of a call."""
-        with self._context():
-            return 1e6 * self._timer.timeit(self._calls) / self._calls
-
-
-class EventClock:
-    """Time each call on the GPU between two events, after flushing the L2 cache; take the median.
-
-    ``triton.testing.do_bench`` measures the same, but spends seven calls of every sample on finding
-    out how many calls to make.
-
-    Args:
-        job: What to time.
-        seconds: About how long a sample lasts, flushes included; it has at least one call.
-    """
-
-    def __init__(self, job: Job, seconds: float) -> None:
         self._job = job
-        self._times_us(WARM_UP_CALLS)
+        self._call_us(WARM_UP_CALLS)
         started = time.perf_counter()
-        self._times_us(WARM_UP_CALLS)
+        self._call_us(WARM_UP_CALLS)
         seconds_per_call = (time.perf_counter() - started) / WARM_UP_CALLS
         self._calls = max(1, math.ceil(seconds / seconds_per_call))
 
     def sample_us(self) -> float:
         """Return the microseconds of a call."""
-        return statistics.median(self._times_us(self._calls))
+        return self._call_us(self._calls)
 
-    def _times_us(self, calls: int) -> list[float]:
+    @abstractmethod
+    def _call_us(self, calls: int) -> float:
+        """Return the microseconds of one of so many calls."""
+
+
+class WallClock(Clock):
+    """Time calls one after the other on the host's clock, on any device; synchronise at the end.
+
+    Dropping the gradients is timed too, because it is part of a training step.
+    """
+
+    def _call_us(self, calls: int) -> float:
+        names = {"call": self._job.call, "reset": self._job.reset}
+        timer = timeit.Timer("call(); reset()", timer=synchronized_time, globals=names)
+        with self._job.context():
+            return 1e6 * timer.timeit(calls) / calls
+
+
+class EventClock(Clock):
+    """Time each call on the GPU between two events, after flushing the L2 cache; take the median.
+
+    ``triton.testing.do_bench`` measures the same, but spends seven calls of every sample on finding
+    out how many calls to make. The flushes count among the seconds of a sample.
+    """
+
+    def _call_us(self, calls: int) -> float:
         cache = cache_filler(torch.cuda.current_device())
         events = [
             (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
@@ -128,7 +147,7 @@ class EventClock:
                 after.record()
                 self._job.reset()
         torch.cuda.synchronize()
-        return [1e3 * before.elapsed_time(after) for before, after in events]
+        return statistics.median(1e3 * before.elapsed_time(after) for before, after in events)
 
 
 @functools.cache
@@ -143,10 +162,6 @@ class GraphClock(EventClock):
     The graph is captured on the current stream, which must not be the default one: autograd
     accumulates gradients on the stream that first used a parameter, and a capture allows that only
     if it is the captured stream.
-
-    Args:
-        job: What to capture.
-        seconds: About how long a sample lasts.
     """
 
     def __init__(self, job: Job, seconds: float) -> None:

@@ -14,6 +14,7 @@ from perf.peers.loops import CompiledLoop, GraphedLoop, Loop
 from perf.peers.ours import Forced, Ours
 from perf.peers.peer import Peer, Runner
 from perf.peers.torch_rnn import NN
+from tritonrnn.kernels.plan import PLANS
 
 __all__ = ["BASELINE", "OURS", "PEERS", "Peer", "Runner", "baseline", "defaults", "find"]
 
@@ -22,10 +23,7 @@ PEERS: dict[str, Peer] = {
     for peer in (
         Ours("tritonrnn"),
         Ours("tritonrnn-torch", partial(tritonrnn.backend, "torch")),
-        Forced("registers"),
-        Forced("resident"),
-        Forced("cooperative"),
-        Forced("stepwise"),
+        *(Forced(plan) for plan in PLANS),
         NN("nn_cudnn", "cuda"),
         NN("nn_aten", "cpu"),
         # Its speedup over nn.RNN, which is the same, is the noise.

@@ -13,6 +13,8 @@ from torch import nn
 import tritonrnn
 from perf.bench.cases import Case, Workload, make_cell
 from perf.peers.peer import Peer, Runner
+from tritonrnn.kernels import cost, devices
+from tritonrnn.kernels.plan import Problem
 
 
 class Ours(Peer):
@@ -22,8 +24,6 @@ class Ours(Peer):
         name: The name of the peer.
         context: Returns the switches that are set during the calls.
     """
-
-    compiles = True
 
     def __init__(
         self, name: str, context: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -37,10 +37,10 @@ class Ours(Peer):
 
     def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
         """Convert the module."""
+        parameters, context = list(module.parameters()), self._context
         if case.layout == "cell":
             cell = tritonrnn.convert(make_cell(module))
-            forward = partial(workload.run_cell, cell)
-            return Runner(forward, list(module.parameters()), context=self._context)
+            return Runner(partial(workload.run_cell, cell), parameters, context=context)
         ours = tritonrnn.convert(module)
         assert isinstance(ours, tritonrnn.RNN)
 
@@ -49,12 +49,7 @@ class Ours(Peer):
             choice = tritonrnn.explain(ours, workload.input_of(workload.tokens), **given)
             return f"{choice.backend}, {choice.plan}"
 
-        return Runner(
-            partial(workload.run, ours),
-            list(ours.parameters()),
-            plan=plan,
-            context=self._context,
-        )
+        return Runner(partial(workload.run, ours), parameters, plan, context)
 
 
 class Forced(Ours):
@@ -70,11 +65,9 @@ class Forced(Ours):
             return "the interpreter is not timed"
         if case.layout == "cell":
             return "a cell has no plan"
-        from tritonrnn.kernels import cost, devices, plan
-
         sizes = case.T, case.B, case.directions, case.H
-        is_tf32 = case.fp32_mode == "tf32"
-        problem = plan.Problem(*sizes, case.dtype, is_tf32, case.nonlinearity)
+        is_tf32 = case.precision == "tf32"
+        problem = Problem(*sizes, case.dtype, is_tf32, case.nonlinearity)
         device = devices.device_of(torch.device(case.device))
         fitting = cost.rank_plans(problem, device, training=True)
         return None if self._forced in [one.name for one in fitting] else "it does not fit"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from statistics import mean
 
-import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -17,6 +16,7 @@ from perf.training.paired_training import (
     OURS,
     REFERENCE,
     TWIN,
+    Batch,
     MakeRNN,
     Task,
     Trainee,
@@ -36,13 +36,6 @@ PORTION = 80
 WINDOW = 50
 # The variance of the sum of two uniform numbers: the loss of a model that always answers 1.
 BLIND_LOSS = 1 / 6
-
-
-class Batch(NamedTuple):
-    """Hold sequences of (number, mark), ``(T, B, 2)``, and sums of marked numbers, ``(B,)``."""
-
-    input: Tensor
-    sums: Tensor
 
 
 class Adder(nn.Module):
@@ -66,19 +59,18 @@ class Adder(nn.Module):
         return self.head(h_n[0]).squeeze(1)
 
 
-def loss_of(model: Adder, batch: Batch) -> Tensor:
-    """Return the mean squared error of a batch."""
-    return nn.functional.mse_loss(model(batch.input), batch.sums)
+def make_batch(T: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw numbers uniform in [0, 1); one is marked in each half of a sequence.
 
-
-def make_batch(T: int, generator: torch.Generator) -> Batch:
-    """Draw numbers uniform in [0, 1); one is marked in each half of a sequence."""
+    Returns:
+        Sequences of (number, mark), ``(T, B, 2)``, and the sums of marked numbers, ``(B,)``.
+    """
     numbers = torch.rand(T, BATCH_SIZE, generator=generator)
     marks = torch.zeros(T, BATCH_SIZE)
     sequences = torch.arange(BATCH_SIZE)
     for start, end in ((0, T // 2), (T // 2, T)):
         marks[torch.randint(start, end, (BATCH_SIZE,), generator=generator), sequences] = 1
-    return Batch(torch.stack([numbers, marks], -1), (numbers * marks).sum(0))
+    return torch.stack([numbers, marks], -1), (numbers * marks).sum(0)
 
 
 def portions(steps: int, T: int, seed: int, device: torch.device) -> Iterator[list[Batch]]:
@@ -86,10 +78,10 @@ def portions(steps: int, T: int, seed: int, device: torch.device) -> Iterator[li
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, steps, PORTION):
         batches = (make_batch(T, generator) for _ in range(min(PORTION, steps - start)))
-        yield [Batch(*(tensor.to(device) for tensor in batch)) for batch in batches]
+        yield [(input.to(device), sums.to(device)) for input, sums in batches]
 
 
-def draw(trainees: Sequence[Trainee[Adder]], T: int) -> Figure:
+def draw(trainees: Sequence[Trainee], T: int) -> Figure:
     """Draw the losses, and how far two trainings drift from torch.nn.RNN's."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -119,15 +111,7 @@ def draw(trainees: Sequence[Trainee[Adder]], T: int) -> Figure:
 def run(
     *, steps: int, T: int, hidden_size: int, device: torch.device, out: Path | None, seed: int
 ) -> bool:
-    """Train, print the results, and write and draw them to ``out``.
-
-    Args:
-        steps: Training steps.
-        T: Steps of a sequence.
-        hidden_size: Hidden units.
-        device: Where to train.
-        out: Folder for the tables, the loss curves and their plot, if they are wanted.
-        seed: Seed of the initial weights and the batches.
+    """Train, print the results, and write and draw them to ``out``: the options of the command.
 
     Returns:
         Whether the loss curves agree.
@@ -139,7 +123,7 @@ def run(
     task = Task(
         "adding",
         lambda rnn_class: Adder(rnn_class, hidden_size),
-        loss_of,
+        nn.functional.mse_loss,
         portions(steps, T, seed, device),
         steps,
         LEARNING_RATE,
@@ -147,18 +131,19 @@ def run(
     )
     trainees = train(task, seed=seed, device=device)
 
-    def columns(trainee: Trainee[Adder]) -> dict[str, float]:
-        return {
-            "loss": float(np.mean(trainee.losses[-WINDOW:])),
+    results = pd.DataFrame(
+        {
+            "loss": mean(one.losses[-WINDOW:]),
             "blind_loss": BLIND_LOSS,
-            "steps_per_s": steps / trainee.seconds,
-            "seconds": trainee.seconds,
+            "steps_per_s": steps / one.seconds,
+            "seconds": one.seconds,
         }
-
+        for one in trainees
+    )
     print(f"loss: mean squared error over the last {WINDOW} steps. blind_loss: of answering 1.")
     agrees = conclude(
         trainees,
-        columns,
+        results,
         ("", ".5f", ".3f", ",.0f", ".1f", ".2f"),
         facts={"steps": steps, "T": T, "hidden_size": hidden_size, "seed": seed},
         device=device,

@@ -57,16 +57,11 @@ def compare(
         candidate: Losses of the training to judge.
 
     Raises:
-        ValueError: The curves differ in length or are empty.
+        ValueError: The curves differ in length.
     """
-    if not len(reference) == len(twin) == len(candidate) > 0:
-        raise ValueError(
-            "Expected three loss curves of one length, "
-            f"got {len(reference)}, {len(twin)} and {len(candidate)} steps"
-        )
-    base = np.asarray(reference, dtype=np.float64)
-    drift = np.abs(np.asarray(candidate, dtype=np.float64) - base)
-    twin_drift = np.maximum.accumulate(np.abs(np.asarray(twin, dtype=np.float64) - base))
+    base, *others = np.array([reference, twin, candidate], dtype=np.float64)
+    twin_drift, drift = np.abs(np.array(others) - base)
+    twin_drift = np.maximum.accumulate(twin_drift)
     ulp = np.spacing(np.abs(base).astype(np.float32)).astype(np.float64)
     # Negated, so that a NaN on either side is a departure.
     departs = ~(drift <= ALLOWED_DRIFTS * twin_drift + ALLOWED_ULPS * ulp)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from statistics import median
-from typing import Any, Generic, TypeVar
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor, nn
 
 import tritonrnn
@@ -31,35 +31,35 @@ OURS = "tritonrnn.RNN"
 TWIN = "torch.nn.RNN, 1 ulp off"
 
 MakeRNN = Callable[..., nn.RNNBase]
-Model = TypeVar("Model", bound=nn.Module)
+Batch = tuple[Any, Tensor]
 
 
 @dataclass(frozen=True)
-class Task(Generic[Model]):
+class Task:
     """Hold what is learned, and how.
 
     Attributes:
         name: Names the tables of results.
         build: Returns a model around an RNN.
-        loss: Returns the loss of a model on a batch.
-        portions: Yields batches, on the device. A portion is built before any model trains on it,
-            so that building batches is not timed.
+        loss: Returns the loss of what a model returns, given a target.
+        portions: Yields batches of an input and a target, on the device. A portion is built before
+            any model trains on it, so that building batches is not timed.
         steps: The number of batches in all.
         learning_rate: Of Adam.
         clip_norm: Largest norm of all gradients.
     """
 
     name: str
-    build: Callable[[MakeRNN], Model]
-    loss: Callable[[Model, Any], Tensor]
-    portions: Iterable[Sequence[Any]]
+    build: Callable[[MakeRNN], nn.Module]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    portions: Iterable[Sequence[Batch]]
     steps: int
     learning_rate: float
     clip_norm: float = float("inf")
 
 
 @dataclass
-class Trainee(Generic[Model]):
+class Trainee:
     """Train a model, and record its losses and times.
 
     Attributes:
@@ -68,8 +68,8 @@ class Trainee(Generic[Model]):
     """
 
     name: str
-    model: Model
-    task: Task[Model]
+    model: Any
+    task: Task
     losses: list[float] = field(default_factory=list)
     chunk_seconds: list[float] = field(default_factory=list)
 
@@ -81,13 +81,13 @@ class Trainee(Generic[Model]):
         """Return the time of all training steps."""
         return sum(self.chunk_seconds)
 
-    def train(self, batches: Sequence[Any]) -> None:
+    def train(self, batches: Sequence[Batch]) -> None:
         """Train on the batches, one step each, and record losses and time."""
         losses = []
         start = synchronized_time()
-        for batch in batches:
+        for input, target in batches:
             self.optimizer.zero_grad()
-            loss = self.task.loss(self.model, batch)
+            loss = self.task.loss(self.model(input), target)
             loss.backward()
             if self.task.clip_norm < float("inf"):
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.task.clip_norm)
@@ -97,7 +97,7 @@ class Trainee(Generic[Model]):
         self.losses += torch.stack(losses).tolist()
 
 
-def train(task: Task[Model], *, seed: int, device: torch.device) -> list[Trainee[Model]]:
+def train(task: Task, *, seed: int, device: torch.device) -> list[Trainee]:
     """Train every model on the same batches, chunk by chunk, each chunk in random order.
 
     Args:
@@ -108,16 +108,16 @@ def train(task: Task[Model], *, seed: int, device: torch.device) -> list[Trainee
     Returns:
         The reference, ours, and the reference's perturbed twin.
     """
-    trainees = make_trainees(task, seed, device)
+    trainees = []
+    for name, rnn_class in ((REFERENCE, nn.RNN), (OURS, tritonrnn.RNN), (TWIN, nn.RNN)):
+        torch.manual_seed(seed)
+        model = task.build(rnn_class)
+        if name == TWIN:
+            perturb(model, rounding_unit(device))
+        trainees.append(Trainee(name, model.to(device), task))
     random = Random(seed)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.3f}")
-    ) as progress:
-        bars = [
-            progress.add_task(trainee.name, total=task.steps, loss=float("nan"))
-            for trainee in trainees
-        ]
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
+        bar = progress.add_task("", total=task.steps)
         for index, batches in enumerate(task.portions):
             if index == 0:
                 # With copies, so that no start-up cost is timed.
@@ -126,21 +126,10 @@ def train(task: Task[Model], *, seed: int, device: torch.device) -> list[Trainee
                     copied.train(batches[:WARM_UP_STEPS])
             for start in range(0, len(batches), CHUNK_STEPS):
                 chunk = batches[start : start + CHUNK_STEPS]
-                for one, bar in random.sample(list(zip(trainees, bars)), len(bars)):
+                for one in random.sample(trainees, len(trainees)):
                     one.train(chunk)
-                    progress.update(bar, advance=len(chunk), loss=one.losses[-1])
-    return trainees
-
-
-def make_trainees(task: Task[Model], seed: int, device: torch.device) -> list[Trainee[Model]]:
-    """Build the reference, ours and the reference's perturbed twin from one seed."""
-    trainees = []
-    for name, rnn_class in ((REFERENCE, nn.RNN), (OURS, tritonrnn.RNN), (TWIN, nn.RNN)):
-        torch.manual_seed(seed)
-        model = task.build(rnn_class)
-        if name == TWIN:
-            perturb(model, rounding_unit(device))
-        trainees.append(Trainee(name, model.to(device), task))
+                loss = f"loss {trainees[0].losses[-1]:.3f}"
+                progress.update(bar, advance=len(chunk), description=loss)
     return trainees
 
 
@@ -165,11 +154,11 @@ def perturb(model: nn.Module, unit: float) -> None:
 
 
 def conclude(
-    trainees: Sequence[Trainee[Model]],
-    columns: Callable[[Trainee[Model]], Mapping[str, object]],
+    trainees: Sequence[Trainee],
+    results: pd.DataFrame,
     formats: Sequence[str],
     *,
-    facts: Mapping[str, object],
+    facts: dict[str, Any],
     device: torch.device,
     out: Path | None,
 ) -> bool:
@@ -180,7 +169,7 @@ def conclude(
 
     Args:
         trainees: Those of :func:`train`.
-        columns: Returns the columns of a trainee, without its name and its speedup.
+        results: A row for each, without its name and its speedup.
         formats: Those of all columns.
         facts: The columns that say what was run.
         device: Where it was run.
@@ -190,16 +179,9 @@ def conclude(
         Whether the curves agree.
     """
     reference, ours, twin = trainees
-    results = pd.DataFrame(
-        {
-            "model": one.name,
-            **columns(one),
-            "speedup_vs_nn": median(
-                theirs / its for theirs, its in zip(reference.chunk_seconds, one.chunk_seconds)
-            ),
-        }
-        for one in trainees
-    )
+    results.insert(0, "model", [one.name for one in trainees])
+    seconds = np.array([one.chunk_seconds for one in trainees])
+    results["speedup_vs_nn"] = np.median(seconds[0] / seconds, axis=1)
     comparison = loss_curves.compare(reference.losses, twin.losses, ours.losses)
     print(results.to_markdown(index=False, floatfmt=formats))
     print(

@@ -86,6 +86,19 @@ def test_dropout_draws_torchs_masks_on_both_sides(beyond, batch_first, fewest_st
     torch.testing.assert_close(outputs[1], outputs[0])
 
 
+@pytest.mark.parametrize("beyond", [False, True], ids=["below", "from"])
+def test_masks_with_lengths_are_the_same_with_and_without_a_graph(beyond, fewest_steps):
+    """A checkpoint runs a call without a graph, and then again with one."""
+    T = fewest_steps[True] + beyond - 1
+    module, x = tritonrnn.RNN(3, 5, 2, dropout=0.5), torch.randn(T, 2, 3)
+    outputs = []
+    for wants in (False, True):
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(wants):
+            outputs.append(module(x, lengths=torch.tensor([T, 1]))[0])
+    torch.testing.assert_close(*outputs)
+
+
 # One step: whether a sequence has it, or starts anew in it, is a matter of its hx.
 
 STEPS = {
@@ -154,5 +167,7 @@ def test_one_step_is_judged_by_the_kernel_that_it_would_launch(given, monkeypatc
 
     choose = validation.choose
     monkeypatch.setattr(validation, "choose", recorded)
-    tritonrnn.RNN(3, 5)(torch.randn(1, 3, 3), **STEPS[given])
+    # Where kernels may serve.
+    with tritonrnn.backend("auto"):
+        tritonrnn.explain(tritonrnn.RNN(3, 5), torch.randn(1, 3, 3), **STEPS[given])
     assert asked == [True]

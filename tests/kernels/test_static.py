@@ -350,7 +350,7 @@ def test_fp32_compiles_for_amd_devices_without_tf32():
             "    for name in ('resident', 'stepwise'):\n"
             "        plan = PLANS[name](problem, device)\n"
             "        compiled = compile_case(CompileCase('fp32', problem, 'padded', True, plan))\n"
-            "        print(compiled.shared_bytes <= plan.shared_bytes)",
+            "        print(compiled.kernel.metadata.shared <= plan.shared_bytes)",
         ]
     )
     assert fits.split() == ["True"] * 4

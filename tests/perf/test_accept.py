@@ -247,7 +247,7 @@ def test_launches_are_of_every_plan(plan, monkeypatch):
 
 
 def test_launches_run(monkeypatch):
-    monkeypatch.setattr(launches, "OTHERS_HIDDEN", 10)
+    monkeypatch.setitem(launches.HIDDEN, "resident", 10)
     monkeypatch.setattr(launches, "LAYOUTS", {"packed": launches.LAYOUTS["packed"]})
     monkeypatch.setattr(launches, "EPILOGUES", ("tanh", "tanh_grad"))
     monkeypatch.setattr(launches, "DTYPES", (torch.bfloat16,))

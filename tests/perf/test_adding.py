@@ -48,9 +48,9 @@ def test_portions_hold_all_batches_once_and_repeat_for_a_seed():
         for seed in (0, 0, 1)
     )
     assert len(first) == 100
-    assert all(torch.equal(a.input, b.input) for a, b in zip(first, again))
-    assert not torch.equal(first[0].input, other[0].input)
-    assert len({float(batch.sums[0]) for batch in first}) == 100
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again))
+    assert not torch.equal(first[0][0], other[0][0])
+    assert len({float(sums[0]) for _, sums in first}) == 100
 
 
 def test_adder_starts_as_the_identity():

@@ -237,7 +237,7 @@ def test_targets_of_the_cpu_are_judged_if_every_case_is_there():
 
 def test_static_rows_have_the_names_of_today():
     path = RESULTS / "static/sm_90.jsonl"
-    [*rows] = tables.read_lines(path)
+    [*rows] = tables.read_rows(path)
     assert {row["interleave"] for row in rows} == {1, 2}
     assert not any("turns" in row for row in rows)
 

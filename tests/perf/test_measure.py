@@ -16,11 +16,11 @@ from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 import tritonrnn
 from perf.bench import memory, telemetry, timing
 from perf.bench.cases import LENGTHS, Case, Workload
-from perf.bench.check import max_relative_error
+from perf.bench.check import max_relative_error, results_of
 from perf.bench.failures import Row, failure, raise_if_gpu_is_lost
-from perf.bench.measure import Measurement, Settings, make_job
+from perf.bench.measure import Measurement, Settings
 from perf.bench.switches import cudnn_off, set_precision
-from perf.bench.timing import EventClock, Job, WallClock, time_in_rounds
+from perf.bench.timing import EventClock, Job, WallClock, make_job, time_in_rounds
 from perf.peers import PEERS, find
 from perf.peers.loops import WrittenOut
 from perf.peers.ours import forced_plan
@@ -240,8 +240,8 @@ def test_footprint_counts_peak_and_what_stays():
         _ = [torch.empty(2**20, dtype=torch.uint8) for _ in range(3)]
         return torch.empty(2**18, dtype=torch.uint8)
 
-    found, result = memory.footprint(call, kept.device)
-    assert isinstance(result, torch.Tensor)
+    found = memory.footprint(call, kept.device)
+    assert isinstance(found.result, torch.Tensor)
     assert found.peak_bytes == 3 * 2**20 + 2**18
     assert found.alive_bytes == 2**18
 
@@ -258,9 +258,9 @@ def test_saved_bytes_of_a_loop_are_those_of_its_states():
     # output. So the drive and every state stay, less what the caller gets.
     case = Case(T=64, B=16, I=8, H=32)
     runner, workload = build(case, "loop")
-    found, results = memory.footprint(make_job(runner, workload, "fwd").call, torch.device("cpu"))
-    assert isinstance(results, tuple)
-    saved = found.alive_bytes - memory.unique_bytes(results)
+    found = memory.footprint(make_job(runner, workload, "fwd").call, torch.device("cpu"))
+    assert isinstance(found.result, tuple)
+    saved = found.alive_bytes - memory.unique_bytes(found.result)
     state_bytes = case.T * case.B * case.H * 4
     assert state_bytes <= saved <= 1.2 * state_bytes
 
@@ -294,7 +294,7 @@ def test_peers_compute_what_float64_does(name, nonlinearity, layout):
     assert all(row["max_rel_err"] <= 8 * 2.0**-23 for row in rows.values())
     # In training, the gradients of the input and of four tensors for each layer and direction too.
     runner, workload = build(case, name)
-    assert len(runner.results(workload, trains=True)) == 2 + 1 + 16
+    assert len(results_of(runner, workload, True)) == 2 + 1 + 16
 
 
 def test_largest_error_shows_one_wrong_element():

@@ -23,7 +23,7 @@ from perf.bench import sweep as sweep_module
 from perf.bench.measure import Settings
 from perf.bench.run import run
 from perf.bench.sweep import Sweep, Unit
-from perf.bench.worker import Begun
+from perf.bench.worker import Begun, Worker
 from perf.report import schema, tables
 
 CHECKOUT = Path(__file__).parents[2]
@@ -109,7 +109,7 @@ def test_csv_and_parquet_hold_what_the_lines_hold(smoke):
 
 @pytest.mark.slow
 def test_every_column_is_in_the_schema_and_documented(smoke):
-    [*rows] = tables.read_lines(smoke / "rows.jsonl")
+    [*rows] = tables.read_rows(smoke / "rows.jsonl")
     assert {name for row in rows for name in row} <= set(schema.NAMES)
     document = invoke("schema").output
     assert all(f"`{name}`" in document for name in schema.NAMES)
@@ -187,13 +187,13 @@ def test_killed_sweep_goes_on_where_it_was(tmp_path):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    measured = tables.read_lines(path)
+    measured = tables.read_rows(path)
     assert len(measured) == 1
     # As if it had been killed within a line.
     with path.open("a") as file:
         file.write('{"case_id": "T4-')
     assert sweep(tmp_path, *axes_given).exit_code == 0
-    rows = tables.read_lines(path)
+    rows = tables.read_rows(path)
     assert rows[: len(measured)] == measured
     assert sorted(row["T"] for row in rows) == [3, 4]
     # The baseline ran beside it every time, although its rows were not asked for.
@@ -316,13 +316,14 @@ def test_cpu_command_measures_the_preset_and_prints_the_speedups(tmp_path, monke
 def test_short_sequences_share_a_process_until_one_ends_it(tmp_path, monkeypatch):
     tiny = presets.grid(T=(1, 3), B=2, H=4, mode="infer", layout=("lengths", "cell"))
     monkeypatch.setitem(presets.PRESETS, "short", (tiny,))
-    start, started = sweep_module.worker, []
+    started = []
 
-    def counting():
-        started.append(1)
-        return start()
+    class Counted(Worker):
+        def __init__(self) -> None:
+            super().__init__()
+            started.append(1)
 
-    monkeypatch.setattr(sweep_module, "worker", counting)
+    monkeypatch.setattr(sweep_module, "Worker", Counted)
     result = invoke("cpu", "--short", *QUICK, "--out", str(tmp_path / "short"))
     assert result.exit_code == 0, result.output
     assert len(started) == 1
@@ -333,14 +334,8 @@ def test_short_sequences_share_a_process_until_one_ends_it(tmp_path, monkeypatch
     given = {"layout": "padded", "T": "3,4", "mode": "infer"}
     names = ["nn_aten", "tests.support.faulty_peers:Dies", "tritonrnn"]
     units = presets.units("smoke", given, names, "cpu")
-    rows = run(
-        units,
-        tmp_path / "faulty",
-        Settings(2, 0.0, threads=1),
-        device="cpu",
-        timeout_s=120.0,
-        one_process=True,
-    )
+    settings = Settings(2, 0.0, threads=1, timeout_s=120.0, one_process=True)
+    rows = run(units, tmp_path / "faulty", settings, "cpu")
     assert Counter(row["status"] for row in rows) == {"ok": 4, "error": 2}
     # Each case: one that died, and one for the rest, which the next case begins with.
     assert len(started) == 3

@@ -89,7 +89,7 @@ def main() -> None:
         row = static.row(case, compiled) | {
             "num_stages": case.plan.num_stages,
             "precision": case.plan.precision,
-            "is_cooperative_launch": bool(compiled.is_cooperative_launch),
+            "is_cooperative_launch": bool(compiled.kernel.metadata.launch_cooperative_grid),
         }
         if not case.plan.device.is_amd:
             row |= {"sass": compiled.sass, "step_sass": compiled.step_sass}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,11 +64,14 @@ def forward(
     train = dropout > 0 or torch.is_grad_enabled()
     settings = has_biases, len(layers), dropout, train, bidirectional
     run = torch.rnn_tanh if nonlinearity == "tanh" else torch.rnn_relu
-    with _ignoring_scattered_weights() if input.is_cuda else nullcontext():
-        if seq_metadata is not None:
-            results = run(input, seq_metadata, initial, weights, *settings)
-        else:
-            results = run(input, initial, weights, *settings, layout == "batch_major")
+    arguments: tuple[Any, ...] = input, initial, weights, *settings, layout == "batch_major"
+    if seq_metadata is not None:
+        arguments = input, seq_metadata, initial, weights, *settings
+    if input.is_cuda:
+        with _ignoring_scattered_weights():
+            results = run(*arguments)
+    else:
+        results = run(*arguments)
     # torch found out whether any source requires a gradient.
     if not (results[0].requires_grad and is_differentiated_once(input) and dropout == 0):
         return results

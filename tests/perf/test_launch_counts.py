@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from perf.__main__ import app
-from perf.bench import launches
+from perf.bench import launch_counts
 from tritonrnn.ragged import RaggedLayout
 
 # For one direction and two, each without hx and with it: forward and backward with new lengths,
@@ -46,19 +46,26 @@ EXPECTED = {
 
 @pytest.mark.parametrize(("layout", "dtype"), EXPECTED, ids="-".join)
 def test_layer_launches_no_more_than_it_did(layout, dtype):
-    listed = [launches.launches(layout, dtype, hx, D) for D, hx in product((1, 2), (False, True))]
+    listed = [
+        launch_counts.launches(layout, dtype, hx, D) for D, hx in product((1, 2), (False, True))
+    ]
     found = [tuple(len(names) for names in passes.values()) for passes in listed]
     assert found == EXPECTED[layout, dtype], listed
 
 
 def test_every_layout_and_dtype_is_counted():
-    assert list(EXPECTED) == list(product(launches.LAYOUTS, launches.DTYPES))
+    assert list(EXPECTED) == list(product(launch_counts.LAYOUTS, launch_counts.DTYPES))
 
 
-@pytest.mark.parametrize("length", [-1, launches.T + 1])
+@pytest.mark.parametrize("length", [-1, launch_counts.T + 1])
 def test_lengths_on_the_gpu_are_checked_there(length):
-    with launches.counting(), pytest.raises(RuntimeError, match=f"index {length} is out of bounds"):
-        RaggedLayout.padded(launches.T, 2, False, launches.on_gpu(torch.tensor([1, length])))
+    with (
+        launch_counts.counting(),
+        pytest.raises(RuntimeError, match=f"index {length} is out of bounds"),
+    ):
+        RaggedLayout.padded(
+            launch_counts.T, 2, False, launch_counts.on_gpu(torch.tensor([1, length]))
+        )
 
 
 @pytest.mark.slow
