@@ -60,6 +60,7 @@ def test_adder_starts_as_the_identity():
     assert adder.rnn.nonlinearity == "relu"
 
 
+@pytest.mark.slow
 def test_adding_command_learns_alike_and_draws(tmp_path):
     """Train until the loss is below that of always answering 1."""
     result = invoke("--steps", "200", "--T", "12", "--hidden", "32", "--out", str(tmp_path))
