@@ -32,18 +32,14 @@ class Outcomes:
     """Collect the outcomes of marked tests, as a plugin of pytest.
 
     Attributes:
-        cells: The outcomes of the tests of each row and column.
-        places: The place of the first test of each row among all tests.
+        tests: Of each test its row, column, place among all tests, cell, and why it is not "yes".
         said: What the mark of a row says of its columns: "yes" where it says nothing.
-        reasons: Why a row and column is not "yes".
         are_as_said: Whether every test did what its mark says.
     """
 
     def __init__(self) -> None:
-        self.cells: dict[tuple[str, str], set[str]] = {}
-        self.places: dict[str, int] = {}
+        self.tests: list[tuple[str, str, Any, str, str]] = []
         self.said: dict[str, dict[str, str]] = {}
-        self.reasons: dict[tuple[str, str], str] = {}
         self.are_as_said = True
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -53,10 +49,7 @@ class Outcomes:
             if name == "feature" and (report.when == "call" or not report.passed):
                 row, column, place, self.said[row] = feature
                 cell = _cell(report, self.said[row].get(column, "yes"))
-                self.cells.setdefault((row, column), set()).add(cell)
-                self.places[row] = min(place, self.places.get(row, place))
-                if not cell.startswith(("yes", "not tried")):
-                    self.reasons.setdefault((row, column), _reason(report))
+                self.tests.append((row, column, place, cell, _reason(report)))
 
     def markdown(self, differences: bool = False) -> str:
         """Return the table, whole or where we differ, and below it why a cell is not "yes".
@@ -64,20 +57,22 @@ class Outcomes:
         A cell is "yes" if each of its tests passed, and what the mark says if there is none. We
         differ from torch.nn.RNN in what one of both can't do; these rows come first.
         """
-        rows: list[tuple[int, list[str]]] = []
-        for row in sorted(self.places, key=self.places.__getitem__):
-            said = {(row, column): {cell} for column, cell in self.said.get(row, {}).items()}
-            known = said | self.cells
-            cells = [_worst(known.get((row, column), {"no test"})) for column in COLUMNS]
-            differs = len({cell.startswith("yes") for cell in cells}) > 1
-            rows.append((cells[1].startswith("not tried") - differs, [row, *cells]))
-        rows.sort(key=lambda row: row[0])
-        chosen = [row for order, row in rows if order < 0 or not differences]
-        table = pd.DataFrame(chosen, columns=["", *COLUMNS.values()])
+        names = ["row", "column", "place", "cell", "reason"]
+        tests = pd.DataFrame(self.tests, columns=names).sort_values("place")
+        cells = tests.groupby(["row", "column"])["cell"].agg(_worst).unstack()
+        cells = cells.reindex(index=tests["row"].unique(), columns=list(COLUMNS))
+        cells = cells.fillna(pd.DataFrame(self.said).T).fillna("no test")
+        can = cells.apply(lambda column: column.str.startswith("yes"))
+        differs = can.nunique(axis=1) > 1
+        order = cells["torch"].str.startswith("not tried").astype(int) - differs
+        order = (order[order < 0] if differences else order).sort_values(kind="stable")
+        table = cells.loc[order.index].rename(columns=COLUMNS).reset_index(names="")
         lines = [table.to_markdown(index=False), "", "Why not:", ""]
-        for row, column in itertools.product(table[""], COLUMNS):
-            if (row, column) in self.reasons:
-                lines.append(f"- {COLUMNS[column]}, {row}: {self.reasons[row, column]}")
+        failed = tests[~tests["cell"].str.startswith(("yes", "not tried"))]
+        reasons = failed.groupby(["row", "column"])["reason"].first()
+        for row, column in itertools.product(order.index, COLUMNS):
+            if (row, column) in reasons:
+                lines.append(f"- {COLUMNS[column]}, {row}: {reasons[row, column]}")
         return "\n".join(lines)
 
 

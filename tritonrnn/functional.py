@@ -256,7 +256,7 @@ def _run(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
     """Run all layers on the path that was chosen."""
     is_aten = call.choice.plan == "aten"
     if is_aten and call.seq_metadata is not None and call.layout != "packed":
-        return _run_step(call, dropout)
+        return _run_with_lengths(call, dropout)
     data, hx, layers = _prepared(call)
     # A second derivative runs the layers again, with the same masks, which cuDNN keeps to itself.
     # So each layer runs alone there, with masks of torch's. It does so without a graph as well, for
@@ -272,6 +272,7 @@ def _run(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
             call.nonlinearity,
             call.bidirectional,
             dropout,
+            call.B,
         )
     D = 2 if call.bidirectional else 1
     finals = []
@@ -284,15 +285,40 @@ def _run(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
     return data, finals[0] if len(finals) == 1 else torch.cat(finals)
 
 
-def _run_step(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
-    """Run the only step of a padded batch with lengths: a sequence has this token or none."""
+def _run_with_lengths(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
+    """Run a padded batch with lengths on torch's kernels."""
     assert call.seq_metadata is not None
+    is_single_step = call.data.shape[1 if call.layout == "batch_major" else 0] == 1
+    # Of one step, each sequence has it or none: no need to wait for lengths on a GPU.
+    if not is_single_step and bool(call.seq_metadata.all()):
+        return _run_packed(call, dropout)
+    # A sequence without a token gets one, of zeros, and what comes of that is dropped.
     absent = (call.seq_metadata.to(call.data.device) == 0)[:, None]
     rows = absent if call.layout == "time_major" else absent[:, None]
-    plain = call._replace(data=call.data.masked_fill(rows, 0), seq_metadata=None)
-    output, h_n = _run(plain, dropout)
+    call = call._replace(
+        data=call.data.masked_fill(rows, 0),
+        seq_metadata=None if is_single_step else call.seq_metadata.clamp(min=1),
+    )
+    output, h_n = _run(call, dropout)
     h_0 = h_n.new_zeros(()) if call.hx is None else call.hx.to(h_n.dtype)
     return output.masked_fill(rows, 0), torch.where(absent, h_0, h_n)
+
+
+def _run_packed(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
+    """Run a padded batch on the CPU, each sequence of which has a token, in packed form."""
+    assert call.seq_metadata is not None
+    batch_first = call.layout == "batch_major"
+    b = 0 if batch_first else 1
+    lengths, order = call.seq_metadata.long().sort(descending=True)
+    rows, batch_sizes = torch._pack_padded_sequence(
+        call.data.index_select(b, order), lengths, batch_first
+    )
+    packed = call._replace(data=rows, order=order, seq_metadata=batch_sizes, layout="packed")
+    rows, h_n = _run(packed, dropout)
+    T = call.data.shape[1 - b]
+    output, _ = torch._pad_packed_sequence(rows, batch_sizes, batch_first, 0.0, T)
+    given = order.argsort()
+    return output.index_select(b, given), h_n.index_select(1, given)
 
 
 def _prepared(call: Call) -> tuple[Tensor, Tensor | None, Sequence[Sequence[Tensor]]]:

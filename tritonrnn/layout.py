@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -69,24 +69,11 @@ class SequenceLayout:
         """Return the layout of a ``PackedSequence``'s data: ``batch_sizes[t]`` rows for step t.
 
         Raises:
-            IndexError: ``batch_sizes`` is empty.
-            RuntimeError: it grows, has a value below 1, or does not add up to ``num_rows``.
-                (``torch.nn.RNN`` raises the same two, or silently drops rows or steps.)
+            IndexError, RuntimeError: what :func:`check_batch_sizes` raises.
         """
-        sizes = tuple(batch_sizes)
-        if not sizes:
-            raise IndexError("Expected batch_sizes of a PackedSequence to be non-empty")
-        if sizes[-1] < 1 or any(later > earlier for earlier, later in pairwise(sizes)):
-            raise RuntimeError(
-                "Expected batch_sizes of a PackedSequence to be positive and never to grow, "
-                f"got {abridged(sizes)}"
-            )
-        if sum(sizes) != num_rows:
-            raise RuntimeError(
-                f"Expected batch_sizes of a PackedSequence to add up to its {num_rows} rows, "
-                f"got {sum(sizes)}"
-            )
-        return cls(len(sizes), sizes[0], num_rows, batch_sizes=sizes)
+        sizes = list(batch_sizes)
+        check_batch_sizes(sizes, num_rows)
+        return cls(len(sizes), sizes[0], num_rows, batch_sizes=tuple(sizes))
 
     @classmethod
     def of_packed(cls, batch_sizes: Tensor, num_rows: int) -> SequenceLayout:
@@ -218,7 +205,15 @@ class SequenceLayout:
 
     @cached_property
     def _last_rows(self) -> Tensor:
-        return self.batch_base + self.time_base[self.lengths - 1]
+        assert self.batch_sizes is not None
+        # In Python: a batch of tens of sequences has them before torch has begun three operations.
+        rows: list[int] = []
+        end = self.N
+        for size in reversed(self.batch_sizes):
+            start = end - size
+            rows += range(start + len(rows), end)
+            end = start
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def empty(self, device: torch.device) -> Tensor | None:
         """Return which sequences have no token, ``[B]`` bool, or None if all have one."""
@@ -321,6 +316,29 @@ class PackedForm(NamedTuple):
     rows: Tensor
     order: Tensor
     layout: SequenceLayout
+
+
+def check_batch_sizes(batch_sizes: list[int], num_rows: int) -> None:
+    """Check that batch_sizes describe the rows of a ``PackedSequence``.
+
+    Raises:
+        IndexError: ``batch_sizes`` is empty.
+        RuntimeError: it grows, has a value below 1, or does not add up to ``num_rows``.
+            (``torch.nn.RNN`` raises the same two, or silently drops rows or steps.)
+    """
+    if not batch_sizes:
+        raise IndexError("Expected batch_sizes of a PackedSequence to be non-empty")
+    # Sorting what is sorted takes less than a comparison of each pair in Python.
+    if batch_sizes[-1] < 1 or batch_sizes != sorted(batch_sizes, reverse=True):
+        raise RuntimeError(
+            "Expected batch_sizes of a PackedSequence to be positive and never to grow, "
+            f"got {abridged(batch_sizes)}"
+        )
+    if sum(batch_sizes) != num_rows:
+        raise RuntimeError(
+            f"Expected batch_sizes of a PackedSequence to add up to its {num_rows} rows, "
+            f"got {sum(batch_sizes)}"
+        )
 
 
 def abridged(values: Sequence[int]) -> str:

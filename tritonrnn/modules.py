@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -213,12 +213,14 @@ def weights_of(module: RNN) -> list[Tensor]:
         module._update_flat_weights()
     if module._flat_weight_refs:
         return module.__dict__[_ASSIGNED]
+    return _weights(module, module._flat_weights_names)
+
+
+def _weights(module: nn.Module, names: Sequence[str]) -> list[Any]:
+    """Return the attributes of a module that are weights, or None."""
     # A module looks up an attribute that is a parameter last, and in Python.
     parameters = module._parameters
-    return [
-        parameters[name] if name in parameters else getattr(module, name)  # type: ignore[misc]
-        for name in module._flat_weights_names
-    ]
+    return [parameters[n] if n in parameters else getattr(module, n) for n in names]
 
 
 def nonlinearity_of(module: RNN) -> str:
@@ -262,17 +264,8 @@ class RNNCell(nn.RNNCell):
         """
         if isinstance(input, Proxy) and _is_leaf(self, input.tracer):
             return _call_in_graph(self, input, hx)
-        if functional.is_torchs_cell():
-            return nn.RNNCell.forward(self, input, hx)
-        return functional.rnn_cell(
-            input,
-            hx,
-            self.weight_ih,
-            self.weight_hh,
-            self.bias_ih,
-            self.bias_hh,
-            nonlinearity=self.nonlinearity,
-        )
+        weights = _weights(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        return functional.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity)
 
 
 # torch.fx doesn't trace into torch.nn's modules, which it knows by where they are defined: a call

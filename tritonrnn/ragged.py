@@ -80,12 +80,7 @@ class RaggedLayout(SequenceLayout):
         lengths = lengths.detach().to(torch.int64)
         longest = T
         if lengths.device.type == "cpu":
-            longest = int(lengths.max()) if B else 0
-            if longest > T or (B and int(lengths.min()) < 0):
-                raise ValueError(
-                    f"Expected lengths from 0 to the {T} steps of the input, "
-                    f"got {abridged(lengths.tolist())}"
-                )
+            longest = longest_of(lengths, T)
         elif B:
             # Reading them here would wait. The device checks that each is an index of T + 1 steps,
             # and the next call that waits for it raises.
@@ -245,21 +240,31 @@ class RaggedLayout(SequenceLayout):
     def packed_form(self) -> PackedForm:
         """Return the tokens as a ``PackedSequence`` holds them. Waits for the device."""
         device = self.lengths.device
-        ascending, order = self.lengths.cpu().sort(stable=True)
-        order = order.flip(0)
-        T = int(ascending[-1]) if self.B else 0
+        descending, order = self.lengths.cpu().sort(descending=True, stable=True)
+        T = int(descending[0]) if self.B else 0
         # The sequences that are longer than t have a token at t.
-        t = torch.arange(T, device="cpu")
-        batch_sizes = self.B - torch.searchsorted(ascending, t, right=True)
-        order = order[: int(batch_sizes[0]) if T else 0].to(device)
-        layout = SequenceLayout(
-            T, len(order), int(batch_sizes.sum()), batch_sizes=tuple(batch_sizes.tolist())
-        )
-        row = torch.arange(layout.N, device="cpu")
-        rank = row - layout.time_base.repeat_interleave(batch_sizes)
-        t = t.repeat_interleave(batch_sizes)
+        has_token = torch.arange(T, device="cpu")[:, None] < descending
+        t, rank = has_token.nonzero(as_tuple=True)
+        batch_sizes = tuple(has_token.sum(1).tolist())
+        order = order[: batch_sizes[0] if T else 0].to(device)
+        layout = SequenceLayout(T, len(order), len(t), batch_sizes=batch_sizes)
         rows = self.batch_base[order[rank.to(device)]] + t.to(device) * self.stride
         return PackedForm(rows, order, layout)
+
+
+def longest_of(lengths: Tensor, T: int) -> int:
+    """Return the largest of the lengths of a padded batch, which are on the CPU.
+
+    Raises:
+        ValueError: one is outside 0 to T.
+    """
+    values = lengths.tolist()
+    longest: int = max(values, default=0)
+    if longest > T or min(values, default=0) < 0:
+        raise ValueError(
+            f"Expected lengths from 0 to the {T} steps of the input, got {abridged(values)}"
+        )
+    return longest
 
 
 def layout_of(

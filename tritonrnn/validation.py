@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,16 +13,16 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function
 
 from tritonrnn.dispatch import (
-    Backend,
     Choice,
-    asked_where_sizes_decide,
+    asked_where_steps_decide,
     choose,
-    choose_now,
+    choose_by_steps,
     current_backend,
 )
+from tritonrnn.layout import check_batch_sizes
 from tritonrnn.memo import is_traced, take
 from tritonrnn.nested import jagged_parts
-from tritonrnn.ragged import layout_of
+from tritonrnn.ragged import layout_of, longest_of
 
 
 class Call(NamedTuple):
@@ -35,7 +35,9 @@ class Call(NamedTuple):
             is the same.
         weights: each layer's, in the order of ``torch.nn.RNN``.
         seq_metadata, reset: as :func:`tritonrnn.ragged.layout_of` takes them: copies, which nobody
-            changes between the forward and the backward pass.
+            changes between the forward and the backward pass, unless torch's own kernels serve on
+            a CPU, which have read them when the call returns.
+        B: how many sequences the caller has, or None if nobody knows yet.
         layout: "time_major", "batch_major", "packed" or "jagged".
         nonlinearity: "tanh" or "relu".
         bidirectional: whether G is 2.
@@ -49,6 +51,7 @@ class Call(NamedTuple):
     weights: Sequence[Sequence[Tensor]]
     seq_metadata: Tensor | None
     reset: Tensor | None
+    B: int | None
     layout: str
     nonlinearity: str
     bidirectional: bool
@@ -89,27 +92,34 @@ def check(
     if isinstance(input, PackedSequence):
         layout = "packed"
         data, seq_metadata, order, _ = input
+        _check_form_of_batch_sizes(seq_metadata)
+        # Without the number of rows, which differs from call to call.
+        shape = seq_metadata.shape + data.shape[1:]
     elif isinstance(input, Tensor) and input.is_nested:
         layout = "jagged"
         data, seq_metadata = jagged_parts(input)
+        shape = data.shape
     else:
         data = input
         if data.dim() == 3 and batch_first:
             layout = "batch_major"
+        shape = data.shape
     is_autocast = torch._C._is_any_autocast_enabled()
     asked = None
     if (
-        lengths is None
-        and reset is None
+        reset is None
         and type(data) is Tensor
-        and (layout == "time_major" or layout == "batch_major")
+        and (seq_metadata is None or (type(seq_metadata) is Tensor and seq_metadata.is_cpu))
+        and layout != "jagged"
         and not is_autocast
         and not has_torch_function(weights)
     ):
-        asked = asked_where_sizes_decide(data.device, data.dtype)
-    forms = (
+        asked = asked_where_steps_decide(data)
+    # Most calls are like one before.
+    check_forms = _check_forms if asked is None else _check_forms_once
+    check_forms(
         layout,
-        (data.shape, data.dtype, data.device),
+        (shape, data.dtype, data.device),
         None if hx is None else hx.dim(),
         tuple([(weight.shape, weight.dtype, weight.device) for weight in weights]),
         nonlinearity,
@@ -118,40 +128,41 @@ def check(
         dropout,
         is_autocast,
     )
-    # Most calls are like one before.
-    choice = None
-    if asked is not None:
-        needs_grad = torch.is_grad_enabled() and _any_requires_grad(data, hx, weights)
-        choice = _checked_choice(asked, needs_grad, forms)
-    else:
-        _check_forms(*forms)
     each = len(weights) // num_layers
     layers = [weights[i : i + each] for i in range(0, len(weights), each)]
     if lengths is not None:
         _check_padded_only("lengths", lengths, layout)
     if reset is not None:
         _check_padded_only("reset", reset, layout)
-    if layout == "packed":
-        assert seq_metadata is not None
-        _check_batch_sizes(seq_metadata)
-    elif data.dim() == 2 and layout == "time_major":
+    if layout == "time_major" and len(shape) == 2:
         if lengths is not None:
             raise ValueError("lengths is of a batch of sequences, but the input is unbatched")
         reset = None if reset is None else _unbatched_reset(reset, data)
         data, hx = data.unsqueeze(1), None if hx is None else hx.unsqueeze(1)
+    is_packable = False
     if lengths is not None:
         _check_lengths(lengths, data.shape[1 if layout == "time_major" else 0])
+        is_packable = _is_packable(data, lengths, reset, num_layers, dropout)
     if reset is not None:
         _check_reset(reset, data)
-    seq_metadata = None if seq_metadata is None else _taken(seq_metadata)
-    reset = None if reset is None else _taken(reset)
     G, H = 2 if bidirectional else 1, weights[1].shape[0]
-    if choice is None or hx is not None:
-        T, B, parent_B, is_ragged = _sizes(layout, data, seq_metadata, reset, hx)
-    if hx is not None:
-        _check_hx(hx, (num_layers * G, parent_B, H), data, is_autocast)
     dtype = compute_dtype(data) if is_autocast else data.dtype
-    if choice is None:
+    if asked is not None:
+        T, parent_B = data.shape[:2] if layout != "batch_major" else (data.shape[1], data.shape[0])
+        is_ragged = lengths is not None and T > 1 and not is_packable
+        if lengths is not None:
+            T = longest_of(lengths, T)
+        elif layout == "packed":
+            T = shape[0]
+        needs_grad = torch.is_grad_enabled() and _any_requires_grad(data, hx, weights)
+        is_mapped = seq_metadata is not None
+        choice = choose_by_steps(asked, data.device, dtype, T, G, is_mapped, is_ragged, needs_grad)
+        if seq_metadata is not None:
+            seq_metadata, parent_B = _read(layout, data, seq_metadata, choice)
+    else:
+        seq_metadata = None if seq_metadata is None else _taken(seq_metadata)
+        reset = None if reset is None else _taken(reset)
+        T, B, parent_B, is_ragged = _sizes(layout, data, seq_metadata, reset, hx)
         choice = choose(
             data.device,
             dtype,
@@ -163,7 +174,7 @@ def check(
             L=num_layers,
             nonlinearity=nonlinearity,
             mapped=seq_metadata is not None or reset is not None,
-            ragged=is_ragged,
+            ragged=is_ragged and not is_packable,
             hx=hx is not None,
             needs_grad=_needs_grad(data, hx, weights),
             may_try=may_try and not torch.compiler.is_compiling() and not is_traced(data),
@@ -173,6 +184,8 @@ def check(
             if current_backend() == "triton":
                 raise RuntimeError(f"the triton back end can't serve this call: {reason}")
             choice = Choice("torch", "aten", reason)
+    if hx is not None:
+        _check_hx(hx, (num_layers * G, parent_B, H), data, is_autocast)
     return Call(
         data,
         hx,
@@ -180,6 +193,7 @@ def check(
         layers,
         seq_metadata,
         reset,
+        None if asked is None else parent_B,
         layout,
         nonlinearity,
         bidirectional,
@@ -246,24 +260,7 @@ def _check_forms(
             )
 
 
-@functools.lru_cache(maxsize=1024)
-def _checked_choice(asked: Backend, needs_grad: bool, forms: tuple[Any, ...]) -> Choice:
-    """Check the forms of a padded call, and choose by them, where nothing else decides."""
-    _check_forms(*forms)
-    layout, (shape, dtype, device), _, weights, nonlinearity, L, bidirectional, *_ = forms
-    T, B = shape[:2] if layout == "time_major" else (shape[1], shape[0])
-    return choose_now(
-        asked,
-        device,
-        dtype,
-        T=T,
-        B=B if len(shape) == 3 else 1,
-        G=2 if bidirectional else 1,
-        H=weights[1][0][0],
-        L=L,
-        nonlinearity=nonlinearity,
-        needs_grad=needs_grad,
-    )
+_check_forms_once = functools.lru_cache(maxsize=1024)(_check_forms)
 
 
 def _check_data(data: Form, w_ih: Form, dim: int, is_autocast: bool) -> None:
@@ -345,7 +342,7 @@ def _check_padded_only(name: str, given: Tensor, layout: str) -> None:
         )
 
 
-def _check_batch_sizes(batch_sizes: Tensor) -> None:
+def _check_form_of_batch_sizes(batch_sizes: Tensor) -> None:
     if batch_sizes.dtype.is_floating_point and torch.compiler.is_compiling():
         raise RuntimeError(
             "torch can't trace pack_padded_sequence. Call the RNN on the padded batch instead, "
@@ -369,6 +366,24 @@ def _check_lengths(lengths: Tensor, B: int) -> None:
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+def _is_packable(
+    data: Tensor, lengths: Tensor, reset: Tensor | None, num_layers: int, dropout: float
+) -> bool:
+    """Return whether torch's own kernels can serve a padded batch with lengths, if it is packed.
+
+    Masks of dropout would be drawn for other rows than on the in-place path, and a checkpoint may
+    run a call without a graph on the one and again with a graph on the other.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and data.is_cpu
+        and not is_traced(data)
+        and reset is None
+        and len(lengths) > 0
+        and (dropout == 0 or num_layers == 1)
+    )
+
+
 def _check_reset(reset: Tensor, data: Tensor) -> None:
     if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
         what = reset.dtype if isinstance(reset, Tensor) else type(reset).__qualname__
@@ -383,6 +398,19 @@ def _unbatched_reset(reset: Tensor, input: Tensor) -> Tensor:
     if isinstance(reset, Tensor) and reset.shape != input.shape[:1]:
         raise ValueError(f"Expected reset of shape ({len(input)},), got {tuple(reset.shape)}")
     return reset.unsqueeze(1) if isinstance(reset, Tensor) else reset
+
+
+def _read(layout: str, data: Tensor, seq_metadata: Tensor, choice: Choice) -> tuple[Tensor, int]:
+    """Check the values of sizes that are on the CPU. Return what to keep of them, and B."""
+    if choice.plan != "aten":
+        seq_metadata = take(seq_metadata)
+        return seq_metadata, layout_of(layout, data.shape[:-1], seq_metadata, None).B
+    # No copy: torch's own kernels have read the values when the call returns.
+    if layout != "packed":
+        return seq_metadata, seq_metadata.shape[0]
+    batch_sizes = seq_metadata.tolist()
+    check_batch_sizes(batch_sizes, data.shape[0])
+    return seq_metadata, batch_sizes[0]
 
 
 def _sizes(

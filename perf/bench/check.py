@@ -6,14 +6,16 @@ measured beside it, whichever peers are asked for.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perf.bench.cases import DTYPES, Case, Workload
 from perf.bench.failures import raise_if_gpu_is_lost
+from perf.bench.timing import make_job
 from perf.peers.peer import Runner
 
 ALLOWED_ERRORS = 2.0
@@ -22,19 +24,13 @@ ALLOWED_ROUNDINGS = 8
 
 
 class Check:
-    """Judge the results of one case.
-
-    Args:
-        case: What is run.
-        drawn: The input and the cotangents, in float32 on the CPU.
-        seed: Seed of the weights.
-    """
+    """Judge the results of one case, of an input and cotangents drawn on the CPU in float32."""
 
     def __init__(self, case: Case, drawn: Workload, seed: int) -> None:
         self._case, self._drawn, self._seed = case, drawn, seed
         # Of inference, and of training.
-        self._exact = functools.cache(functools.partial(self._nn_results, torch.float64))
-        self.tolerance = functools.cache(self._tolerance)
+        self._exact = cache(partial(self._nn_results, torch.float64))
+        self.tolerance = cache(self._tolerance)
 
     def error(self, results: Sequence[Tensor], trains: bool) -> float:
         """Return the largest relative error of results, in training with all gradients."""
@@ -56,13 +52,21 @@ class Check:
         The inputs and weights have the values that a peer gets: rounded to the dtype of the case.
         """
         case, rounded = self._case, DTYPES[self._case.dtype]
-        module = case.make_module(nn.RNN, self._seed).to(rounded).to(case.device, dtype)
+        module = case.make_module(self._seed).to(rounded).to(case.device, dtype)
         workload = self._drawn.to(case.device, rounded).to(case.device, dtype)
         # A jagged batch is packed, because nn.RNN takes no nested tensor.
-        runner = Runner(
-            lambda tokens: workload.run_packed(module, tokens), list(module.parameters())
-        )
-        return runner.results(workload, trains=trains)
+        forward = partial(workload.run_packed, module)
+        return results_of(Runner(forward, list(module.parameters())), workload, trains)
+
+
+def results_of(runner: Runner, workload: Workload, trains: bool) -> list[Tensor]:
+    """Run a peer once; return the output, ``h_n``, and in training the gradients."""
+    job = make_job(runner, workload, "fwdbwd" if trains else "infer")
+    results: Any = job.call()
+    # Every parameter of an RNN contributes to its output.
+    gradients = [leaf.grad for leaf in job.leaves if leaf.grad is not None]
+    job.reset()
+    return [*(result.detach().clone() for result in results), *gradients]
 
 
 def max_relative_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

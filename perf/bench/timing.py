@@ -7,22 +7,28 @@ import math
 import statistics
 import time
 import timeit
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from random import Random
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from perf.bench.cases import Workload
+from perf.peers.peer import Context, Runner
+
 WARM_UP_CALLS = 3
-# Even a case that takes too long gets so many rounds, for its quantiles.
-LEAST_ROUNDS = 3
 # Several times the size of any L2 cache.
 CACHE_BYTES = 2**28
 
-Key = TypeVar("Key", bound=Hashable)
+# What is read of a GPU while it is measured; nothing is ever set.
+SENSORS = {
+    "sm_MHz": torch.cuda.clock_rate,
+    "power_W": lambda device: torch.cuda.power_draw(device) / 1e3,
+    "temp_C": torch.cuda.temperature,
+}
 
 
 def synchronized_time() -> float:
@@ -47,7 +53,7 @@ class Job:
 
     call: Callable[[], object]
     leaves: Sequence[Tensor] = ()
-    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    context: Context = nullcontext
 
     def reset(self) -> None:
         """Drop the gradients, so that the next call does not add to them."""
@@ -55,17 +61,36 @@ class Job:
             leaf.grad = None
 
 
-class Clock(Protocol):
-    """Takes one sample of one job."""
+def make_job(runner: Runner, workload: Workload, mode: str) -> Job:
+    """Return the job of a peer that a mode times."""
+    tokens = workload.tokens.detach().clone().requires_grad_(mode != "infer")
+    leaves = [tokens, *runner.parameters] if mode != "infer" else []
+    gradients = (workload.output_grad, workload.h_n_grad)
 
-    def sample_us(self) -> float:
-        """Return the microseconds of a call."""
+    def infer() -> object:
+        with torch.no_grad():
+            return runner.forward(tokens)
+
+    def train() -> object:
+        results = runner.forward(tokens)
+        torch.autograd.backward(results, gradients)
+        return results
+
+    if mode == "infer":
+        call: Callable[[], object] = infer
+    elif mode == "fwd":
+        call = lambda: runner.forward(tokens)  # noqa: E731
+    elif mode == "fwdbwd":
+        call = train
+    else:
+        with runner.context():
+            results = runner.forward(tokens)
+        call = lambda: torch.autograd.backward(results, gradients, retain_graph=True)  # noqa: E731
+    return Job(call, leaves, runner.context)
 
 
-class WallClock:
-    """Time calls one after the other on the host's clock, on any device; synchronise at the end.
-
-    Dropping the gradients is timed too, because it is part of a training step.
+class Clock(ABC):
+    """Take samples of one job.
 
     Args:
         job: What to time.
@@ -73,47 +98,43 @@ class WallClock:
     """
 
     def __init__(self, job: Job, seconds: float) -> None:
-        self._timer = timeit.Timer(
-            "call(); reset()",
-            timer=synchronized_time,
-            globals={"call": job.call, "reset": job.reset},
-        )
-        self._context = job.context
-        with self._context():
-            self._timer.timeit(WARM_UP_CALLS)
-            seconds_per_call = self._timer.timeit(WARM_UP_CALLS) / WARM_UP_CALLS
-        self._calls = max(1, math.ceil(seconds / seconds_per_call))
-
-    def sample_us(self) -> float:
-        """Return the microseconds of a call."""
-        with self._context():
-            return 1e6 * self._timer.timeit(self._calls) / self._calls
-
-
-class EventClock:
-    """Time each call on the GPU between two events, after flushing the L2 cache; take the median.
-
-    ``triton.testing.do_bench`` measures the same, but spends seven calls of every sample on finding
-    out how many calls to make.
-
-    Args:
-        job: What to time.
-        seconds: About how long a sample lasts, flushes included; it has at least one call.
-    """
-
-    def __init__(self, job: Job, seconds: float) -> None:
         self._job = job
-        self._times_us(WARM_UP_CALLS)
+        self._call_us(WARM_UP_CALLS)
         started = time.perf_counter()
-        self._times_us(WARM_UP_CALLS)
+        self._call_us(WARM_UP_CALLS)
         seconds_per_call = (time.perf_counter() - started) / WARM_UP_CALLS
         self._calls = max(1, math.ceil(seconds / seconds_per_call))
 
     def sample_us(self) -> float:
         """Return the microseconds of a call."""
-        return statistics.median(self._times_us(self._calls))
+        return self._call_us(self._calls)
 
-    def _times_us(self, calls: int) -> list[float]:
+    @abstractmethod
+    def _call_us(self, calls: int) -> float:
+        """Return the microseconds of one of so many calls."""
+
+
+class WallClock(Clock):
+    """Time calls one after the other on the host's clock, on any device; synchronise at the end.
+
+    Dropping the gradients is timed too, because it is part of a training step.
+    """
+
+    def _call_us(self, calls: int) -> float:
+        names = {"call": self._job.call, "reset": self._job.reset}
+        timer = timeit.Timer("call(); reset()", timer=synchronized_time, globals=names)
+        with self._job.context():
+            return 1e6 * timer.timeit(calls) / calls
+
+
+class EventClock(Clock):
+    """Time each call on the GPU between two events, after flushing the L2 cache; take the median.
+
+    ``triton.testing.do_bench`` measures the same, but spends seven calls of every sample on finding
+    out how many calls to make. The flushes count among the seconds of a sample.
+    """
+
+    def _call_us(self, calls: int) -> float:
         cache = cache_filler(torch.cuda.current_device())
         events = [
             (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
@@ -128,7 +149,7 @@ class EventClock:
                 after.record()
                 self._job.reset()
         torch.cuda.synchronize()
-        return [1e3 * before.elapsed_time(after) for before, after in events]
+        return statistics.median(1e3 * before.elapsed_time(after) for before, after in events)
 
 
 @functools.cache
@@ -143,10 +164,6 @@ class GraphClock(EventClock):
     The graph is captured on the current stream, which must not be the default one: autograd
     accumulates gradients on the stream that first used a parameter, and a capture allows that only
     if it is the captured stream.
-
-    Args:
-        job: What to capture.
-        seconds: About how long a sample lasts.
     """
 
     def __init__(self, job: Job, seconds: float) -> None:
@@ -163,45 +180,25 @@ class GraphClock(EventClock):
         self._captured = job
 
 
-def time_in_rounds(
-    clocks: Mapping[Key, Clock],
-    *,
-    rounds: int,
-    max_seconds: float,
-    random: Random,
-    before: Callable[[Key], None] = lambda key: None,
-    failed: Callable[[Key, Exception], None],
-) -> list[dict[Key, float]]:
-    """Take samples of several clocks in rounds.
+class Telemetry:
+    """Sample a GPU's state; do nothing on a CPU."""
 
-    If the machine slows down for a while, it slows every peer of a round; so ratios of times are
-    taken within a round.
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._samples: defaultdict[str, list[float]] = defaultdict(list)
 
-    Args:
-        clocks: What to sample.
-        rounds: Samples of each clock.
-        max_seconds: After this time no round begins, except the first few.
-        random: Draws the order of the clocks in each round.
-        before: Called with the key of a clock before each sample.
-        failed: Called with the key and the error of a clock that raised; it is not sampled again.
+    def sample(self) -> None:
+        """Read every sensor once; leave out those that fail, as some do in virtual machines."""
+        if self._device.type == "cuda":
+            for name, read in SENSORS.items():
+                # NVML may be missing, and has exceptions of its own.
+                with suppress(Exception):
+                    value = read(self._device)
+                    self._samples[name].append(value)
 
-    Returns:
-        For each round, the microseconds of a call by each clock.
-    """
-    running = dict(clocks)
-    samples: list[dict[Key, float]] = []
-    deadline = time.monotonic() + max_seconds
-    while len(samples) < rounds and (len(samples) < LEAST_ROUNDS or time.monotonic() < deadline):
-        sample = {}
-        for key in random.sample(list(running), len(running)):
-            before(key)
-            try:
-                sample[key] = running[key].sample_us()
-            except Exception as error:
-                del running[key]
-                failed(key, error)
-        samples.append(sample)
-    return [{key: sample[key] for key in running} for sample in samples]
+    def columns(self) -> dict[str, float]:
+        """Return the median of each sensor that was read."""
+        return {name: statistics.median(values) for name, values in self._samples.items()}
 
 
 def floor_us(seconds: float) -> float:

@@ -6,50 +6,34 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from perf.bench.cases import Case
 from perf.bench.failures import Row, failure
-from perf.bench.measure import Measurement, Settings
+from perf.bench.measure import Begun, Cell, Measurement, Settings
 from perf.roofline.model import GPU
 
 # Not for workers: Triton's interpreter is never timed, and each peer chooses its own back end.
 UNSET = ("TRITON_INTERPRET", "TRITONRNN_BACKEND")
+LOG_TAIL = 300
 
 
-@dataclass(frozen=True)
-class Request:
-    """Describe the work of a worker.
-
-    Attributes:
-        modes: The peers of each mode.
-    """
+class Request(NamedTuple):
+    """Describe the work of a worker: a case, its cells, and how to measure."""
 
     case: Case
-    modes: Mapping[str, Sequence[str]]
+    cells: tuple[Cell, ...]
     settings: Settings
     gpu: GPU | None
 
 
-@dataclass(frozen=True)
-class Begun:
-    """Report that a phase begins. If no message follows, it failed in this phase."""
-
-    peer: str
-    mode: str
-    phase: str
-
-
-@dataclass(frozen=True)
-class Ended:
+class Ended(NamedTuple):
     """Report the end, and the columns of every cell that has no row."""
 
     columns: Row
@@ -58,18 +42,43 @@ class Ended:
 Message = Begun | Row | Ended
 
 
-@dataclass(frozen=True)
 class Worker:
-    """Hold a process that measures.
+    """Start a process that measures.
 
     Attributes:
         pipe: Takes requests, one after the other, and returns the messages of each.
-        output: File of whatever a peer prints.
+        process: The process.
     """
 
-    pipe: Connection
-    process: BaseProcess
-    output: Path
+    def __init__(self) -> None:
+        context = get_context("spawn")
+        self.pipe, there = context.Pipe()
+        self._folder = tempfile.TemporaryDirectory()
+        self._output = Path(self._folder.name) / "output"
+        self.process = context.Process(target=serve, args=(there, self._output))
+        # Before it starts, because tritonrnn and Triton read them when they are imported.
+        unset = {name: os.environ.pop(name) for name in UNSET if name in os.environ}
+        self.process.start()
+        os.environ.update(unset)
+        there.close()
+
+    def last_words(self, phase: str) -> str:
+        """Return in a line how the process ended, in which phase, and what it printed at last."""
+        self.process.join()
+        code = self.process.exitcode or 0
+        ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        printed = self._output.read_text(errors="replace") if self._output.exists() else ""
+        return f"{ended} in: {phase}. {' '.join(printed[-LOG_TAIL:].split())}".strip()
+
+    def kill(self) -> None:
+        """Kill the process, and all that it started."""
+        assert self.process.pid is not None
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+        self._folder.cleanup()
 
 
 def serve(pipe: Connection, output: Path) -> None:
@@ -88,43 +97,15 @@ def serve(pipe: Connection, output: Path) -> None:
 
 def _measure(pipe: Connection, request: Request) -> Row:
     """Measure a case; return the columns of every cell that has no row."""
-    if request.settings.threads:
-        torch.set_num_threads(request.settings.threads)
+    case, cells, settings, gpu = request
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     try:
-        if request.case.on_gpu:
-            torch.cuda.set_device(torch.device(request.case.device))
+        if case.on_gpu:
+            torch.cuda.set_device(torch.device(case.device))
             # CUDA graphs can't be captured on the default stream, nor while work waits for it.
             torch.cuda.set_stream(torch.cuda.Stream())
-        Measurement(
-            request.case,
-            request.settings,
-            request.gpu,
-            begin=lambda *where: pipe.send(Begun(*where)),
-            emit=pipe.send,
-        ).run(request.modes)
+        Measurement(case, settings, gpu, pipe.send).run(cells)
     except Exception as exception:
         return failure(exception)
     return {"status": "error", "error": "the worker left it out"}
-
-
-@contextmanager
-def worker() -> Iterator[Worker]:
-    """Start a worker and yield it; kill it with all its processes."""
-    context = get_context("spawn")
-    here, there = context.Pipe()
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "output"
-        process = context.Process(target=serve, args=(there, output))
-        # Before it starts, because tritonrnn and Triton read them when they are imported.
-        unset = {name: os.environ.pop(name) for name in UNSET if name in os.environ}
-        process.start()
-        os.environ.update(unset)
-        there.close()
-        try:
-            yield Worker(here, process, output)
-        finally:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid or 0, signal.SIGKILL)
-            process.kill()
-            process.join()
-            here.close()

@@ -24,15 +24,14 @@ from rich.progress import track
 from triton.backends.compiler import GPUTarget
 
 from perf.compile import listing
-from perf.compile.listing import count, listing_of, time_loop
+from perf.compile.listing import count, time_loop
 from tritonrnn.kernels import launch
 from tritonrnn.kernels.devices import DEVICES, Device
-from tritonrnn.kernels.plan import PLANS, LaunchPlan, Problem
+from tritonrnn.kernels.plan import EPILOGUES, PLANS, LaunchPlan, Problem
 from tritonrnn.layout import SequenceLayout
 
 # GPUs that can be compiled for.
 ARCHS = [name for name, device in DEVICES.items() if not device.is_interpreter]
-EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
 # Up to what the largest shared memory holds. Round sizes, and odd ones between them: rows that are
 # no whole number of vectors are loaded and stored element by element, with other layouts and more
 # registers.
@@ -51,7 +50,8 @@ DTYPES = {
     "tf32": (torch.float32, True),
     "fp32": (torch.float32, False),
 }
-T = 1024
+T, B = 1024, 16
+PLAN_COLUMNS = ("epilogue", "block_h", "block_b", "num_warps", "interleave")
 # Steps of one iteration of a time loop, where that is not one.
 STEPS_A_LOOP = {"registers": 4}
 
@@ -90,23 +90,11 @@ class CompileCase:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One plan, compiled: the compiler's listings and what follows from them.
-
-    ``is_cooperative_launch``: whether the driver runs all programs at the same time or none.
-    """
+    """One plan, compiled: Triton's kernel, and what follows from the compiler's listing."""
 
     plan: LaunchPlan
-    shared_bytes: int
-    is_cooperative_launch: bool
+    kernel: Any
     compile_s: float
-    assembly: dict[str, Any]
-
-    @property
-    def resources(self) -> tuple[int, int]:
-        """Return the registers of a thread, and the bytes that a thread spills to memory."""
-        if self.plan.device.is_amd:
-            return listing.amd_resources(self.assembly["amdgcn"])
-        return listing.nvidia_resources(self._listing)
 
     @property
     def step_sass(self) -> list[str]:
@@ -118,22 +106,21 @@ class Compiled:
     @property
     def sass(self) -> list[str]:
         """Return the instructions of the kernel, each with its address."""
-        return listing.instructions(self._listing)
+        return listing.instructions(self.listing)
 
     @cached_property
-    def _listing(self) -> str:
-        return listing_of(self.assembly["cubin"])
+    def listing(self) -> str:
+        """Return AMD's assembly, or the resources and instructions of NVIDIA's kernel."""
+        asm = self.kernel.asm
+        return asm["amdgcn"] if self.plan.device.is_amd else listing.listing_of(asm["cubin"])
 
 
 def compile_case(case: CompileCase) -> Compiled:
     """Compile a plan as a launch would."""
     problem, plan, dtype = case.problem, case.plan, DTYPES[case.dtype][0]
     T, B, G, H = problem.T, problem.B, problem.G, problem.H
-    rows = (
-        SequenceLayout.time_major(T, B)
-        if case.layout == "padded"
-        else SequenceLayout.packed((B,) * T, T * B)
-    )
+    is_padded = case.layout == "padded"
+    rows = SequenceLayout.time_major(T, B) if is_padded else SequenceLayout.packed((B,) * T, T * B)
     backward = problem.epilogue.endswith("_grad")
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -159,13 +146,7 @@ def compile_case(case: CompileCase) -> Compiled:
             plan,
         ),
     )
-    return Compiled(
-        plan,
-        kernel.metadata.shared,
-        kernel.metadata.launch_cooperative_grid,
-        time.perf_counter() - started,
-        kernel.asm,
-    )
+    return Compiled(plan, kernel, time.perf_counter() - started)
 
 
 def compile_cases(
@@ -176,18 +157,17 @@ def compile_cases(
     epilogues: Iterable[str] = EPILOGUES,
     batches: Iterable[tuple[str, int, bool]] = BATCHES,
     plans: Iterable[str] = tuple(PLANS),
-    B: int = 16,
 ) -> list[CompileCase]:
     """Return every plan that fits the device, over a spread of shapes."""
     device = DEVICES[arch]
-    made = []
+    found = []
     for name, H, epilogue, (layout, G, has_v_0) in product(dtypes, sizes, epilogues, batches):
         dtype, tf32 = DTYPES[name]
         problem = Problem(T, B, G, H, launch.DTYPES[dtype], tf32, epilogue)
         for plan in (PLANS[choice](problem, device) for choice in plans):
             if plan is not None:
-                made.append(CompileCase(name, problem, layout, has_v_0, plan))
-    return made
+                found.append(CompileCase(name, problem, layout, has_v_0, plan))
+    return found
 
 
 def spread(cases: Iterable[CompileCase]) -> list[CompileCase]:
@@ -204,22 +184,6 @@ def spread(cases: Iterable[CompileCase]) -> list[CompileCase]:
     ]
 
 
-def table(wanted: Sequence[CompileCase], *, processes: int | None = None) -> pd.DataFrame:
-    """Compile every case and return one row each, in their order.
-
-    Args:
-        wanted: what to compile.
-        processes: that compile at the same time; as many as there are cores, if not given.
-    """
-    processes = processes or len(os.sched_getaffinity(0))
-    # New processes: what a fork would copy has threads, and the driver of this one.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(wanted)), context) as pool:
-        rows = pool.map(_compile_row, wanted)
-        progress = track(rows, "compiling", len(wanted), console=Console(stderr=True))
-        return pd.DataFrame(list(progress))
-
-
 def _compile_row(case: CompileCase) -> dict[str, Any]:
     # Otherwise a kernel from the cache would seem to compile in no time.
     triton.knobs.compilation.always_compile = True
@@ -229,7 +193,7 @@ def _compile_row(case: CompileCase) -> dict[str, Any]:
 def row(case: CompileCase, compiled: Compiled) -> dict[str, Any]:
     """Return the row of a compiled case."""
     problem, plan = case.problem, case.plan
-    registers, spill_bytes = compiled.resources
+    registers, spill_bytes = listing.resources(compiled.listing)
     made = {
         "arch": plan.device.arch,
         "dtype": case.dtype,
@@ -238,15 +202,11 @@ def row(case: CompileCase, compiled: Compiled) -> dict[str, Any]:
         "layout": case.layout,
         "v_0": case.has_v_0,
         "plan": plan.name,
-        "epilogue": plan.epilogue,
-        "block_h": plan.block_h,
-        "block_b": plan.block_b,
-        "num_warps": plan.num_warps,
-        # The instructions below are of a step of as many batch blocks.
-        "interleave": plan.interleave,
+        # The instructions below are of a step of as many batch blocks as are interleaved.
+        **{name: getattr(plan, name) for name in PLAN_COLUMNS},
         "registers": registers,
         "spill_bytes": spill_bytes,
-        "shared_bytes": compiled.shared_bytes,
+        "shared_bytes": compiled.kernel.metadata.shared,
         "planned_bytes": plan.shared_bytes,
     }
     if not plan.device.is_amd:
@@ -256,9 +216,7 @@ def row(case: CompileCase, compiled: Compiled) -> dict[str, Any]:
             # Of the spilled registers, what is stored and loaded within the time loop.
             "spills_per_step": -(-count(loop, r"(?:LDL|STL)\S*") // steps),
             "sass_per_step": len(loop) // steps,
-            "hgmma": count(loop, "HGMMA") // steps,
-            "hmma": count(loop, "HMMA") // steps,
-            "bar": count(loop, "BAR") // steps,
+            **{name.lower(): count(loop, name) // steps for name in ("HGMMA", "HMMA", "BAR")},
         }
     return made | {"compile_s": round(compiled.compile_s, 2)}
 
@@ -283,7 +241,7 @@ def run(
     *,
     every: bool = False,
 ) -> pd.DataFrame:
-    """Run ``python -m perf static``: compile the cases of some dtypes, plans and sizes.
+    """Run ``python -m perf static``: compile cases of some dtypes, plans and sizes, a row for each.
 
     One case of each plan, dtype and size, or ``every`` one.
 
@@ -305,4 +263,9 @@ def run(
     wanted = wanted if every else spread(wanted)
     if not wanted:
         raise ValueError("No plan fits.")
-    return table(wanted)
+    processes = min(len(os.sched_getaffinity(0)), len(wanted))
+    # New processes: what a fork would copy has threads, and the driver of this one.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        rows = pool.map(_compile_row, wanted)
+        progress = track(rows, "compiling", len(wanted), console=Console(stderr=True))
+        return pd.DataFrame(list(progress))

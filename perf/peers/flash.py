@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ THREADS_PER_BLOCK = 1024
 class FlashRNN(Peer):
     """Run ``flashrnn`` with one of its back ends; the input projection is timed with it."""
 
-    compiles = True
-
     def __init__(self, name: str, backend: str) -> None:
         self.name = name
         self._backend = backend
@@ -37,7 +34,10 @@ class FlashRNN(Peer):
             return "it needs a GPU"
         if importlib.util.find_spec("flashrnn") is None:
             return "flashrnn is not installed"
-        if find_nvcc() is None:
+        # Imported here, because it takes long.
+        from torch.utils.cpp_extension import CUDA_HOME
+
+        if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
             return "there is no nvcc to build its kernels with"
         if case.layout != "padded" or case.layers > 1 or case.directions > 1:
             return "it runs one layer, one direction, padded batches"
@@ -66,7 +66,7 @@ class FlashRNN(Peer):
             input_shape="TBGHD",
             output_shape="STBHD",
         )
-        parameters: list[Tensor] = list(module.parameters())
+        parameters = list(module.parameters())
         w_ih, w_hh, b_ih, b_hh = parameters
 
         def forward(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,14 +82,6 @@ class FlashRNN(Peer):
             return output.reshape(shape), final.reshape(shape)
 
         return Runner(forward, parameters, plan=lambda: self._backend)
-
-
-def find_nvcc() -> str | None:
-    """Return the path of the compiler with which torch would build an extension."""
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if home:
-            return shutil.which("nvcc", path=str(Path(home) / "bin"))
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def gpu_info(device_id: int) -> dict[str, int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -12,24 +12,16 @@ from torch import nn
 
 import tritonrnn
 from perf.bench.cases import Case, Workload, make_cell
-from perf.peers.peer import Peer, Runner
+from perf.peers.peer import Context, Peer, Runner
+from tritonrnn.kernels import cost, devices
+from tritonrnn.kernels.plan import Problem
 
 
 class Ours(Peer):
-    """Run ``tritonrnn.RNN``, or a loop of ``RNNCell``, with its own choice or as switches have it.
+    """Run ``tritonrnn.RNN``, or a loop of ``RNNCell``, by its own choice or as a context has it."""
 
-    Args:
-        name: The name of the peer.
-        context: Returns the switches that are set during the calls.
-    """
-
-    compiles = True
-
-    def __init__(
-        self, name: str, context: Callable[[], AbstractContextManager[object]] = nullcontext
-    ) -> None:
-        self.name = name
-        self._context = context
+    def __init__(self, name: str, context: Context = nullcontext) -> None:
+        self.name, self._context = name, context
 
     def supports(self, case: Case) -> str | None:
         """Return None: ``tritonrnn.RNN`` takes every layout."""
@@ -37,10 +29,10 @@ class Ours(Peer):
 
     def build(self, case: Case, module: nn.RNNBase, workload: Workload) -> Runner:
         """Convert the module."""
+        parameters, context = list(module.parameters()), self._context
         if case.layout == "cell":
             cell = tritonrnn.convert(make_cell(module))
-            forward = partial(workload.run_cell, cell)
-            return Runner(forward, list(module.parameters()), context=self._context)
+            return Runner(partial(workload.run_cell, cell), parameters, context=context)
         ours = tritonrnn.convert(module)
         assert isinstance(ours, tritonrnn.RNN)
 
@@ -49,12 +41,7 @@ class Ours(Peer):
             choice = tritonrnn.explain(ours, workload.input_of(workload.tokens), **given)
             return f"{choice.backend}, {choice.plan}"
 
-        return Runner(
-            partial(workload.run, ours),
-            list(ours.parameters()),
-            plan=plan,
-            context=self._context,
-        )
+        return Runner(partial(workload.run, ours), parameters, plan, context)
 
 
 class Forced(Ours):
@@ -70,11 +57,9 @@ class Forced(Ours):
             return "the interpreter is not timed"
         if case.layout == "cell":
             return "a cell has no plan"
-        from tritonrnn.kernels import cost, devices, plan
-
         sizes = case.T, case.B, case.directions, case.H
-        is_tf32 = case.fp32_mode == "tf32"
-        problem = plan.Problem(*sizes, case.dtype, is_tf32, case.nonlinearity)
+        is_tf32 = case.precision == "tf32"
+        problem = Problem(*sizes, case.dtype, is_tf32, case.nonlinearity)
         device = devices.device_of(torch.device(case.device))
         fitting = cost.rank_plans(problem, device, training=True)
         return None if self._forced in [one.name for one in fitting] else "it does not fit"

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from perf.bench.cases import Case, Workload
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
+# Returns switches that are set while it is entered.
+Context = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -31,36 +31,16 @@ class Runner:
     """
 
     forward: Forward
-    parameters: list[Tensor]
+    parameters: Sequence[Tensor]
     plan: Callable[[], str] = str
-    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    context: Context = nullcontext
     uncaptured: Forward | None = None
-
-    def results(self, workload: Workload, *, trains: bool) -> list[Tensor]:
-        """Run once; return the output, ``h_n``, and in training the gradients."""
-        if not trains:
-            with torch.no_grad():
-                return list(self.forward(workload.tokens))
-        tokens = workload.tokens.detach().clone().requires_grad_()
-        leaves = (tokens, *self.parameters)
-        results = self.forward(tokens)
-        torch.autograd.backward(results, (workload.output_grad, workload.h_n_grad))
-        # Every parameter of an RNN contributes to its output.
-        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
-        for leaf in leaves:
-            leaf.grad = None
-        return [*(result.detach().clone() for result in results), *gradients]
 
 
 class Peer(ABC):
-    """Run an Elman RNN in one way.
-
-    Attributes:
-        compiles: Whether its kernels are compiled at first use, and then kept on disk.
-    """
+    """Run an Elman RNN in one way."""
 
     name: str
-    compiles: ClassVar[bool] = False
 
     @abstractmethod
     def supports(self, case: Case) -> str | None:

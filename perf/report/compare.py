@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ WIDEST_SAME = 0.10
 _SIZES = [
     *("T", "B", "I", "H", "layers", "directions", "nonlinearity", "layout", "lengths", "device")
 ]
-_PRECISION = ["dtype", "fp32_mode"]
+_TEXTS = [*KEYS, *_SIZES, "dtype", "fp32_mode", "status"]
 # The cells of all peers, which share their noise.
 _NOISE_KEYS = ["case_id", "device", "mode"]
 
@@ -46,19 +45,15 @@ def compare(before: Path, after: Path) -> pd.DataFrame:
     Raises:
         NotComparableError: the machines or the precisions of the runs differ.
     """
-    check_machines(*(list(tables.read_environments(path).values()) for path in (before, after)))
+    machines: dict[str, dict[str, object]] = {}
+    for folder in (before, after):
+        for facts in tables.read_environments(folder).values():
+            machine = environment.machine(facts)
+            # A CPU and a GPU of one machine may share a folder.
+            known = machines.setdefault(str(machine.pop("device")).split(":")[0], machine)
+            if known != machine:
+                raise NotComparableError(f"different machines: {known} and {machine}")
     return judge(tables.load(before), tables.load(after))
-
-
-def check_machines(*runs: Sequence[dict[str, object]]) -> None:
-    """Raise unless all runs on one kind of device come from one machine."""
-    seen: dict[object, dict[str, object]] = {}
-    for facts in (one for run in runs for one in run):
-        machine = environment.machine(facts)
-        kind = str(machine["device"]).split(":")[0]
-        known = seen.setdefault(kind, machine)
-        if {**known, "device": ""} != {**machine, "device": ""}:
-            raise NotComparableError(f"different machines: {known} and {machine}")
 
 
 def judge(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
@@ -68,73 +63,51 @@ def judge(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     the noise. SAME: the medians differ by no more than the noise, and the ranges are narrow.
     UNCLEAR: all other cells that both runs have.
     """
+    # Categories of two runs may differ, and then can't be compared.
+    before, after = (rows.astype(dict.fromkeys(_TEXTS, "string")) for rows in (before, after))
     _check_precisions(before, after)
-    suffixes = ("_before", "_after")
-    cells = pd.merge(
-        _times(before), _times(after), how="outer", on=list(KEYS), suffixes=suffixes
-    ).merge(_noise(before, after), how="left", on=_NOISE_KEYS)
-    cells["before_us"], cells["after_us"] = cells["us_p50_before"], cells["us_p50_after"]
+    # If a cell was measured twice, the last row counts.
+    old = before.drop_duplicates(KEYS, keep="last").set_index(KEYS)
+    new = after.drop_duplicates(KEYS, keep="last").set_index(KEYS)
+    old, new = old.align(new)
+    cells = pd.DataFrame({"before_us": old["us_p50"], "after_us": new["us_p50"]})
     cells["speedup"] = cells["before_us"] / cells["after_us"]
+    cells = cells.join(_noise(before, after), on=_NOISE_KEYS)
     cells["noise"] = cells["noise"].fillna(0.0).clip(lower=LEAST_NOISE)
-    in_before, in_after = (cells[f"status{run}"].eq("ok").fillna(False) for run in suffixes)
-    spread = pd.concat(
-        [
-            (cells[f"us_p90{run}"] - cells[f"us_p10{run}"]) / cells[f"us_p50{run}"]
-            for run in suffixes
-        ],
-        axis=1,
-    ).max(axis=1)
-    apart = (cells["us_p10_after"] > cells["us_p90_before"]) | (
-        cells["us_p10_before"] > cells["us_p90_after"]
-    )
+    in_old, in_new = ((run["status"] == "ok").fillna(False) for run in (old, new))
+    old_spread, new_spread = ((run["us_p90"] - run["us_p10"]) / run["us_p50"] for run in (old, new))
+    apart = (new["us_p10"] > old["us_p90"]) | (old["us_p10"] > new["us_p90"])
     differs = np.log(cells["speedup"]).abs() > np.log1p(cells["noise"])
     verdicts = {
-        "NEW": ~in_before,
-        "LOST": ~in_after,
+        "NEW": ~in_old,
+        "LOST": ~in_new,
         "FASTER": differs & apart & (cells["speedup"] > 1),
         "SLOWER": differs & apart,
-        "SAME": ~differs & (apart | (spread <= WIDEST_SAME)),
+        "SAME": ~differs & (apart | (np.maximum(old_spread, new_spread) <= WIDEST_SAME)),
     }
     conditions = [condition.to_numpy(bool) for condition in verdicts.values()]
     names = np.select(conditions, list(verdicts), "UNCLEAR")
     cells["verdict"] = pd.Categorical(names, VERDICTS, ordered=True)
-    columns = [*KEYS, "before_us", "after_us", "speedup", "noise", "verdict"]
-    return cells.loc[in_before | in_after, columns].sort_values(
-        ["verdict", "speedup"], ignore_index=True
-    )
+    return cells[in_old | in_new].sort_values(["verdict", "speedup"]).reset_index()
 
 
-def _times(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the keys, the status and the times of each cell."""
-    table = rows[[*KEYS, "status", "us_p10", "us_p50", "us_p90"]]
-    table = table.astype(dict.fromkeys([*KEYS, "status"], "string"))
-    # If a cell was measured twice, the last row counts.
-    return table.drop_duplicates(list(KEYS), keep="last")
-
-
-def _noise(*runs: pd.DataFrame) -> pd.DataFrame:
+def _noise(*runs: pd.DataFrame) -> pd.Series:
     """Return for each case, device and mode how far ``nn_again`` was from ``nn.RNN`` at most."""
-    again = pd.concat([rows[rows["peer"] == "nn_again"] for rows in runs])
-    noise = np.log(again["speedup_vs_nn"]).abs()
-    keyed = again[_NOISE_KEYS].astype("string").assign(noise=noise)
-    return keyed.groupby(_NOISE_KEYS, as_index=False)["noise"].max()
+    again = pd.concat([rows[rows["peer"] == "nn_again"] for rows in runs]).set_index(_NOISE_KEYS)
+    return np.log(again["speedup_vs_nn"]).abs().groupby(_NOISE_KEYS).max().rename("noise")
 
 
-def _check_precisions(before: pd.DataFrame, after: pd.DataFrame) -> None:
+def _check_precisions(*runs: pd.DataFrame) -> None:
     """Raise if both runs have a case, but at no common precision."""
-    found = [
-        rows[_SIZES + _PRECISION].astype("string").drop_duplicates() for rows in (before, after)
-    ]
-    both = found[0].merge(found[1], on=_SIZES, suffixes=("_before", "_after"))
-    both["equal"] = (both["dtype_before"] == both["dtype_after"]) & (
-        both["fp32_mode_before"] == both["fp32_mode_after"]
+    before, after = (
+        rows[_SIZES].assign(precision=rows["dtype"] + " " + rows["fp32_mode"]).drop_duplicates()
+        for rows in runs
     )
-    for sizes, cases in both.groupby(_SIZES):
-        if not cases["equal"].any():
-            precisions = cases.drop(columns=[*_SIZES, "equal"]).drop_duplicates()
-            raise NotComparableError(
-                f"different precisions of {sizes}: {precisions.to_dict('records')}"
-            )
+    both = before.merge(after, on=_SIZES, suffixes=("_before", "_after"))
+    both["equal"] = both["precision_before"] == both["precision_after"]
+    unlike = both[~both.groupby(_SIZES)["equal"].transform("any")].drop(columns="equal")
+    if not unlike.empty:
+        raise NotComparableError(f"different precisions: {unlike.iloc[0].to_dict()}")
 
 
 def summary(table: pd.DataFrame) -> str:

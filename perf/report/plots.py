@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +33,17 @@ FAMILY = [
     *("layers", "directions"),
 ]
 
+CAPTIONS = {
+    "speedup": "Speed-up over nn.RNN, case by case",
+    "time": "Time of a call against T",
+    "step": "Time of a step against H",
+    "map": f"Speed-up of {OURS} over B and H; blank: not ok",
+    "limit": f"Per cent of the limit that {OURS} reaches, over B and H; blank: not ok",
+    "memory": "Memory against T",
+}
 
-@dataclass(frozen=True)
-class Picture:
-    """Hold the path of a picture and its caption."""
 
-    path: Path
-    caption: str
-
-
-def draw(rows: pd.DataFrame, folder: Path) -> list[Picture]:
+def draw(rows: pd.DataFrame, folder: Path) -> dict[str, str]:
     """Draw every picture that the rows allow.
 
     Args:
@@ -51,21 +51,45 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[Picture]:
         folder: Folder for the files.
 
     Returns:
-        The pictures that were drawn.
+        The caption of each picture by the name of its file.
     """
-    pictures = []
-    timed = rows[rows["status"] == "ok"].astype({"peer": "string"})
+    captions = {}
+    for title, stem, family in families(rows):
+        for kind, figure in _figures(family).items():
+            if figure is not None:
+                figure.suptitle(title, fontsize=10)
+                name = f"{kind}-{stem}.png"
+                save(figure, folder / name)
+                captions[name] = f"{CAPTIONS[kind]}: {title}"
+    return captions
+
+
+def families(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Yield what some ok rows share, in words and as a name for files, and these rows."""
+    timed = rows[rows["status"] == "ok"]
     for key, family in timed.groupby(FAMILY, observed=True, sort=True):
         assert isinstance(key, tuple)
         stem = "-".join(str(part) for part in key if part != "none").replace(":", "")
-        for name, (caption, make) in _KINDS.items():
-            figure = make(family)
-            if figure is not None:
-                figure.suptitle(family_title(key), fontsize=10)
-                path = folder / f"{name}-{stem}.png"
-                save(figure, path)
-                pictures.append(Picture(path, f"{caption}: {family_title(key)}"))
-    return pictures
+        yield _title(key), stem, family
+
+
+def _figures(family: pd.DataFrame) -> dict[str, Figure | None]:
+    """Return a figure of each kind, or None where too few sizes were measured for it."""
+    family = family.assign(limit_step_us=family["limit_us"] / family["T"].astype(float))
+    time, step = "time of a call, us", "time of a step, us"
+    saved, peak = ("saved_MiB", "saved for backward, MiB"), ("peak_MiB", "most memory in use, MiB")
+    memory = peak if (family["mode"] == "infer").all() else saved
+    widest = max(1.05, float(np.exp(np.abs(np.log(family["speedup_vs_nn"])).max())))
+    speedup, limit = f"{OURS}: times as fast as nn.RNN", f"{OURS}: % of the limit (model)"
+    ratios, percents = LogNorm(1 / widest, widest), Normalize(0, 100)
+    return {
+        "speedup": _by_case(family),
+        "time": _lines(family, "T", "us_p50", time, limit="limit_us"),
+        "step": _lines(family, "H", "us_per_step", step, limit="limit_step_us"),
+        "map": _maps(family, "speedup_vs_nn", speedup, "RdBu", ratios, "{:.2f}"),
+        "limit": _maps(family, "pct_of_limit", limit, "viridis", percents, "{:.0f}"),
+        "memory": _lines(family, "T", *memory),
+    }
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -81,8 +105,7 @@ def save(figure: Figure, path: Path) -> None:
     image.quantize(COLOURS, method=Image.Quantize.FASTOCTREE).save(path, optimize=True)
 
 
-def family_title(key: Sequence[object]) -> str:
-    """Return in words what all rows of a family share."""
+def _title(key: Sequence[object]) -> str:
     device, mode, nonlinearity, layout, lengths, dtype, fp32_mode, layers, directions = key
     ragged = "" if layout == "padded" else f" ({lengths})"
     precision = dtype if fp32_mode == "none" else f"{dtype} {fp32_mode}"
@@ -95,11 +118,10 @@ def family_title(key: Sequence[object]) -> str:
 
 def peers_of(rows: pd.DataFrame) -> list[str]:
     """Return the peers of some rows: the project's in their order, then the others."""
-    found = set(rows["peer"])
-    return [*(name for name in PEERS if name in found), *sorted(found - set(PEERS))]
+    return list(rows["peer"].cat.remove_unused_categories().cat.categories)
 
 
-def by_case(family: pd.DataFrame) -> Figure:
+def _by_case(family: pd.DataFrame) -> Figure:
     """Draw the speed-up of every case over nn.RNN, with its spread; one line a case."""
     family = family.sort_values(["T", "B", "H", "I"])
     cases = family.drop_duplicates("case_id")
@@ -132,32 +154,14 @@ def by_case(family: pd.DataFrame) -> Figure:
     return _with_legend(figure, [ax])
 
 
-def time_by_steps(family: pd.DataFrame) -> Figure | None:
-    """Draw the time of a call against T, with the limit."""
-    return _lines(family, "T", "us_p50", "time of a call, us", across="H", limit="limit_us")
-
-
-def step_by_hidden(family: pd.DataFrame) -> Figure | None:
-    """Draw the time of a step against H, with the limit."""
-    family = family.assign(limit_step_us=family["limit_us"] / family["T"].astype(float))
-    name = "time of a step, us"
-    return _lines(family, "H", "us_per_step", name, across="T", limit="limit_step_us")
-
-
-def memory_by_steps(family: pd.DataFrame) -> Figure | None:
-    """Draw the memory saved for backward, or in inference the peak, against T."""
-    if (family["mode"] == "infer").all():
-        return _lines(family, "T", "peak_MiB", "most memory in use, MiB", across="H")
-    return _lines(family, "T", "saved_MiB", "saved for backward, MiB", across="H")
-
-
 def _lines(
-    family: pd.DataFrame, x: str, y: str, y_name: str, *, across: str, limit: str | None = None
+    family: pd.DataFrame, x: str, y: str, y_name: str, limit: str | None = None
 ) -> Figure | None:
-    """Draw a line a peer in facets, B down; return None if no facet has a line.
+    """Draw a line a peer in facets, B down, H or T across; return None if no facet has a line.
 
     Only with a limit is y logarithmic: some peers save no memory, and that axis can't show 0.
     """
+    across = "H" if x == "T" else "T"
     family = family[family[y].notna()]
     lines = family.groupby(["B", across], observed=True)[x].nunique()
     if lines.empty or lines.max() < 2:
@@ -197,27 +201,11 @@ def _lines(
     return _with_legend(figure, list(grid.flat))
 
 
-def speedup_map(family: pd.DataFrame) -> Figure | None:
-    """Draw tritonrnn's speed-up over nn.RNN over B and H, a map for each T."""
-    widest = max(1.05, float(np.exp(np.abs(np.log(family["speedup_vs_nn"])).max())))
-    norm = LogNorm(1 / widest, widest)
-    name = f"{OURS}: times as fast as nn.RNN"
-    return _maps(family, "speedup_vs_nn", name, "RdBu", norm, "{:.2f}")
-
-
-def limit_map(family: pd.DataFrame) -> Figure | None:
-    """Draw the percentage of the limit that tritonrnn reaches, over B and H, a map for each T."""
-    name = f"{OURS}: % of the limit (model)"
-    return _maps(family, "pct_of_limit", name, "viridis", Normalize(0, 100), "{:.0f}")
-
-
 def _maps(
     family: pd.DataFrame, column: str, name: str, colours: str, norm: Normalize, text: str
 ) -> Figure | None:
     """Draw a heat map of a column for each T; return None if it would have one row or column."""
     ours = family[(family["peer"] == OURS) & family[column].notna()]
-    if ours.empty:
-        return None
     if not (ours.groupby("T")[["B", "H"]].nunique() >= 2).all(axis=1).any():
         return None
     steps, sequences, hidden = _some(ours["T"]), _usual(ours["B"]), _usual(ours["H"])
@@ -286,14 +274,3 @@ def _with_legend(figure: Figure, axes: Sequence[Axes]) -> Figure:
         list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=8
     )
     return figure
-
-
-# By the name of the file: the caption, and what draws it.
-_KINDS: dict[str, tuple[str, Callable[[pd.DataFrame], Figure | None]]] = {
-    "speedup": ("Speed-up over nn.RNN, case by case", by_case),
-    "time": ("Time of a call against T", time_by_steps),
-    "step": ("Time of a step against H", step_by_hidden),
-    "map": (f"Speed-up of {OURS} over B and H; blank: not ok", speedup_map),
-    "limit": (f"Per cent of the limit that {OURS} reaches, over B and H; blank: not ok", limit_map),
-    "memory": ("Memory against T", memory_by_steps),
-}

@@ -5,7 +5,7 @@ What can be computed from other columns is computed here, when rows are read, an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import pandas as pd
 from pandas.api.types import pandas_dtype
@@ -16,13 +16,13 @@ from perf.peers import PEERS
 STATUSES = ("ok", "wrong", "oom", "unsupported", "error", "timeout", "skipped")
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """Describe one column.
 
     Attributes:
         kind: "text", "int", "float", or the ordered values of a category.
         unit: "" for a name or a count.
+        meaning: "" for that of the column above.
     """
 
     name: str
@@ -30,16 +30,10 @@ class Column:
     unit: str
     meaning: str
 
-    @property
-    def type_name(self) -> str:
-        """Return the type for the documentation."""
-        return self.kind if isinstance(self.kind, str) else "category"
 
-
-def _quantiles(name: str, unit: str, meaning: str) -> tuple[Column, ...]:
-    """Return three columns, the first of which has the meaning of all."""
-    p10, p50, p90 = (Column(f"{name}_p{percent}", "float", unit, "") for percent in (10, 50, 90))
-    return replace(p10, meaning=meaning), p50, p90
+def _quantiles(name: str, unit: str, meaning: str) -> list[Column]:
+    meanings = {"p10": meaning, "p50": "", "p90": ""}
+    return [Column(f"{name}_{key}", "float", unit, text) for key, text in meanings.items()]
 
 
 COLUMNS = (
@@ -97,9 +91,9 @@ COLUMNS = (
 NAMES = tuple(column.name for column in COLUMNS)
 
 # The columns that identify a cell.
-KEYS = ("case_id", "device", "peer", "mode")
+KEYS = ["case_id", "device", "peer", "mode"]
 
-_TYPES = {"text": "string", "int": "Int64", "float": "float64"}
+_DTYPES = {"text": "string", "int": "Int64", "float": "float64"}
 
 
 def typed(rows: pd.DataFrame) -> pd.DataFrame:
@@ -108,38 +102,26 @@ def typed(rows: pd.DataFrame) -> pd.DataFrame:
     In the category of peers, peers of a user's own come after those of the project.
     """
     rows = rows.reindex(columns=[*NAMES, *(name for name in rows if name not in NAMES)])
-    for column in COLUMNS:
-        values = rows[column.name]
-        if isinstance(column.kind, str):
-            rows[column.name] = values.astype(pandas_dtype(_TYPES[column.kind]))
+    for name, kind, *_ in COLUMNS:
+        if isinstance(kind, str):
+            rows[name] = rows[name].astype(pandas_dtype(_DTYPES[kind]))
         else:
-            unknown = sorted(set(values.dropna()) - set(column.kind))
-            categories = [*column.kind, *unknown]
-            rows[column.name] = pd.Categorical(values, categories=categories, ordered=True)
-    return rows.assign(**_derived(rows))
-
-
-def _derived(rows: pd.DataFrame) -> dict[str, pd.Series]:
-    us = {
-        f"us_{quantile}": rows[f"event_us_{quantile}"].fillna(rows[f"wall_us_{quantile}"])
-        for quantile in ("p10", "p50", "p90")
-    }
-    return us | {
-        "us_per_step": us["us_p50"] / rows["T"].astype("float64"),
-        "tflops": rows["flop"] / us["us_p50"] / 1e6,
-        "gbps": rows["min_bytes"] / us["us_p50"] / 1e3,
-        "pct_of_limit": 100 * rows["limit_us"] / us["us_p50"],
-    }
+            categories = [*kind, *sorted(set(rows[name].dropna()) - set(kind))]
+            rows[name] = pd.Categorical(rows[name], categories, ordered=True)
+    for quantile in ("p10", "p50", "p90"):
+        rows[f"us_{quantile}"] = rows[f"event_us_{quantile}"].fillna(rows[f"wall_us_{quantile}"])
+    us = rows["us_p50"]
+    return rows.assign(
+        us_per_step=us / rows["T"].astype("float64"),
+        tflops=rows["flop"] / us / 1e6,
+        gbps=rows["min_bytes"] / us / 1e3,
+        pct_of_limit=100 * rows["limit_us"] / us,
+    )
 
 
 def document() -> str:
     """Return the schema as a markdown table; a column without a meaning has the one above."""
-    table = pd.DataFrame(
-        {
-            "column": [f"`{column.name}`" for column in COLUMNS],
-            "type": [column.type_name for column in COLUMNS],
-            "unit": [column.unit for column in COLUMNS],
-            "meaning": [column.meaning for column in COLUMNS],
-        }
-    )
+    table = pd.DataFrame(COLUMNS, columns=["column", "type", "unit", "meaning"])
+    table["column"] = "`" + table["column"] + "`"
+    table["type"] = [kind if isinstance(kind, str) else "category" for kind in table["type"]]
     return table.to_markdown(index=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def write(folder: Path) -> Path:
     sections = [
         *_introduction(rows),
         "## Environment",
-        _environment(folder),
+        pd.DataFrame(tables.read_environments(folder)).to_markdown() or "Not recorded.",
         "## Calibration",
         _calibration(folder),
         "## Failures",
@@ -48,7 +49,7 @@ def write(folder: Path) -> Path:
         "## Speed-up over nn.RNN",
         *speedups(rows),
         "## Pictures",
-        *(f"![{picture.caption}]({PICTURES}/{picture.path.name})" for picture in drawn),
+        *(f"![{caption}]({PICTURES}/{name})" for name, caption in drawn.items()),
         "## Tables",
         "What the columns of `rows.csv` and `rows.parquet` mean: `python -m perf schema`.",
         *_pivots(rows),
@@ -74,11 +75,6 @@ def _introduction(rows: pd.DataFrame) -> Iterator[str]:
         )
 
 
-def _environment(folder: Path) -> str:
-    runs = tables.read_environments(folder)
-    return pd.DataFrame(runs).to_markdown() if runs else "Not recorded."
-
-
 def _calibration(folder: Path) -> str:
     content = tables.read_calibration(folder)
     if not content:
@@ -96,9 +92,8 @@ def _failures(rows: pd.DataFrame) -> Iterator[str]:
         yield "Every cell is ok."
         return
     of_one_reason = failed.groupby(["peer", "status", "reason"], dropna=False)["case_id"]
-    reasons = of_one_reason.agg(["size", "first"]).reset_index()
-    names = {"size": "cells", "first": "for example"}
-    yield reasons.rename(columns=names).to_markdown(index=False)
+    reasons = of_one_reason.agg(**{"cells": "size", "for example": "first"})
+    yield reasons.reset_index().to_markdown(index=False)
 
 
 def speedups(rows: pd.DataFrame) -> Iterator[str]:
@@ -112,17 +107,10 @@ def speedups(rows: pd.DataFrame) -> Iterator[str]:
         "rounds lie on one side of 1, else it is even. `nn_again` is nn.RNN against itself."
     )
     won, lost = timed["speedup_vs_nn_p10"] > 1, timed["speedup_vs_nn_p90"] < 1
-    cells = timed.assign(won=won, lost=lost, even=~won & ~lost).groupby(KINDS, observed=True)
-    kinds = cells.agg(
-        **{
-            "geometric mean": ("speedup_vs_nn", _geometric_mean),
-            "worst": ("speedup_vs_nn", "min"),
-            "best": ("speedup_vs_nn", "max"),
-            "cells": ("case_id", "size"),
-            **{name: (name, "sum") for name in ("won", "even", "lost")},
-        }
-    )
-    yield kinds.reset_index().to_markdown(index=False, floatfmt=".2f")
+    kinds = timed.assign(won=won, lost=lost, even=~won & ~lost).groupby(KINDS, observed=True)
+    means = {"geometric mean": _geometric_mean, "worst": "min", "best": "max", "cells": "size"}
+    table = kinds["speedup_vs_nn"].agg(**means).join(kinds[["won", "even", "lost"]].sum())
+    yield table.reset_index().to_markdown(index=False, floatfmt=".2f")
     ours = timed[timed["peer"] == OURS].sort_values("speedup_vs_nn")
     if ours.empty:
         return
@@ -152,38 +140,30 @@ def _with_noise(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
 def _cpu_targets(rows: pd.DataFrame) -> Iterator[str]:
     """Yield whether the targets of the preset ``cpu`` are met, if all of its cases are there."""
     units = presets.units("cpu", {}, (OURS,), "cpu")
-    known = pd.DataFrame(
-        [(unit.case.case_id, mode) for unit in units for mode in unit.modes],
-        columns=["case_id", "mode"],
-    )
+    known = {(unit.case.case_id, mode) for unit in units for _, mode in unit.cells}
     ours = rows[(rows["device"] == "cpu") & (rows["peer"] == OURS)]
-    cells = ours.astype({"mode": "string"}).merge(known, on=["case_id", "mode"])
+    cells = ours[[cell in known for cell in zip(ours["case_id"], ours["mode"], strict=True)]]
     if len(cells) < len(known):
         return
     yield "### Targets of the CPU path"
-    judged = []
-    for kind, speedups in cells.groupby(["mode", "layout"], observed=True)["speedup_vs_nn"]:
-        if kind in presets.CPU_TARGETS:
-            mean, target = _geometric_mean(speedups), presets.CPU_TARGETS[kind]
-            judged.append(
-                f"- {', '.join(kind)}: {mean:.2f} times as fast as nn.RNN in the geometric mean; "
-                f"the target of {target} is {'met' if mean >= target else 'NOT met'}."
-            )
-    yield "\n".join(judged)
+    kinds = cells.groupby(["mode", "layout"], observed=True)["speedup_vs_nn"]
+    means = kinds.agg(_geometric_mean)
+    yield "\n".join(
+        f"- {', '.join(kind)}: {means[kind]:.2f} times as fast as nn.RNN in the geometric mean; "
+        f"the target of {target} is {'met' if means[kind] >= target else 'NOT met'}."
+        for kind, target in presets.CPU_TARGETS.items()
+        if kind in means
+    )
 
 
 def _pivots(rows: pd.DataFrame) -> Iterator[str]:
-    timed = rows[rows["status"] == "ok"].astype({"peer": "string"})
-    for key, family in timed.groupby(plots.FAMILY, observed=True, sort=True):
-        assert isinstance(key, tuple)
-        yield f"### {plots.family_title(key)}"
-        table = family.pivot_table(index=["T", "B", "I", "H"], columns="peer", values=[*METRICS])
-        columns = [
-            (metric, peer)
-            for peer in plots.peers_of(family)
-            for metric in METRICS
-            if (metric, peer) in table.columns
-        ]
+    for title, _, family in plots.families(rows):
+        yield f"### {title}"
+        table = family.pivot_table(
+            index=["T", "B", "I", "H"], columns="peer", values=[*METRICS], observed=True
+        )
+        wanted = itertools.product(plots.peers_of(family), METRICS)
+        columns = [(metric, peer) for peer, metric in wanted if (metric, peer) in table]
         table = table[columns]
         table.columns = pd.Index([f"{peer} {METRICS[metric]}" for metric, peer in columns])
         yield table.reset_index().to_markdown(index=False, floatfmt=",.4g")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pandas as pd
@@ -15,7 +15,7 @@ from perf.report import schema
 ROWS, ENVIRONMENT, CALIBRATION = "rows.jsonl", "env.json", "calibration.json"
 
 # The facts of a run that are joined to its rows.
-JOINED_FACTS = ("cpu", "threads", "gpu", "driver", "torch", "triton", "cudnn", "commit", "dirty")
+JOINED_FACTS = ["cpu", "threads", "gpu", "driver", "torch", "triton", "cudnn", "commit", "dirty"]
 
 # Names in files of earlier versions, and the names they have now: of columns, and of values.
 RENAMED_COLUMNS = {"turns": "interleave", "says": "message"}
@@ -29,7 +29,7 @@ RENAMED_VALUES = {
 }
 
 
-class RowFile:
+class RowFile(AbstractContextManager["RowFile"]):
     """Add rows to ``rows.jsonl``, one by one; a context manager.
 
     On leaving, ``rows.csv`` and ``rows.parquet`` are written from it.
@@ -38,7 +38,7 @@ class RowFile:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self.path = folder, folder / ROWS
-        self.rows = read_lines(self.path)
+        self.rows = read_rows(self.path)
         # A run that was killed while it wrote left an incomplete line.
         if self.path.exists():
             complete = self.path.read_bytes().rfind(b"\n") + 1
@@ -51,15 +51,7 @@ class RowFile:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def __enter__(self) -> RowFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self.rows:
             write(self._folder, "rows", schema.typed(pd.DataFrame(self.rows)))
 
@@ -72,12 +64,21 @@ def renamed(row: Mapping[Any, Any]) -> dict[str, Any]:
     }
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file, with today's names; leave out an incomplete last line."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [renamed(json.loads(line)) for line in lines if line.endswith("\n")]
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a ``.jsonl``, ``.csv`` or ``.parquet``, with today's names.
+
+    An incomplete last line is left out; a file that does not exist has no rows.
+    """
+    rows: Sequence[Mapping[Any, Any]] = []
+    if path.suffix == ".parquet":
+        rows = pd.read_parquet(path).to_dict("records")
+    elif path.suffix == ".csv":
+        # An empty field is missing; the word "none" is a value.
+        rows = pd.read_csv(path, keep_default_na=False, na_values=[""]).to_dict("records")
+    elif path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [renamed(row) for row in rows]
 
 
 def load(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
@@ -94,38 +95,31 @@ def load(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
     Raises:
         FileNotFoundError: there are no rows.
     """
-    several: Sequence[str | Path] = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    several = [paths] if isinstance(paths, (str, Path)) else paths
     rows = pd.concat([_load_one(Path(path)) for path in several], ignore_index=True)
-    facts = rows.columns.intersection(list(JOINED_FACTS))
-    return schema.typed(rows)[[*schema.NAMES, *facts]]
+    return schema.typed(rows)[[*schema.NAMES, *rows.columns.intersection(JOINED_FACTS)]]
 
 
 def _load_one(path: Path) -> pd.DataFrame:
     path = path / ROWS if path.is_dir() else path
-    if path.suffix == ".parquet":
-        lines = [renamed(row) for row in pd.read_parquet(path).to_dict("records")]
-    elif path.suffix == ".csv":
-        # An empty field is missing; the word "none" is a value.
-        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
-        lines = [renamed(row) for row in table.to_dict("records")]
-    elif path.exists():
-        lines = read_lines(path)
-    else:
+    rows = read_rows(path)
+    if not rows:
         raise FileNotFoundError(f"no rows at {path}")
-    rows = pd.DataFrame(lines)
-    runs = read_environments(path.parent)
-    facts = pd.DataFrame([{"run_id": run_id} | runs[run_id] for run_id in runs])
-    if facts.empty:
-        return rows
-    return rows.merge(
-        facts[["run_id", *facts.columns.intersection(list(JOINED_FACTS))]], on="run_id", how="left"
-    )
+    facts = pd.DataFrame.from_dict(read_environments(path.parent), orient="index")
+    return pd.DataFrame(rows).join(facts.filter(JOINED_FACTS), on="run_id")
 
 
 def read_environments(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the facts of every run of a folder by ``run_id``, in the order of time."""
     path = folder / ENVIRONMENT
     return dict(sorted(json.loads(path.read_text()).items())) if path.exists() else {}
+
+
+def add_environment(folder: Path, run_id: str, facts: Mapping[str, object]) -> None:
+    """Add the facts of a run to ``env.json``, under its ``run_id``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = read_environments(folder) | {run_id: facts}
+    (folder / ENVIRONMENT).write_text(json.dumps(runs, indent=2) + "\n")
 
 
 def read_calibration(folder: Path) -> dict[str, Any]:
@@ -142,7 +136,6 @@ def append_rows(folder: Path, name: str, rows: pd.DataFrame) -> None:
         name: The name of the table, without a suffix.
         rows: Tidy rows; the column ``run_id`` names the run of each.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     parquet = folder / f"{name}.parquet"
     if parquet.exists():
         rows = pd.concat([pd.read_parquet(parquet), rows], ignore_index=True)
@@ -151,19 +144,10 @@ def append_rows(folder: Path, name: str, rows: pd.DataFrame) -> None:
 
 def write(folder: Path, name: str, rows: pd.DataFrame) -> None:
     """Write ``name.parquet`` and ``name.csv``; replace existing ones."""
-    # Written to another file first, so that a crash leaves the old rows.
-    for path, write in (
-        (folder / f"{name}.parquet", rows.to_parquet),
-        (folder / f"{name}.csv", rows.to_csv),
-    ):
-        unfinished = path.with_suffix(path.suffix + ".part")
-        write(unfinished, index=False)
-        unfinished.replace(path)
-
-
-def add_environment(folder: Path, run_id: str, facts: Mapping[str, object]) -> None:
-    """Add the facts of a run to ``env.json``, under its ``run_id``."""
     folder.mkdir(parents=True, exist_ok=True)
-    runs = read_environments(folder)
-    runs[run_id] = dict(facts)
-    (folder / ENVIRONMENT).write_text(json.dumps(runs, indent=2) + "\n")
+    for suffix, write_to in ((".parquet", rows.to_parquet), (".csv", rows.to_csv)):
+        path = folder / f"{name}{suffix}"
+        # Written to another file first, so that a crash leaves the old rows.
+        unfinished = path.with_suffix(f"{suffix}.part")
+        write_to(unfinished, index=False)
+        unfinished.replace(path)

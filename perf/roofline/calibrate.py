@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from perf.bench import environment
+from perf.bench.failures import first_line
 from perf.report import tables
 from perf.roofline import model
 from tritonrnn.kernels.devices import DEVICES
@@ -36,21 +37,6 @@ GAIN = 1.5
 MAX_SPINS = 10_000_000
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Measure one constant.
-
-    Attributes:
-        constant: Its name in :func:`perf.roofline.model.published`.
-        measure: Returns its value for a device, in the unit of the name.
-        needs_gpu: Why it does not apply to a CPU, or None if it does.
-    """
-
-    constant: str
-    measure: Callable[[torch.device], float]
-    needs_gpu: str | None = None
-
-
 def time_us(call: Callable[[], object]) -> float:
     """Return the median time of calls one after the other, on a CPU or a GPU."""
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
@@ -65,21 +51,17 @@ def hbm_TBps(device: torch.device) -> float:
     return 2 * nbytes / time_us(lambda: target.copy_(source)) / 1e6
 
 
-def matrix_TFLOPps(dtype: torch.dtype, fp32_mode: str = "ieee") -> Callable[..., float]:
-    """Return a function that measures the rate of large products of random matrices."""
-
-    def measure(device: torch.device) -> float:
-        size = MATRIX_SIZE if device.type == "cuda" else CPU_MATRIX_SIZE
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        switch = torch.backends.cuda.matmul
-        before = switch.fp32_precision
-        try:
-            switch.fp32_precision = fp32_mode
-            return 2 * size**3 / time_us(lambda: a @ b) / 1e6
-        finally:
-            switch.fp32_precision = before
-
-    return measure
+def matrix_TFLOPps(device: torch.device, dtype: torch.dtype, fp32_mode: str = "ieee") -> float:
+    """Return the rate of large products of random matrices."""
+    size = MATRIX_SIZE if device.type == "cuda" else CPU_MATRIX_SIZE
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    try:
+        switch.fp32_precision = fp32_mode
+        return 2 * size**3 / time_us(lambda: a @ b) / 1e6
+    finally:
+        switch.fp32_precision = before
 
 
 def slope_us(call: Callable[[int], object], short: int = SHORT, long: int = LONG) -> float:
@@ -128,23 +110,23 @@ def chain_clk(device: torch.device) -> float:
 
 
 def handoff_us(device: torch.device) -> float:
-    """Return the time of a release and its acquire in another multiprocessor, one way.
+    """Return the time of an arrival and of the wait for it in another multiprocessor, one way.
 
     Raises:
         RuntimeError: the two programs did not run at the same time.
     """
-    from perf.roofline.probes import ping_pong_kernel
+    from perf.roofline import probes
 
-    flag = torch.zeros(1, dtype=torch.int32, device=device)
+    counter, C = torch.zeros(1, dtype=torch.int32, device=device), probes.BarrierConstants()
 
-    def pass_flag(round_trips: int) -> None:
-        flag.zero_()
-        ping_pong_kernel[(2,)](flag, round_trips, MAX_SPINS, num_warps=1)
+    def hand_off(round_trips: int) -> None:
+        counter.zero_()
+        probes.ping_pong_kernel[(2,)](counter, round_trips, MAX_SPINS, C, num_warps=1)
 
-    pass_flag(LONG)
-    if flag.item() != 2 * LONG:
+    hand_off(LONG)
+    if counter.item() != 2 * LONG:
         raise RuntimeError("a program gave up waiting for the other")
-    return slope_us(pass_flag) / 2
+    return slope_us(hand_off) / 2
 
 
 def launch_us(device: torch.device) -> float:
@@ -174,49 +156,44 @@ def graph_node_us(device: torch.device) -> float:
     return slope_us(lambda nodes: graphs[nodes](), NODES, 2 * NODES)
 
 
-PROBES = (
-    Probe("hbm_TBps", hbm_TBps),
-    Probe("bf16_TFLOPps", matrix_TFLOPps(torch.bfloat16)),
-    Probe("fp16_TFLOPps", matrix_TFLOPps(torch.float16)),
-    Probe("tf32_TFLOPps", matrix_TFLOPps(torch.float32, "tf32"), "a CPU has no TF32 to round to"),
-    Probe("fp32_TFLOPps", matrix_TFLOPps(torch.float32)),
-    Probe("fp64_TFLOPps", matrix_TFLOPps(torch.float64)),
-    Probe("clock_GHz", clock_GHz, "the model counts the cycles of a GPU's multiprocessors"),
-    Probe("chain_clk", chain_clk, "a CPU has no multiprocessors"),
-    Probe("handoff_us", handoff_us, "a CPU has no multiprocessors"),
-    Probe("launch_us", launch_us, "nothing is launched on a CPU"),
-    Probe("graph_node_us", graph_node_us, "a CPU has no CUDA graphs"),
-)
-
-
-def calibrate(device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
-    """Measure every constant that applies.
-
-    Returns:
-        The constants that were measured, and for each of the others why it was not.
-    """
-    measured: dict[str, float] = {}
-    missing: dict[str, str] = {}
-    for probe in PROBES:
-        if device.type != "cuda" and probe.needs_gpu:
-            missing[probe.constant] = probe.needs_gpu
-            continue
-        try:
-            measured[probe.constant] = probe.measure(device)
-        except Exception as exception:
-            # A probe that fails must not lose the results of the others.
-            missing[probe.constant] = f"{type(exception).__name__}: {exception}".splitlines()[0]
-    return measured, missing
+# For each constant of :mod:`perf.roofline.model`, in the unit of its name: what measures it on a
+# device, and why that does not apply to a CPU.
+PROBES: dict[str, tuple[Callable[[torch.device], float], str | None]] = {
+    "hbm_TBps": (hbm_TBps, None),
+    "bf16_TFLOPps": (partial(matrix_TFLOPps, dtype=torch.bfloat16), None),
+    "fp16_TFLOPps": (partial(matrix_TFLOPps, dtype=torch.float16), None),
+    "tf32_TFLOPps": (
+        partial(matrix_TFLOPps, dtype=torch.float32, fp32_mode="tf32"),
+        "a CPU has no TF32 to round to",
+    ),
+    "fp32_TFLOPps": (partial(matrix_TFLOPps, dtype=torch.float32), None),
+    "fp64_TFLOPps": (partial(matrix_TFLOPps, dtype=torch.float64), None),
+    "clock_GHz": (clock_GHz, "the model counts the cycles of a GPU's multiprocessors"),
+    "chain_clk": (chain_clk, "a CPU has no multiprocessors"),
+    "handoff_us": (handoff_us, "a CPU has no multiprocessors"),
+    "launch_us": (launch_us, "nothing is launched on a CPU"),
+    "graph_node_us": (graph_node_us, "a CPU has no CUDA graphs"),
+}
 
 
 def run(device: torch.device, out: Path | None) -> pd.DataFrame:
-    """Measure, write ``calibration.json`` to ``out``, and return the table.
+    """Measure every constant that applies; write ``calibration.json`` to ``out``; return the table.
 
     A run with the same ``out`` uses the measured constants if the device is the same.
     """
     facts = environment.describe(device)
     gpu = model.gpu_at(device)
-    measured, missing = calibrate(device)
+    measured: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    for constant, (measure, not_on_cpu) in PROBES.items():
+        if device.type != "cuda" and not_on_cpu:
+            missing[constant] = not_on_cpu
+            continue
+        try:
+            measured[constant] = measure(device)
+        except Exception as exception:
+            # A probe that fails must not lose the results of the others.
+            missing[constant] = f"{type(exception).__name__}: {first_line(exception)}"
     content = {
         "device": gpu.name if gpu else facts["cpu"],
         "environment": facts,
@@ -232,7 +209,6 @@ def run(device: torch.device, out: Path | None) -> pd.DataFrame:
 
 def table(content: Mapping[str, Any]) -> pd.DataFrame:
     """Return one row for each constant: measured, published, and why it was not measured."""
-    names = ["measured", "published", "missing"]
-    columns = {name: pd.Series(content[name], dtype=object) for name in names}
-    rows = pd.DataFrame(columns).rename_axis("constant").reset_index()
-    return rows.rename(columns={"missing": "not measured because"})
+    names = {"measured": "measured", "published": "published", "missing": "not measured because"}
+    columns = {text: pd.Series(content[name], dtype=object) for name, text in names.items()}
+    return pd.DataFrame(columns).rename_axis("constant").reset_index()

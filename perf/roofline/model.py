@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -111,39 +112,30 @@ def published(device: Device) -> dict[str, float]:
     return constants
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Count what a case has to do: floating-point operations, and bytes to move at least."""
 
     flop: float
-    bytes: float
+    min_bytes: float
 
 
-@dataclass(frozen=True)
-class Limit:
-    """Hold the three parts of a case's least time."""
+class Limit(NamedTuple):
+    """Hold the parts of a case's least time, the largest, which it is, and what sets the chain."""
 
     compute_us: float
     hbm_us: float
     serial_us: float
-    strategy: str
+    limit_us: float
+    limit_kind: str
+    limit_strategy: str
 
-    @property
-    def limit_us(self) -> float:
-        """Return the largest part."""
-        return max(self.compute_us, self.hbm_us, self.serial_us)
 
-    def columns(self) -> dict[str, object]:
-        """Return the columns of a row."""
-        parts = {"compute": self.compute_us, "memory": self.hbm_us, "serial": self.serial_us}
-        return {
-            "compute_us": self.compute_us,
-            "hbm_us": self.hbm_us,
-            "serial_us": self.serial_us,
-            "limit_us": self.limit_us,
-            "limit_kind": max(parts, key=lambda part: parts[part]),
-            "limit_strategy": self.strategy,
-        }
+def columns(case: Case, mode: str, gpu: GPU | None, seed: int) -> dict[str, object]:
+    """Return the columns of a row: of the work, and on a GPU of the limit."""
+    found = work(case, mode, seed)._asdict()
+    if gpu is not None:
+        found |= limit(case, mode, gpu, seed)._asdict() | {"limit_constants": gpu.origin}
+    return found
 
 
 def passes(mode: str) -> tuple[int, int]:
@@ -154,67 +146,56 @@ def passes(mode: str) -> tuple[int, int]:
 def work(case: Case, mode: str, seed: int) -> Work:
     """Return the work of a case; ``seed`` draws the lengths of a ragged batch."""
     forward, backward = passes(mode)
+    times = forward + 2 * backward
     N, G, H, e = case.tokens(seed), case.directions, case.H, DTYPES[case.dtype].itemsize
     flop = nbytes = 0
     for layer in range(case.layers):
         input_size = case.I if layer == 0 else G * H
         weights = G * H * (input_size + H)
-        flop += (forward + 2 * backward) * 2 * N * weights
-        rows = N * (input_size + G * H)
-        nbytes += e * (forward + 2 * backward) * (rows + weights)
+        flop += times * 2 * N * weights
+        nbytes += times * e * (N * (input_size + G * H) + weights)
     return Work(flop, nbytes)
-
-
-def precision(case: Case) -> str:
-    """Return the precision of a case's products, as the constants name it."""
-    return "tf32" if case.dtype == "fp32" and case.fp32_mode == "tf32" else case.dtype
 
 
 def limit(case: Case, mode: str, gpu: GPU, seed: int) -> Limit:
     """Return the least time of a case on a GPU."""
-    todo = work(case, mode, seed)
+    flop, nbytes = work(case, mode, seed)
     chain_us, strategy = min(chains(case, gpu))
     steps = sum(passes(mode)) * (case.T + case.layers - 1)
-    return Limit(
-        compute_us=todo.flop / (1e6 * gpu[f"{precision(case)}_TFLOPps"]),
-        hbm_us=todo.bytes / (1e6 * gpu["hbm_TBps"]),
-        serial_us=steps * chain_us,
-        strategy=strategy,
-    )
+    compute_us = flop / (1e6 * gpu[f"{case.precision}_TFLOPps"])
+    hbm_us = nbytes / (1e6 * gpu["hbm_TBps"])
+    serial_us = steps * chain_us
+    parts = (compute_us, "compute"), (hbm_us, "memory"), (serial_us, "serial")
+    return Limit(compute_us, hbm_us, serial_us, *max(parts), strategy)
 
 
 def chains(case: Case, gpu: GPU) -> Iterator[tuple[float, str]]:
-    """Yield the microseconds of a step with every strategy that can hold the weights."""
+    """Yield the microseconds of a step by every strategy; infinitely many if it can't hold W_hh."""
     e, H = DTYPES[case.dtype].itemsize, case.H
     # Layers overlap in a wavefront, each on multiprocessors of its own; so do directions.
     groups = case.directions * case.layers
     available = int(gpu["multiprocessors"]) // groups
     largest = min(available, int(gpu["cluster_multiprocessors"]))
     for members in (2**power for power in range(largest.bit_length())):
-        work_clk = _work_clk(case, gpu, members, available // members)
-        if work_clk is not None:
-            clk = gpu["chain_clk"] + work_clk
-            if members == 1:
-                yield gpu.us(clk), "multiprocessor"
-            else:
-                clk += gpu["cluster_exchange_clk"] + gpu["cluster_barrier_clk"]
-                yield gpu.us(clk), "cluster"
+        clk = gpu["chain_clk"] + _work_clk(case, gpu, members, available // members)
+        if members == 1:
+            yield gpu.us(clk), "multiprocessor"
+        else:
+            exchange_clk = gpu["cluster_exchange_clk"] + gpu["cluster_barrier_clk"]
+            yield gpu.us(clk + exchange_clk), "cluster"
     for slices in range(1, min(case.B, available) + 1):
-        work_clk = _work_clk(case, gpu, available // slices, slices)
-        if work_clk is not None:
-            state_clk = e * H * math.ceil(case.B / slices) / gpu["l2_bytes_per_clk"]
-            clk = gpu["chain_clk"] + work_clk + state_clk
-            yield gpu.us(clk) + gpu["handoff_us"], "grid"
+        state_clk = e * H * math.ceil(case.B / slices) / gpu["l2_bytes_per_clk"]
+        clk = gpu["chain_clk"] + _work_clk(case, gpu, available // slices, slices) + state_clk
+        yield gpu.us(clk) + gpu["handoff_us"], "grid"
     matrix_clk = _matrix_clk(case, gpu, case.B, max(1, available))
     yield gpu["graph_node_us"] + gpu.us(matrix_clk), "launches"
 
 
-def _work_clk(case: Case, gpu: GPU, members: int, slices: int) -> float | None:
-    """Return the clocks of a step's product, or None if its weights do not fit.
+def _work_clk(case: Case, gpu: GPU, members: int, slices: int) -> float:
+    """Return the clocks of a step's product; infinitely many if its weights do not fit.
 
     Args:
-        case: What to run.
-        gpu: Where to run it.
+        case, gpu: What to run, and where.
         members: Multiprocessors that share the weights of one direction.
         slices: Parts of the batch, each with its own set of multiprocessors.
     """
@@ -222,7 +203,7 @@ def _work_clk(case: Case, gpu: GPU, members: int, slices: int) -> float | None:
     rows = math.ceil(H / members)
     share_bytes = e * rows * H
     if share_bytes > gpu["register_weight_bytes"] + gpu["shared_bytes"]:
-        return None
+        return math.inf
     sequences = math.ceil(case.B / slices)
     # Weights beyond the registers are read from shared memory at every step, beside the product.
     from_shared = max(0.0, share_bytes - gpu["register_weight_bytes"])
@@ -232,5 +213,5 @@ def _work_clk(case: Case, gpu: GPU, members: int, slices: int) -> float | None:
 
 def _matrix_clk(case: Case, gpu: GPU, sequences: int, members: int) -> float:
     tiles = math.ceil(sequences / SEQUENCES_PER_TILE) * SEQUENCES_PER_TILE
-    per_clk = members * gpu[f"{precision(case)}_FLOP_per_clk"]
+    per_clk = members * gpu[f"{case.precision}_FLOP_per_clk"]
     return 2 * tiles * case.H**2 / per_clk

@@ -307,8 +307,9 @@ def accept(
     """
     out, deadline = out.resolve(), time.monotonic() + budget_s
     wanted = [step for step in steps(out, device) if step.piece in pieces]
-    _check_names(pieces, PIECES)
-    _check_names(again, [step.name for step in wanted])
+    for names, known in ((pieces, PIECES), (again, [step.name for step in wanted])):
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"Expected any of {', '.join(known)}, got {', '.join(unknown)}")
     session = Session(out, (archive or out / ARCHIVE).resolve(), device)
     for name in again:
         session.records.pop(name, None)
@@ -326,12 +327,6 @@ def accept(
         session.run([Step("", "report", command, LAST_S)], deadline)
     session.pack()
     return {step.name: session.record(step) for step in wanted}
-
-
-def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
-    for name in names:
-        if name not in known:
-            raise ValueError(f"Expected any of {', '.join(known)}, got {name!r}")
 
 
 def table(records: dict[str, Record]) -> str:

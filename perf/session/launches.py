@@ -12,19 +12,17 @@ from itertools import product
 import torch
 
 from tritonrnn.kernels import launch
-from tritonrnn.kernels.plan import PLANS
+from tritonrnn.kernels.plan import EPILOGUES, PLANS
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.ragged import RaggedLayout
 
 # Hidden units, no multiple of a tile; those of the cooperative plan take several programs.
-HIDDEN = {"registers": 252, "cooperative": 200}
-OTHERS_HIDDEN = 100
+HIDDEN = dict.fromkeys(PLANS, 100) | {"registers": 252, "cooperative": 200}
 LAYOUTS = {
     "packed": SequenceLayout.packed([11, 9, 9, 5, 2, 1, 1], 38),
     "many": SequenceLayout.packed([60, 33, 9, 1], 103),
     "jagged": RaggedLayout.jagged(torch.tensor([0, 1, 1, 8, 10, 11, 15, 16, 16, 22, 23]), 23),
 }
-EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
 DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -37,17 +35,14 @@ def launch_all(name: str, device: torch.device) -> int:
     Raises:
         ArithmeticError: a result is not finite.
     """
-    launches = 0
+    launches, H, G = 0, HIDDEN[name], 2
+    generator = torch.Generator().manual_seed(H)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
     for layout, epilogue, dtype in product(LAYOUTS.values(), EPILOGUES, DTYPES):
-        H, G = HIDDEN.get(name, OTHERS_HIDDEN), 2
-        generator = torch.Generator().manual_seed(H)
-
-        def normal(
-            *shape: int, dtype: torch.dtype = dtype, generator: torch.Generator = generator
-        ) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator).to(device, dtype)
-
-        a = normal(layout.N, G * H)
+        a = normal(layout.N, G * H).to(dtype)
         problem = launch.problem_of(a, layout, G=G, epilogue=epilogue, tf32=True)
         plan = PLANS[name](problem, launch.device_of(device))
         if plan is None:
@@ -58,9 +53,9 @@ def launch_all(name: str, device: torch.device) -> int:
             plan = replace(plan, programs=G * -(-H // plan.block_h))
         launch.recurrence(
             a,
-            normal(G, layout.B, H, dtype=torch.float32),
-            normal(G, H, H) / H**0.5,
-            normal(layout.N, G * H).tanh() if epilogue.endswith("_grad") else None,
+            normal(G, layout.B, H),
+            (normal(G, H, H) / H**0.5).to(dtype),
+            normal(layout.N, G * H).tanh().to(dtype) if epilogue.endswith("_grad") else None,
             layout,
             epilogue=epilogue,
             reverse=(False, True),

@@ -15,8 +15,7 @@ import torch
 
 import tritonrnn
 from perf.bench import presets
-from perf.bench.cases import DTYPES, Case
-from perf.bench.switches import set_precision
+from perf.bench.cases import DTYPES, Case, set_precision
 from perf.report import tables
 from tritonrnn import autotune
 from tritonrnn.autotune.records import Kernel, Shapes
@@ -94,7 +93,6 @@ def run(
         here = {f"device_{name}": value for name, value in tuner.store.device.items()}.items()
         trials = pd.DataFrame(row for row in tritonrnn.trials() if here <= row.items())
         beside = side_by_side(trials, pd.DataFrame(serving))
-        out.mkdir(parents=True, exist_ok=True)
         if plan is not None and not trials.empty:
             trials = trials[trials["plan"] == plan]
         for name, rows in ((TRIALS, trials), (PLANS, beside)):

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from statistics import mean
 
-import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from perf.report import plots
-from perf.training.paired_training import (
-    OURS,
-    REFERENCE,
-    TWIN,
-    MakeRNN,
-    Task,
-    Trainee,
-    conclude,
-    train,
-)
+from perf.training import paired_training as paired
 
 BATCH_SIZE = 128
 # With the paper's own recipe (input weights of 1e-3, plain gradient descent at 1e-2), the loss was
@@ -30,19 +20,10 @@ BATCH_SIZE = 128
 INPUT_WEIGHT_STD = 0.05
 LEARNING_RATE = 1e-3
 CLIP_NORM = 1.0
-# Batches that are built together, before the models train on them.
-PORTION = 80
 # Steps that the loss is averaged over, for the table and the plot.
 WINDOW = 50
 # The variance of the sum of two uniform numbers: the loss of a model that always answers 1.
 BLIND_LOSS = 1 / 6
-
-
-class Batch(NamedTuple):
-    """Hold sequences of (number, mark), ``(T, B, 2)``, and sums of marked numbers, ``(B,)``."""
-
-    input: Tensor
-    sums: Tensor
 
 
 class Adder(nn.Module):
@@ -51,7 +32,7 @@ class Adder(nn.Module):
     Le, Jaitly & Hinton 2015, arXiv:1504.00941.
     """
 
-    def __init__(self, rnn_class: MakeRNN, hidden_size: int) -> None:
+    def __init__(self, rnn_class: paired.MakeRNN, hidden_size: int) -> None:
         super().__init__()
         self.rnn = rnn_class(2, hidden_size, nonlinearity="relu")
         self.head = nn.Linear(hidden_size, 1)
@@ -66,40 +47,32 @@ class Adder(nn.Module):
         return self.head(h_n[0]).squeeze(1)
 
 
-def loss_of(model: Adder, batch: Batch) -> Tensor:
-    """Return the mean squared error of a batch."""
-    return nn.functional.mse_loss(model(batch.input), batch.sums)
+def make_batch(T: int, generator: torch.Generator) -> paired.Batch:
+    """Draw numbers uniform in [0, 1); one is marked in each half of a sequence.
 
-
-def make_batch(T: int, generator: torch.Generator) -> Batch:
-    """Draw numbers uniform in [0, 1); one is marked in each half of a sequence."""
+    Returns:
+        Sequences of (number, mark), ``(T, B, 2)``, and the sums of marked numbers, ``(B,)``.
+    """
     numbers = torch.rand(T, BATCH_SIZE, generator=generator)
     marks = torch.zeros(T, BATCH_SIZE)
     sequences = torch.arange(BATCH_SIZE)
     for start, end in ((0, T // 2), (T // 2, T)):
         marks[torch.randint(start, end, (BATCH_SIZE,), generator=generator), sequences] = 1
-    return Batch(torch.stack([numbers, marks], -1), (numbers * marks).sum(0))
+    return torch.stack([numbers, marks], -1), (numbers * marks).sum(0)
 
 
-def portions(steps: int, T: int, seed: int, device: torch.device) -> Iterator[list[Batch]]:
-    """Yield ``steps`` batches in all, ``PORTION`` at a time."""
-    generator = torch.Generator().manual_seed(seed)
-    for start in range(0, steps, PORTION):
-        batches = (make_batch(T, generator) for _ in range(min(PORTION, steps - start)))
-        yield [Batch(*(tensor.to(device) for tensor in batch)) for batch in batches]
-
-
-def draw(trainees: Sequence[Trainee[Adder]], T: int) -> Figure:
+def draw(trainees: Sequence[paired.Trainee], T: int) -> Figure:
     """Draw the losses, and how far two trainings drift from torch.nn.RNN's."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    losses = pd.DataFrame({trainee.name: trainee.losses for trainee in trainees})
-    drift = losses.sub(losses[REFERENCE], axis=0).abs().cummax()
-    styles = {REFERENCE: ("tab:gray", 4), OURS: ("tab:blue", 1.2), TWIN: ("tab:gray", 1.2)}
+    losses = paired.losses_of(trainees)
+    reference, ours, twin = losses
+    drift = losses.sub(losses[reference], axis=0).abs().cummax()
+    styles = {reference: ("tab:gray", 4), ours: ("tab:blue", 1.2), twin: ("tab:gray", 1.2)}
     for ax, names, curves in (
-        (left, (REFERENCE, OURS), losses.rolling(WINDOW, min_periods=1).mean()),
+        (left, (reference, ours), losses.rolling(WINDOW, min_periods=1).mean()),
         # A logarithmic axis can't show 0.
-        (right, (OURS, TWIN), drift.where(drift > 0)),
+        (right, (ours, twin), drift.where(drift > 0)),
     ):
         for name in names:
             colour, width = styles[name]
@@ -108,7 +81,7 @@ def draw(trainees: Sequence[Trainee[Adder]], T: int) -> Figure:
     left.axhline(BLIND_LOSS, color="black", linestyle=":", linewidth=1, label="always answer 1")
     left.set_title(f"Adding problem, {T} steps", fontsize=10)
     left.set_ylabel(f"mean squared error, mean of {WINDOW} steps")
-    right.set_title(f"Loss, compared with that of {REFERENCE}", fontsize=10)
+    right.set_title(f"Loss, compared with that of {reference}", fontsize=10)
     right.set_ylabel("largest difference so far")
     for ax in (left, right):
         ax.legend(frameon=False, fontsize=9, loc="best")
@@ -119,15 +92,7 @@ def draw(trainees: Sequence[Trainee[Adder]], T: int) -> Figure:
 def run(
     *, steps: int, T: int, hidden_size: int, device: torch.device, out: Path | None, seed: int
 ) -> bool:
-    """Train, print the results, and write and draw them to ``out``.
-
-    Args:
-        steps: Training steps.
-        T: Steps of a sequence.
-        hidden_size: Hidden units.
-        device: Where to train.
-        out: Folder for the tables, the loss curves and their plot, if they are wanted.
-        seed: Seed of the initial weights and the batches.
+    """Train, print the results, and write and draw them to ``out``: the options of the command.
 
     Returns:
         Whether the loss curves agree.
@@ -136,29 +101,32 @@ def run(
         f"Sums of 2 of {T} numbers, {BATCH_SIZE} sequences a batch; {device}, "
         f"{torch.get_num_threads()} threads"
     )
-    task = Task(
-        "adding",
+    generator = torch.Generator().manual_seed(seed)
+    batches = (make_batch(T, generator) for _ in range(steps))
+    trainees = paired.train(
         lambda rnn_class: Adder(rnn_class, hidden_size),
-        loss_of,
-        portions(steps, T, seed, device),
-        steps,
-        LEARNING_RATE,
-        CLIP_NORM,
+        nn.functional.mse_loss,
+        ((input.to(device), sums.to(device)) for input, sums in batches),
+        steps=steps,
+        learning_rate=LEARNING_RATE,
+        clip_norm=CLIP_NORM,
+        seed=seed,
+        device=device,
     )
-    trainees = train(task, seed=seed, device=device)
-
-    def columns(trainee: Trainee[Adder]) -> dict[str, float]:
-        return {
-            "loss": float(np.mean(trainee.losses[-WINDOW:])),
+    results = pd.DataFrame(
+        {
+            "loss": mean(one.losses[-WINDOW:]),
             "blind_loss": BLIND_LOSS,
-            "steps_per_s": steps / trainee.seconds,
-            "seconds": trainee.seconds,
+            "steps_per_s": steps / one.seconds,
+            "seconds": one.seconds,
         }
-
+        for one in trainees
+    )
     print(f"loss: mean squared error over the last {WINDOW} steps. blind_loss: of answering 1.")
-    agrees = conclude(
+    agrees = paired.conclude(
+        "adding",
         trainees,
-        columns,
+        results,
         ("", ".5f", ".3f", ",.0f", ".1f", ".2f"),
         facts={"steps": steps, "T": T, "hidden_size": hidden_size, "seed": seed},
         device=device,

@@ -2,33 +2,116 @@
 
 from __future__ import annotations
 
-import functools
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import tritonrnn
-from perf.training.paired_training import MakeRNN, Task, Trainee, conclude, train
-from perf.training.word_lists import (
-    LANGUAGES,
-    Batch,
-    Word,
-    alphabet_of,
-    batches,
-    load_words,
-    normalize,
-    split,
-)
+from perf.training.paired_training import Batch, MakeRNN, conclude, train
+
+LANGUAGES = ("cs", "de", "en", "es", "fi", "fr", "hu", "it", "nl", "pl", "pt", "sv", "tr", "ro")
+SHORTEST, LONGEST = 3, 22
+# The index of every letter outside the alphabet; only a user's own words have such letters.
+UNKNOWN_LETTER = 0
 
 EMBEDDING_SIZE = 32
 BATCH_SIZE = 256
 LEARNING_RATE = 2e-3
 HELD_OUT = 0.1
+
+
+class Word(NamedTuple):
+    """Hold a spelling, and the index of its language in :data:`LANGUAGES`."""
+
+    spelling: str
+    label: int
+
+
+def load_words(top: int) -> list[Word]:
+    """Read the word lists of the package ``wordfreq``; nothing is downloaded.
+
+    Args:
+        top: How far down each language's list, from the most frequent word on, to go.
+    """
+    import wordfreq
+
+    # The small lists exist for every language; they reach down to one word in a million.
+    return distinct_words(
+        {code: wordfreq.top_n_list(code, top, wordlist="small") for code in LANGUAGES},
+        {code: set(wordfreq.get_frequency_dict(code, wordlist="small")) for code in LANGUAGES},
+    )
+
+
+def distinct_words(
+    ranked: Mapping[str, Sequence[str]], known: Mapping[str, set[str]]
+) -> list[Word]:
+    """Keep the words that belong to one language only and are written in Latin letters.
+
+    Args:
+        ranked: For each of :data:`LANGUAGES`, the words to choose from.
+        known: For each of :data:`LANGUAGES`, every word it has. A word is dropped if another
+            language has it too, however rare it is there.
+    """
+    languages_of = Counter(word for words in known.values() for word in words)
+    return [
+        Word(word, label)
+        for label, language in enumerate(LANGUAGES)
+        for word in ranked[language]
+        if languages_of[word] == 1
+        and SHORTEST <= len(word) <= LONGEST
+        and all(unicodedata.name(letter, "").startswith("LATIN ") for letter in word)
+    ]
+
+
+def split(words: Sequence[Word], held_out: float, seed: int) -> tuple[list[Word], list[Word]]:
+    """Shuffle words, and return those to train on and a share that is held out."""
+    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed)).tolist()
+    cut = round(len(words) * held_out)
+    return [words[i] for i in order[cut:]], [words[i] for i in order[:cut]]
+
+
+def alphabet_of(words: Sequence[Word]) -> dict[str, int]:
+    """Return the index of every letter, from 1 on."""
+    letters = sorted(set().union(*(word.spelling for word in words)))
+    return {letter: index for index, letter in enumerate(letters, start=1)}
+
+
+def encode(spelling: str, alphabet: Mapping[str, int]) -> Tensor:
+    """Return the index of each letter."""
+    return torch.tensor([alphabet.get(letter, UNKNOWN_LETTER) for letter in spelling])
+
+
+def batches(
+    words: Sequence[Word],
+    alphabet: Mapping[str, int],
+    device: torch.device,
+    generator: torch.Generator,
+) -> Iterator[Batch]:
+    """Shuffle words, and yield packed letters and languages; the last batch may be smaller.
+
+    The indices of letters are packed, not their embeddings: they are small, and the embedding then
+    has no padding to look up. A batch is sorted here, so that no result needs unsorting.
+    """
+    for chosen in torch.randperm(len(words), generator=generator).split(BATCH_SIZE):
+        batch = sorted((words[i] for i in chosen.tolist()), key=lambda word: -len(word.spelling))
+        letters = pack_sequence([encode(word.spelling, alphabet) for word in batch])
+        labels = torch.tensor([word.label for word in batch])
+        # torch declares PackedSequence.to as a function of a tensor's self.
+        yield letters.to(device), labels.to(device)  # type: ignore[arg-type]
+
+
+def normalize(word: str) -> str:
+    """Return a word as the lists spell it: composed letters, lower case, ``ss`` for ``ß``."""
+    return unicodedata.normalize("NFC", word.casefold())
 
 
 class WordClassifier(nn.Module):
@@ -56,22 +139,11 @@ class WordClassifier(nn.Module):
         return self.head(torch.cat(tuple(h_n), dim=1))
 
 
-def loss_of(model: WordClassifier, batch: Batch) -> Tensor:
-    """Return the cross-entropy of a batch."""
-    return nn.functional.cross_entropy(model(batch.letters), batch.labels)
-
-
 @torch.no_grad()
-def accuracy(model: WordClassifier, held_out: Sequence[Batch]) -> float:
+def accuracy(model: WordClassifier, batches: Iterable[Batch]) -> float:
     """Return the share of words whose language the model gets right."""
-    right = torch.cat([model(batch.letters).argmax(1) == batch.labels for batch in held_out])
+    right = torch.cat([model(letters).argmax(1) == labels for letters, labels in batches])
     return right.double().mean().item()
-
-
-def majority_accuracy(training: Sequence[Word], held_out: Sequence[Word]) -> float:
-    """Return the accuracy of always answering the most frequent language of the training words."""
-    [(label, _)] = Counter(word.label for word in training).most_common(1)
-    return sum(word.label == label for word in held_out) / len(held_out)
 
 
 def backend_of(model: WordClassifier, letters: PackedSequence) -> str:
@@ -84,30 +156,22 @@ def backend_of(model: WordClassifier, letters: PackedSequence) -> str:
 
 @torch.no_grad()
 def classify(
-    model: WordClassifier,
-    alphabet: Mapping[str, int],
-    words: Sequence[str],
-    training: Sequence[Word],
-    device: torch.device,
+    model: WordClassifier, words: Sequence[str], alphabet: Mapping[str, int], device: torch.device
 ) -> pd.DataFrame:
-    """Return the two likeliest languages of each word, and whether it was trained on."""
-    known = {word.spelling for word in training}
-    spelt = [Word(normalize(word), 0) for word in words]
-    rows = []
-    # One by one, because a batch is sorted by length.
-    for word, (spelling, _), batch in zip(words, spelt, batches(spelt, alphabet, 1, device)):
-        likelihood, language = model(batch.letters).softmax(1).squeeze(0).topk(2)
-        rows.append(
-            {
-                "word": word,
-                "language": LANGUAGES[language[0]],
-                "probability": float(likelihood[0]),
-                "or": LANGUAGES[language[1]],
-                "probability of that": float(likelihood[1]),
-                "trained on": "yes" if spelling in known else "no",
-            }
-        )
-    return pd.DataFrame(rows)
+    """Return the two likeliest languages of each word."""
+    letters = [encode(normalize(word), alphabet) for word in words]
+    scores = model(pack_sequence(letters, enforce_sorted=False).to(device))  # type: ignore[arg-type]
+    likelihood, language = (found.T.tolist() for found in scores.softmax(1).topk(2))
+    best, second = ([LANGUAGES[label] for label in labels] for labels in language)
+    return pd.DataFrame(
+        {
+            "word": words,
+            "language": best,
+            "probability": likelihood[0],
+            "or": second,
+            "probability of that": likelihood[1],
+        }
+    )
 
 
 def run(
@@ -120,16 +184,7 @@ def run(
     seed: int,
     top: int,
 ) -> bool:
-    """Train, print the results, and write them to ``out``.
-
-    Args:
-        epochs: Passes over the training words.
-        hidden_size: Hidden units of each direction.
-        device: Where to train.
-        out: Folder for the tables and the loss curves, if they are wanted.
-        own_words: Words to classify at the end.
-        seed: Seed of the split, the initial weights and the order of the batches.
-        top: How far down each language's list to go.
+    """Train, print the results, and write them to ``out``: the options of the command.
 
     Returns:
         Whether the loss curves agree.
@@ -140,41 +195,49 @@ def run(
         f"{len(training) + len(held_out):,} words of {len(LANGUAGES)} languages, "
         f"{len(held_out):,} of them held out; {device}, {torch.get_num_threads()} threads"
     )
-    pack = functools.partial(batches, alphabet=alphabet, size=BATCH_SIZE, device=device)
-    generator = torch.Generator().manual_seed(seed)
-    steps_per_epoch = -(-len(training) // BATCH_SIZE)
-    task = Task(
-        "words",
-        lambda rnn_class: WordClassifier(rnn_class, len(alphabet) + 1, hidden_size),
-        loss_of,
-        (list(pack(training, generator=generator)) for _ in range(epochs)),
-        epochs * steps_per_epoch,
-        LEARNING_RATE,
+    pack = partial(
+        batches,
+        alphabet=alphabet,
+        device=device,
+        generator=torch.Generator().manual_seed(seed),
     )
-    trainees = train(task, seed=seed, device=device)
+    steps_per_epoch = -(-len(training) // BATCH_SIZE)
+    trainees = train(
+        lambda rnn_class: WordClassifier(rnn_class, len(alphabet) + 1, hidden_size),
+        nn.functional.cross_entropy,
+        (batch for _ in range(epochs) for batch in pack(training)),
+        steps=epochs * steps_per_epoch,
+        learning_rate=LEARNING_RATE,
+        seed=seed,
+        device=device,
+    )
     tests = list(pack(held_out))
+    [(majority, _)] = Counter(word.label for word in training).most_common(1)
 
-    def columns(trainee: Trainee[WordClassifier]) -> dict[str, object]:
-        last_epoch = trainee.losses[-steps_per_epoch:]
-        return {
-            "loss": sum(last_epoch) / len(last_epoch),
-            "held_out_accuracy": accuracy(trainee.model, tests),
-            "majority_accuracy": majority_accuracy(training, held_out),
-            "words_per_s": epochs * len(training) / trainee.seconds,
-            "seconds": trainee.seconds,
-            "backend": backend_of(trainee.model, tests[0].letters),
+    results = pd.DataFrame(
+        {
+            "loss": mean(one.losses[-steps_per_epoch:]),
+            "held_out_accuracy": accuracy(one.model, tests),
+            "majority_accuracy": mean(word.label == majority for word in held_out),
+            "words_per_s": epochs * len(training) / one.seconds,
+            "seconds": one.seconds,
+            "backend": backend_of(one.model, tests[0][0]),
         }
-
+        for one in trainees
+    )
     print("loss: mean over the last epoch.")
     agrees = conclude(
+        "words",
         trainees,
-        columns,
+        results,
         ("", ".5f", ".3f", ".3f", ",.0f", ".1f", "", ".2f"),
         facts={"epochs": epochs, "hidden_size": hidden_size, "seed": seed, "top": top},
         device=device,
         out=out,
     )
     if own_words:
-        table = classify(trainees[1].model, alphabet, own_words, training, device)
+        known = {word.spelling for word in training}
+        table = classify(trainees[1].model, own_words, alphabet, device)
+        table["trained on"] = ["yes" if normalize(word) in known else "no" for word in own_words]
         print(table.to_markdown(index=False, floatfmt=".2f"))
     return agrees

@@ -58,8 +58,8 @@ def choose_aten(monkeypatch):
 
     for module in (dispatch, ops):
         monkeypatch.setattr(module, "choose_now", by_aten(module.choose_now))
-    remembered = by_aten(validation._checked_choice)
-    monkeypatch.setattr(validation, "_checked_choice", remembered)
+    remembered = by_aten(validation.choose_by_steps)
+    monkeypatch.setattr(validation, "choose_by_steps", remembered)
 
 
 @pytest.fixture

@@ -217,6 +217,15 @@ def test_ragged_batch_is_every_stretch_by_itself(case, implementation):
         assert_as_accurate([got[name].cpu()], [of_torch[name]], [exact[name]], name)
 
 
+@pytest.mark.parametrize("fewest_steps", [2 * T + 1], indirect=True)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.reset], ids=str)
+def test_short_batch_with_lengths_is_packed_for_torchs_kernels(case, fewest_steps):
+    module = case.module()
+    x, hx = case.tensors()
+    assert tritonrnn.explain(module, x, hx, **case.arguments()).plan == "aten"
+    assert_same_results(case.ours(module), case.theirs(module))
+
+
 @pytest.mark.parametrize("batch_first", [False, True], ids=["time-major", "batch-first"])
 def test_lengths_are_what_packing_and_unpacking_gives(batch_first):
     case = Ragged("unsorted", L=2, D=2, batch_first=batch_first)

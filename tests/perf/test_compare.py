@@ -148,6 +148,7 @@ def made_up_sweep() -> list[dict]:
     return [*rows, {**FAILED, "peer": "flashrnn", "error": "flashrnn is not installed"}]
 
 
+@pytest.mark.slow
 def test_report_of_a_gpu_renders_all_of_its_sections_and_pictures(tmp_path):
     write_run(tmp_path, *made_up_sweep())
     (tmp_path / tables.CALIBRATION).write_text(
@@ -236,7 +237,7 @@ def test_targets_of_the_cpu_are_judged_if_every_case_is_there():
 
 def test_static_rows_have_the_names_of_today():
     path = RESULTS / "static/sm_90.jsonl"
-    [*rows] = tables.read_lines(path)
+    [*rows] = tables.read_rows(path)
     assert {row["interleave"] for row in rows} == {1, 2}
     assert not any("turns" in row for row in rows)
 

@@ -21,10 +21,9 @@ def test_readme_has_the_rows_in_which_the_marks_differ():
                 case ast.Call(ast.Attribute(attr="feature"), [row], expected):
                     cells = {one.arg: ast.literal_eval(one.value) for one in expected}
                     place = (path.name, node.lineno)
-                    said.places.setdefault(ast.literal_eval(row), place)
                     for column in COLUMNS:
-                        cell = cells.get(column, "yes")
-                        said.cells.setdefault((ast.literal_eval(row), column), set()).add(cell)
+                        test = (ast.literal_eval(row), column, place, cells.get(column, "yes"), "")
+                        said.tests.append(test)
     table, _, _ = said.markdown(differences=True).partition("\n\n")
     assert len(table.splitlines()) > 10
     assert table in (CHECKOUT / "README.md").read_text(), table

@@ -60,13 +60,13 @@ def test_work_of_one_layer():
     forward = roofline.work(bf16(), "infer", seed=0)
     assert forward.flop == 2 * 80 * 32 * 64 == 327_680
     # Rows read and written, weights read once, two bytes each.
-    assert forward.bytes == 2 * (80 * (32 + 32) + 32 * 64) == 14_336
+    assert forward.min_bytes == 2 * (80 * (32 + 32) + 32 * 64) == 14_336
     assert roofline.work(bf16(), "fwd", seed=0) == forward
     backward = roofline.work(bf16(), "bwd", seed=0)
     assert backward.flop == 2 * forward.flop
-    assert backward.bytes == 2 * (80 * (2 * 32 + 2 * 32) + 2 * 32 * 64) == 2 * forward.bytes
+    assert backward.min_bytes == 2 * (80 * (2 * 32 + 2 * 32) + 2 * 32 * 64) == 2 * forward.min_bytes
     both = roofline.work(bf16(), "fwdbwd", seed=0)
-    assert (both.flop, both.bytes) == (3 * forward.flop, 3 * forward.bytes)
+    assert (both.flop, both.min_bytes) == (3 * forward.flop, 3 * forward.min_bytes)
 
 
 def test_work_of_layers_and_directions():
@@ -75,7 +75,7 @@ def test_work_of_layers_and_directions():
     assert work.flop == 2 * 80 * 2 * 32 * (32 + 32) + 2 * 80 * 2 * 32 * (64 + 32)
     first = 80 * (32 + 64) + 2 * 32 * 64
     second = 80 * (64 + 64) + 2 * 32 * 96
-    assert work.bytes == 2 * (first + second)
+    assert work.min_bytes == 2 * (first + second)
 
 
 def test_work_of_a_ragged_batch_counts_its_tokens():
@@ -89,10 +89,10 @@ def test_limit_of_weights_in_one_multiprocessor():
     assert limit.hbm_us == pytest.approx(0.014336)
     # 2048 bytes of weights: half in registers, half read at 128 a clock, 8 clocks. The product of
     # one sequence, rounded to 8: 2 * 8 * 32 * 32 / 1024 = 16 clocks, which cover the reading.
-    assert limit.strategy == "multiprocessor"
+    assert limit.limit_strategy == "multiprocessor"
     assert limit.serial_us == pytest.approx(10 * (100 + 16) / 1000)
     assert limit.limit_us == limit.serial_us
-    assert limit.columns()["limit_kind"] == "serial"
+    assert limit.limit_kind == "serial"
 
 
 def test_limit_of_both_passes_and_of_layers_in_a_wavefront():
@@ -106,14 +106,14 @@ def test_limit_of_weights_spread_over_a_cluster():
     # 8192 bytes: 2048 on each of 4. Two such clusters, four sequences each, rounded to 8:
     # 2 * 8 * 64 * 64 / (4 * 1024) = 16 clocks; 1024 bytes from shared memory, 8 clocks.
     limit = roofline.limit(bf16(H=64, I=64), "infer", ROUND, seed=0)
-    assert limit.strategy == "cluster"
+    assert limit.limit_strategy == "cluster"
     assert limit.serial_us == pytest.approx(10 * (100 + 16 + 200 + 50) / 1000)
 
 
 def test_limit_of_weights_spread_over_the_grid():
     # 16200 bytes fit 8 multiprocessors (2048 each), not 4: one slice.
     limit = roofline.limit(bf16(H=88, I=88), "infer", ROUND, seed=0)
-    assert limit.strategy == "grid"
+    assert limit.limit_strategy == "grid"
     # 11 rows * 88 * 2 = 1936 bytes each, 912 from shared memory: 7.125 clocks, less than the
     # product's 2 * 8 * 88 * 88 / (8 * 1024) = 15.125; 2 * 88 * 8 / 64 = 22 to read the state.
     assert limit.serial_us == pytest.approx(10 * (300 + 100 + 15.125 + 22) / 1000)
@@ -121,7 +121,7 @@ def test_limit_of_weights_spread_over_the_grid():
 
 def test_limit_of_weights_that_fit_nowhere():
     limit = roofline.limit(bf16(H=512, I=512), "infer", ROUND, seed=0)
-    assert limit.strategy == "launches"
+    assert limit.limit_strategy == "launches"
     assert limit.serial_us == pytest.approx(10 * (2.0 + 2 * 8 * 512**2 / (8 * 1024) / 1000))
 
 
@@ -158,7 +158,7 @@ def test_serial_part_outweighs_the_others():
             "launches": 1.3 + 2 * 16 * 256 * 256 / (132 * 4096) / 1980,
         }
     )
-    assert limit.strategy == "multiprocessor"
+    assert limit.limit_strategy == "multiprocessor"
     assert limit.serial_us == pytest.approx(1024 * (160 + 256) / 1980)
 
 
@@ -212,7 +212,7 @@ def test_calibration_on_a_cpu_names_what_does_not_apply(monkeypatch, tmp_path):
 
 def test_calibration_measures_what_the_model_uses():
     # The time of a launch is no part of a limit; the choice of a plan assumes one.
-    assert {probe.constant for probe in calibrate.PROBES} - {"launch_us"} <= set(H200.constants)
+    assert set(calibrate.PROBES) - {"launch_us"} <= set(H200.constants)
 
 
 @pytest.fixture(scope="module")
@@ -237,8 +237,8 @@ def probe_instructions() -> dict[str, list[str]]:
         ),
         (
             "ping_pong_kernel",
-            {"flag_ptr": "*i32", "round_trips": "i32", "max_spins": "i32"},
-            {},
+            {"counter_ptr": "*i32", "round_trips": "i32", "max_spins": "i32", "C": "constexpr"},
+            {"C": probes.BarrierConstants()},
             1,
         ),
     ):

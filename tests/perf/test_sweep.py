@@ -20,10 +20,9 @@ import perf
 from perf.__main__ import app
 from perf.bench import presets
 from perf.bench import sweep as sweep_module
-from perf.bench.measure import Settings
-from perf.bench.run import run
+from perf.bench.measure import Begun, Settings
 from perf.bench.sweep import Sweep, Unit
-from perf.bench.worker import Begun
+from perf.bench.worker import Worker
 from perf.report import schema, tables
 
 CHECKOUT = Path(__file__).parents[2]
@@ -52,12 +51,13 @@ def smoke(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_smoke_sweep_has_a_row_for_every_cell(smoke):
     rows = perf.load(smoke)
     cells = {
         (unit.case.case_id, *cell)
         for unit in presets.units("smoke", {}, (), "cpu")
-        for cell in unit.cells()
+        for cell in unit.cells
     }
     assert len(rows) == len(cells)
     assert {tuple(row) for row in rows[["case_id", "peer", "mode"]].values} == cells
@@ -67,6 +67,7 @@ def test_smoke_sweep_has_a_row_for_every_cell(smoke):
     assert declined["error"].str.contains("ragged").all()
 
 
+@pytest.mark.slow
 def test_rows_are_complete_where_there_is_no_gpu(smoke):
     rows = perf.load(smoke)
     timed = rows[rows["status"] == "ok"]
@@ -81,6 +82,7 @@ def test_rows_are_complete_where_there_is_no_gpu(smoke):
         assert timed[column].isna().all(), column
 
 
+@pytest.mark.slow
 def test_ours_runs_its_torch_path_and_saves_less_than_a_loop(smoke):
     rows = perf.load(smoke)
     ours = rows[rows["peer"] == "tritonrnn"].set_index("mode")["plan"]
@@ -92,6 +94,7 @@ def test_ours_runs_its_torch_path_and_saves_less_than_a_loop(smoke):
     assert (inferred["saved_MiB"] == 0).all()
 
 
+@pytest.mark.slow
 def test_csv_and_parquet_hold_what_the_lines_hold(smoke):
     lines = perf.load(smoke)
     for name in ("rows.csv", "rows.parquet"):
@@ -103,13 +106,15 @@ def test_csv_and_parquet_hold_what_the_lines_hold(smoke):
     assert twice["peer"].cat.ordered
 
 
+@pytest.mark.slow
 def test_every_column_is_in_the_schema_and_documented(smoke):
-    [*rows] = tables.read_lines(smoke / "rows.jsonl")
+    [*rows] = tables.read_rows(smoke / "rows.jsonl")
     assert {name for row in rows for name in row} <= set(schema.NAMES)
     document = invoke("schema").output
     assert all(f"`{name}`" in document for name in schema.NAMES)
 
 
+@pytest.mark.slow
 def test_finished_sweep_runs_nothing_again(smoke):
     before = (smoke / "rows.jsonl").read_text()
     assert "nothing new" in sweep(smoke, "--preset", "smoke").output
@@ -124,9 +129,9 @@ def test_every_failure_is_a_row_and_spares_the_others(tmp_path, monkeypatch):
     )
     receive, attempt = Sweep._receive, Sweep._attempt
 
-    def be_impatient(self, pipe):
+    def be_impatient(self, worker, phase):
         # Only with the peer that hangs: a busy machine may need long to start a worker.
-        message = receive(self, pipe)
+        message = receive(self, worker, phase)
         if isinstance(message, Begun) and message.peer.endswith(":Hangs"):
             self._timeout_s = 0.5
         return message
@@ -181,13 +186,13 @@ def test_killed_sweep_goes_on_where_it_was(tmp_path):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    measured = tables.read_lines(path)
+    measured = tables.read_rows(path)
     assert len(measured) == 1
     # As if it had been killed within a line.
     with path.open("a") as file:
         file.write('{"case_id": "T4-')
     assert sweep(tmp_path, *axes_given).exit_code == 0
-    rows = tables.read_lines(path)
+    rows = tables.read_rows(path)
     assert rows[: len(measured)] == measured
     assert sorted(row["T"] for row in rows) == [3, 4]
     # The baseline ran beside it every time, although its rows were not asked for.
@@ -231,18 +236,22 @@ def test_axes_replace_those_of_the_preset_and_no_case_comes_twice():
     assert len({unit.case for unit in units}) == len(units) == 4
     assert {unit.case.fp32_mode for unit in units if unit.case.dtype == "bf16"} == {"none"}
     assert all(unit.case.T == 12 and unit.case.I == 4 for unit in units)
-    assert set(presets.units("headline", {}, (), "cuda")[0].modes) == {"infer", "fwdbwd"}
+    assert modes_of(presets.units("headline", {}, (), "cuda")[0]) == ["fwdbwd", "infer"]
+
+
+def modes_of(unit: Unit) -> list[str]:
+    return sorted({mode for _, mode in unit.cells})
 
 
 def test_cpu_is_five_cases_in_three_modes():
     units = presets.units("cpu", {}, ("tritonrnn",), "cpu")
-    modes = sorted((unit.case.layout, *unit.modes) for unit in units)
+    modes = sorted((unit.case.layout, *modes_of(unit)) for unit in units)
     assert modes == 5 * [("packed", "fwdbwd")] + 5 * [("padded", "fwdbwd", "infer")]
 
 
 def test_short_is_every_short_call():
     units = presets.units("short", {}, ("tritonrnn",), "cpu")
-    assert all(set(unit.modes) == {"infer", "fwdbwd"} for unit in units)
+    assert all(modes_of(unit) == ["fwdbwd", "infer"] for unit in units)
     kinds = Counter((unit.case.layout, unit.case.directions) for unit in units)
     # 9 numbers of steps of 3 sizes; a cell has one direction.
     both = [(layout, D) for layout in ("padded", "packed", "lengths") for D in (1, 2)]
@@ -258,13 +267,11 @@ def test_presets_name_cases(preset, device):
 
 def test_unit_without_the_cells_that_have_rows():
     [unit, *_] = presets.units("smoke", {}, ("loop", "nn_aten"), "cpu")
-    done = [("loop", mode) for mode in unit.modes if mode != "bwd"] + [("nn_aten", "bwd")]
+    left = [("nn_aten", "infer"), ("nn_aten", "fwd"), ("loop", "bwd"), ("nn_aten", "fwdbwd")]
+    done = set(unit.cells) - set(left)
     rows = [unit.case.columns() | {"peer": peer, "mode": mode} for peer, mode in done]
     other = rows[0] | {"device": "cuda", "peer": "nn_aten"}
-    assert unit.left([*rows, other]) == Unit(
-        unit.case,
-        {"infer": ("nn_aten",), "fwd": ("nn_aten",), "bwd": ("loop",), "fwdbwd": ("nn_aten",)},
-    )
+    assert unit.left([*rows, other]) == Unit(unit.case, tuple(left))
 
 
 @pytest.mark.parametrize(
@@ -295,7 +302,7 @@ def test_help_has_the_names_of_every_axis():
 
 @pytest.mark.slow
 def test_cpu_command_measures_the_preset_and_prints_the_speedups(tmp_path, monkeypatch):
-    tiny = presets.grid(T=5, B=3, I=4, H=6, mode="fwdbwd", layout="packed", lengths="linear")
+    tiny = "T=5 B=3 I=4 H=6 mode=fwdbwd layout=packed lengths=linear"
     monkeypatch.setitem(presets.PRESETS, "cpu", (tiny,))
     result = invoke("cpu", *QUICK, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
@@ -308,15 +315,16 @@ def test_cpu_command_measures_the_preset_and_prints_the_speedups(tmp_path, monke
 
 @pytest.mark.slow
 def test_short_sequences_share_a_process_until_one_ends_it(tmp_path, monkeypatch):
-    tiny = presets.grid(T=(1, 3), B=2, H=4, mode="infer", layout=("lengths", "cell"))
+    tiny = "T=1,3 B=2 H=4 mode=infer layout=lengths,cell"
     monkeypatch.setitem(presets.PRESETS, "short", (tiny,))
-    start, started = sweep_module.worker, []
+    started = []
 
-    def counting():
-        started.append(1)
-        return start()
+    class Counted(Worker):
+        def __init__(self) -> None:
+            super().__init__()
+            started.append(1)
 
-    monkeypatch.setattr(sweep_module, "worker", counting)
+    monkeypatch.setattr(sweep_module, "Worker", Counted)
     result = invoke("cpu", "--short", *QUICK, "--out", str(tmp_path / "short"))
     assert result.exit_code == 0, result.output
     assert len(started) == 1
@@ -327,19 +335,14 @@ def test_short_sequences_share_a_process_until_one_ends_it(tmp_path, monkeypatch
     given = {"layout": "padded", "T": "3,4", "mode": "infer"}
     names = ["nn_aten", "tests.support.faulty_peers:Dies", "tritonrnn"]
     units = presets.units("smoke", given, names, "cpu")
-    rows = run(
-        units,
-        tmp_path / "faulty",
-        Settings(2, 0.0, threads=1),
-        device="cpu",
-        timeout_s=120.0,
-        one_process=True,
-    )
+    settings = Settings(2, 0.0, threads=1, timeout_s=120.0, one_process=True)
+    rows = Sweep(units, tmp_path / "faulty", settings, "cpu").run()
     assert Counter(row["status"] for row in rows) == {"ok": 4, "error": 2}
     # Each case: one that died, and one for the rest, which the next case begins with.
     assert len(started) == 3
 
 
+@pytest.mark.slow
 def test_show_and_env_print_facts(smoke):
     shown = invoke("show", "padded", str(smoke))
     assert shown.exit_code == 0

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import tritonrnn
 from perf.__main__ import app
 from perf.report import tables
-from perf.training import loss_curves, paired_training, word_lists
+from perf.training import paired_training, words
 
 wordfreq = pytest.importorskip("wordfreq")
 pytestmark = pytest.mark.usefixtures("torch_back_end")
@@ -36,16 +36,14 @@ def invoke(*arguments: str):
 
 
 @pytest.fixture(scope="module")
-def few_words() -> list[word_lists.Word]:
-    return word_lists.load_words(TOP)
+def few_words() -> list[words.Word]:
+    return words.load_words(TOP)
 
 
 def test_words_are_known_to_one_language_only(few_words):
-    known = {
-        code: wordfreq.get_frequency_dict(code, wordlist="small") for code in word_lists.LANGUAGES
-    }
+    known = {code: wordfreq.get_frequency_dict(code, wordlist="small") for code in words.LANGUAGES}
     for word, label in few_words:
-        assert [code for code in known if word in known[code]] == [word_lists.LANGUAGES[label]]
+        assert [code for code in known if word in known[code]] == [words.LANGUAGES[label]]
 
 
 def test_words_cover_all_languages_within_the_lengths(few_words):
@@ -55,46 +53,44 @@ def test_words_cover_all_languages_within_the_lengths(few_words):
 
 
 def test_distinct_words_drops_what_two_languages_share_and_what_is_not_latin():
-    nothing: dict[str, list[str]] = {code: [] for code in word_lists.LANGUAGES}
+    nothing: dict[str, list[str]] = {code: [] for code in words.LANGUAGES}
     ranked = nothing | {"de": ["haus", "taxi", "ab", "слово", "ha1s"], "fr": ["maison", "taxi"]}
     known = {code: set(ranked[code]) for code in ranked} | {"en": {"maison"}}
-    assert word_lists.distinct_words(ranked, known) == [("haus", 1)]
+    assert words.distinct_words(ranked, known) == [("haus", 1)]
 
 
 def test_split_is_disjoint_complete_and_repeatable(few_words):
-    training, held_out = word_lists.split(few_words, 0.1, seed=3)
+    training, held_out = words.split(few_words, 0.1, seed=3)
     assert len(held_out) == round(len(few_words) / 10)
     assert not set(training) & set(held_out)
     assert set(training + held_out) == set(few_words)
-    assert word_lists.split(few_words, 0.1, seed=3) == (training, held_out)
-    assert word_lists.split(few_words, 0.1, seed=4) != (training, held_out)
+    assert words.split(few_words, 0.1, seed=3) == (training, held_out)
+    assert words.split(few_words, 0.1, seed=4) != (training, held_out)
 
 
 def test_batches_hold_every_word_once_with_its_letters_and_label(few_words):
-    alphabet = word_lists.alphabet_of(few_words)
-    shuffled = word_lists.batches(
-        few_words, alphabet, 32, torch.device("cpu"), torch.Generator().manual_seed(0)
+    alphabet = words.alphabet_of(few_words)
+    shuffled = words.batches(
+        few_words, alphabet, torch.device("cpu"), torch.Generator().manual_seed(0)
     )
     seen = []
-    for batch in shuffled:
-        letters, lengths = pad_packed_sequence(batch.letters, batch_first=True)
+    for packed, labels in shuffled:
+        letters, lengths = pad_packed_sequence(packed, batch_first=True)
         assert lengths.tolist() == sorted(lengths.tolist(), reverse=True)
-        for row, length, label in zip(letters, lengths, batch.labels):
+        for row, length, label in zip(letters, lengths, labels):
             seen.append((row[:length].tolist(), int(label)))
-    expected = [
-        (word_lists.encode(spelling, alphabet).tolist(), label) for spelling, label in few_words
-    ]
+    expected = [(words.encode(spelling, alphabet).tolist(), label) for spelling, label in few_words]
     assert sorted(seen) == sorted(expected)
 
 
 def test_letters_outside_the_alphabet_share_an_index():
-    alphabet = word_lists.alphabet_of([word_lists.Word("ba", 0), word_lists.Word("ca", 0)])
-    assert word_lists.encode("abcd", alphabet).tolist() == [1, 2, 3, word_lists.UNKNOWN_LETTER]
+    alphabet = words.alphabet_of([words.Word("ba", 0), words.Word("ca", 0)])
+    assert words.encode("abcd", alphabet).tolist() == [1, 2, 3, words.UNKNOWN_LETTER]
 
 
 def test_normalize_spells_as_the_lists_do():
-    assert word_lists.normalize("Straße") == "strasse"
-    assert word_lists.normalize("E\N{COMBINING ACUTE ACCENT}T\u00c9") == "\u00e9t\u00e9"
+    assert words.normalize("Straße") == "strasse"
+    assert words.normalize("E\N{COMBINING ACUTE ACCENT}T\u00c9") == "\u00e9t\u00e9"
 
 
 def test_perturb_moves_by_one_unit_in_the_last_place():
@@ -111,27 +107,21 @@ def drifting(scale: float, *, steps: int = 400) -> np.ndarray:
     return 2.6 * np.exp(-step / 300) + scale * 10 ** (step / 80) * np.sin(step)
 
 
+def curves(candidate: np.ndarray) -> pd.DataFrame:
+    names = (paired_training.REFERENCE, paired_training.TWIN, paired_training.OURS)
+    return pd.DataFrame(dict(zip(names, (drifting(0), drifting(3e-7), candidate))))
+
+
 @pytest.mark.parametrize("scale", [0, 3e-7, -1e-6, 2e-6])
 def test_curves_agree_when_rounding_explains_the_drift(scale):
-    comparison = loss_curves.compare(drifting(0), drifting(3e-7), drifting(scale))
-    assert comparison.agrees
-    assert comparison.first_departure is None
-    assert "agree" in str(comparison)
+    assert paired_training.first_departure(curves(drifting(scale))) is None
 
 
 @pytest.mark.parametrize("fault", [1e-4, math.nan, math.inf])
 def test_curves_disagree_from_the_faulty_step_on(fault):
     candidate = drifting(3e-7)
     candidate[20:] += fault
-    comparison = loss_curves.compare(drifting(0), drifting(3e-7), candidate)
-    assert not comparison.agrees
-    assert comparison.first_departure == 20
-    assert "DISAGREE from step 20" in str(comparison)
-
-
-def test_curves_of_different_lengths_raise():
-    with pytest.raises(ValueError, match="one length, got 3, 3 and 2 steps"):
-        loss_curves.compare([1, 1, 1], [1, 1, 1], [1, 1])
+    assert paired_training.first_departure(curves(candidate)) == 20
 
 
 def words_arguments(*more: str) -> tuple[str, ...]:
@@ -159,7 +149,7 @@ def test_words_command_fails_when_the_curves_disagree(monkeypatch):
     monkeypatch.setattr(tritonrnn, "RNN", SlightlyWrong)
     result = invoke(*words_arguments())
     assert result.exit_code == 1
-    assert "DISAGREE" in result.output
+    assert "DISAGREE from step 0 on" in result.output
 
 
 def test_appended_rows_keep_the_old_ones(tmp_path: Path):

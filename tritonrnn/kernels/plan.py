@@ -14,6 +14,7 @@ from itertools import product
 from tritonrnn.kernels.devices import Device
 
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+EPILOGUES = ("tanh", "relu", "tanh_grad", "relu_grad")
 
 # Hidden units up to which ptxas (12.8, for sm_90) leaves the descriptors of two blocks' wgmma where
 # they are used: 1272 take up to 254 registers (perf/results/static/sm_90.jsonl); of 1536 it keeps
@@ -35,7 +36,7 @@ class Problem:
         H: hidden units a group.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
         tf32: whether fp32 products may round their operands to TF32.
-        epilogue: ``tanh``, ``relu``, ``tanh_grad`` or ``relu_grad``.
+        epilogue: one of :data:`EPILOGUES`.
     """
 
     T: int

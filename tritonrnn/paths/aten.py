@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ def forward(
     nonlinearity: str,
     bidirectional: bool,
     dropout: float = 0.0,
+    B: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a stack of L layers. Its results can be differentiated as often as wanted.
 
@@ -45,17 +46,19 @@ def forward(
         seq_metadata: the batch_sizes of a packed input.
         layout, nonlinearity, bidirectional: as :func:`tritonrnn.ops.elman` takes them.
         dropout: the probability between layers, by masks of torch's own.
+        B: the number of sequences, if it is known: to read it takes time.
 
     Returns:
         ``output``, shaped as the input with G * H features, and ``h_n``, shaped as ``hx``.
     """
-    weights = list(layers[0]) if len(layers) == 1 else [w for layer in layers for w in layer]
+    weights = layers[0] if len(layers) == 1 else [w for layer in layers for w in layer]
     if hx is None:
         G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
         # Straight from the tensors: a tracer takes a layout's numbers for constants.
-        B: Any = input.shape[0 if layout == "batch_major" else 1]
-        if seq_metadata is not None:
+        if B is None and seq_metadata is not None:
             B = seq_metadata[0]
+        elif B is None:
+            B = input.shape[0 if layout == "batch_major" else 1]
         initial = input.new_zeros(len(layers) * G, B, H)
     else:
         initial = hx
@@ -64,11 +67,14 @@ def forward(
     train = dropout > 0 or torch.is_grad_enabled()
     settings = has_biases, len(layers), dropout, train, bidirectional
     run = torch.rnn_tanh if nonlinearity == "tanh" else torch.rnn_relu
-    with _ignoring_scattered_weights() if input.is_cuda else nullcontext():
-        if seq_metadata is not None:
-            results = run(input, seq_metadata, initial, weights, *settings)
-        else:
-            results = run(input, initial, weights, *settings, layout == "batch_major")
+    arguments: tuple[Any, ...] = input, initial, weights, *settings, layout == "batch_major"
+    if seq_metadata is not None:
+        arguments = input, seq_metadata, initial, weights, *settings
+    if input.is_cuda:
+        with _ignoring_scattered_weights():
+            results = run(*arguments)
+    else:
+        results = run(*arguments)
     # torch found out whether any source requires a gradient.
     if not (results[0].requires_grad and is_differentiated_once(input) and dropout == 0):
         return results

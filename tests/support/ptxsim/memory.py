@@ -11,7 +11,8 @@ acquire: ``CTA.known`` is a vector clock, the epoch of every other CTA that has 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -60,7 +61,7 @@ class Faults:
         ]
 
 
-class Access(NamedTuple):
+class Access:
     """An instruction's access to memory.
 
     Args:
@@ -68,26 +69,21 @@ class Access(NamedTuple):
         instruction: that they execute.
         threads: that execute it, ``[threads]``.
         granules: that each of them reads or writes, ``[threads, n]``.
+
+    Attributes:
+        now: the least stamp of this epoch.
+        stamp: of each thread, ``[threads, 1]``.
     """
 
-    cta: CTA
-    instruction: Instruction
-    threads: Array
-    granules: Array
+    def __init__(self, cta: CTA, instruction: Instruction, threads: Array, granules: Array):
+        self.cta, self.instruction = cta, instruction
+        self.threads, self.granules = threads, granules
+        self.now = cta.epoch << THREAD_BITS
+        self.stamp: Array = (self.now + threads)[:, None]
 
-    @property
-    def stamp(self) -> Array:
-        """Return the stamp of each thread, ``[threads, 1]``."""
-        return self.now + self.threads[:, None]
-
-    @property
-    def now(self) -> int:
-        """Return the least stamp of this epoch."""
-        return self.cta.epoch << THREAD_BITS
-
-    def fault(self, kind: str, where: Array | bool = True) -> None:
+    def fault(self, kind: str, where: Array | np.bool_) -> None:
         """Record a fault of the granules where it is, if it is anywhere."""
-        if np.any(where):
+        if where.any():
             first = tuple(np.argwhere(np.broadcast_to(where, self.granules.shape))[0])
             cta, granule = self.cta, self.granules[first]
             detail = f"[CTA {cta.index}, epoch {cta.epoch}, granule {granule}]"
@@ -107,13 +103,16 @@ class Region:
         base: its address.
         data: its granules.
         writable: whether the kernel may write it; if not, its accesses are not recorded.
+        private: whether only one CTA accesses it.
     """
 
-    def __init__(self, name: str, base: int, data: Array, writable: bool = True):
+    def __init__(
+        self, name: str, base: int, data: Array, writable: bool = True, private: bool = False
+    ):
         self.name, self.base, self.data, self.writable = name, base, data, writable
         # Zeros, for an array may be larger than memory, and most of it never touched.
         self.written: Array = np.zeros(len(data), np.int32)
-        self.writer: Array = np.zeros(len(data), np.int16)
+        self.writer: Array | None = None if private else np.zeros(len(data), np.int16)
         # By the index of the CTA.
         self.read: dict[int, Array] = {}
 
@@ -125,11 +124,11 @@ class Region:
         """
         grain, length = self.data.itemsize, self.data.nbytes
         offsets = address.astype(np.int64) - self.base
-        outside = offsets[(offsets < 0) | (offsets + size > length)]
-        if len(outside):
+        if len(offsets) and (offsets.min() < 0 or offsets.max() + size > length):
+            outside = offsets[(offsets < 0) | (offsets + size > length)]
             where = f"byte {outside[0]} of {self.name}, which has {length}"
             raise EmulationError(f"{where}: {instruction}")
-        if (address % np.uint64(size)).any():
+        if (address & address.dtype.type(size - 1)).any():
             raise EmulationError(f"misaligned by {size} bytes in {self.name}: {instruction}")
         return (offsets // grain)[:, None] + np.arange(size // grain)
 
@@ -139,19 +138,26 @@ class Region:
             self.read[cta.index] = np.zeros(len(self.data), np.int32)
         return self.read[cta.index]
 
+    def _unordered_writes(self, access: Access) -> Array:
+        """Return where the last write does not come before an access."""
+        of = access.cta.index if self.writer is None else self.writer[access.granules]
+        return _unordered(access, self.written[access.granules], of)
+
     def add_read(self, access: Access) -> None:
         """Record a read, and report what it is not ordered after."""
-        written, writer = self.written[access.granules], self.writer[access.granules]
-        racy = _unordered(access, written, writer)
+        racy = self._unordered_writes(access)
         access.fault(f"{self.name}: read not ordered after a write", racy)
-        read, stamp = self.read_by(access.cta), access.stamp
-        before = read[access.granules]
-        read[access.granules] = stamp
-        several = (before >= access.now) & _differ(before, stamp)
-        several |= _differ(read[access.granules], stamp)
-        read[access.granules[several]] = access.now | MANY
+        read, granules, stamp = self.read_by(access.cta), access.granules, access.stamp
+        before = read[granules]
+        read[granules] = stamp
+        several = _differ(read[granules], stamp)
+        recent = before >= access.now
+        if recent.any():
+            several |= recent & _differ(before, stamp)
+        if several.any():
+            read[granules[several]] = access.now | MANY
 
-    def add_write(self, access: Access, changed: Array | bool) -> None:
+    def add_write(self, access: Access, changed: Callable[[], Array | bool]) -> None:
         """Record a write, and report what it is not ordered after.
 
         Args:
@@ -161,22 +167,27 @@ class Region:
         for reader, read in self.read.items():
             racy = _unordered(access, read[access.granules], reader)
             access.fault(f"{self.name}: write not ordered after a read", racy)
-        written, writer = self.written[access.granules], self.writer[access.granules]
-        racy = _unordered(access, written, writer) & changed
-        access.fault(f"{self.name}: write not ordered after a write", racy)
-        self.written[access.granules], self.writer[access.granules] = (
-            access.stamp,
-            access.cta.index,
-        )
+        racy = self._unordered_writes(access)
+        if racy.any():
+            access.fault(f"{self.name}: write not ordered after a write", racy & changed())
+        self.written[access.granules] = access.stamp
+        if self.writer is not None:
+            self.writer[access.granules] = access.cta.index
 
 
 def _unordered(access: Access, stamps: Array, ctas: Array | int) -> Array:
     """Return which accesses, by CTAs of these indices, do not come before this one."""
     cta = access.cta
-    mine = np.equal(ctas, cta.index)
-    racy: Array = (stamps >= access.now) & _differ(stamps, access.stamp) & mine
-    others = ~mine & (stamps != NEVER)
-    if np.any(others):
+    # Most are of earlier epochs.
+    racy: Array = stamps >= access.now
+    if racy.any():
+        racy &= _differ(stamps, access.stamp)
+    mine = ctas == cta.index
+    if mine is True:
+        return racy
+    racy &= mine
+    others = np.logical_not(mine) & (stamps != NEVER)
+    if others.any():
         clock = np.maximum(cta.known, cta.acquired[access.threads])
         known = clock[np.arange(len(access.threads))[:, None], ctas]
         racy |= others & (stamps >> THREAD_BITS >= known)
@@ -196,7 +207,8 @@ class SharedMemory(Region):
     def __init__(self, size: int, grain: int = 2):
         count, kind = -(-size // grain), {1: np.uint8, 2: np.uint16}[grain]
         # All bits set: NaN.
-        super().__init__("shared", self.BASE, np.full(count, np.iinfo(kind).max, kind))
+        data = np.full(count, np.iinfo(kind).max, kind)
+        super().__init__("shared", self.BASE, data, private=True)
         # ``CTA.warp_epoch`` at the write.
         self.warp_written: Array = np.zeros(count, np.int32)
         # The epoch in which the writer executed a proxy fence after its write.
@@ -210,43 +222,46 @@ class SharedMemory(Region):
         """Read granules."""
         granules, written = access.granules, self.written[access.granules]
         self.add_read(access)
-        near = (written >= access.now) & (written != access.stamp)
-        near &= ~_differ(written, access.stamp)
-        near &= self.warp_written[granules] == access.cta.warp_epoch
-        access.fault("shared: read of another lane's write, no bar.warp.sync", near)
-        access.fault("shared: read of an async copy in flight", self.copies[granules] > 0)
+        near = written >= access.now
+        if near.any():
+            near &= (written != access.stamp) & ~_differ(written, access.stamp)
+            near &= self.warp_written[granules] == access.cta.warp_epoch
+            access.fault("shared: read of another lane's write, no bar.warp.sync", near)
+        access.fault("shared: read of an async copy in flight", self.copies[granules])
         access.fault("shared: read of what was never written", written == NEVER)
         return self.data[granules]
 
     def store(self, access: Access, values: Array) -> None:
         """Write granules."""
         values = values.view(self.data.dtype)
-        self._add_write(access, self.data[access.granules] != values)
+        self._add_write(access, lambda: self.data[access.granules] != values)
         self.data[access.granules] = values
         differ = self.data[access.granules] != values
         access.fault("shared: two lanes write different values", differ)
 
-    def _add_write(self, access: Access, changed: Array | bool) -> None:
+    def _add_write(self, access: Access, changed: Callable[[], Array | bool]) -> None:
         granules = access.granules
         self.add_write(access, changed)
-        access.fault("shared: write over an async copy in flight", self.copies[granules] > 0)
-        access.fault("shared: write over what wgmma is reading", self.products[granules] > 0)
+        access.fault("shared: write over an async copy in flight", self.copies[granules])
+        access.fault("shared: write over what wgmma is reading", self.products[granules])
         self.warp_written[granules] = access.cta.warp_epoch
         self.fenced[granules] = NEVER
         self._unfenced.append(granules.ravel())
 
     def begin_copy(self, access: Access) -> None:
         """Let async copies begin: until they end, neither old nor new data is there."""
-        self._add_write(access, True)
-        several = len(np.unique(access.granules)) != access.granules.size
-        access.fault("shared: two lanes copy to one place", several)
+        self._add_write(access, lambda: True)
+        # Copies are aligned, and all of one size.
+        first = np.sort(access.granules[:, 0])
+        access.fault("shared: two lanes copy to one place", (first[1:] == first[:-1]).any())
         self.data[access.granules] = np.iinfo(self.data.dtype).max
-        np.add.at(self.copies, access.granules, 1)
+        self.copies[access.granules] += 1
 
-    def end_copy(self, access: Access, values: Array) -> None:
+    def end_copy(self, begun: Access, values: Array) -> None:
         """Let async copies end, for which their own threads have waited."""
-        np.add.at(self.copies, access.granules, -1)
-        self._add_write(access, False)
+        access = Access(begun.cta, begun.instruction, begun.threads, begun.granules)
+        self.copies[access.granules] -= 1
+        self._add_write(access, lambda: False)
         self.data[access.granules] = values.view(self.data.dtype)
 
     def fence(self, cta: CTA) -> None:
@@ -273,13 +288,14 @@ class SharedMemory(Region):
         access.fault("wgmma: read not ordered after a write", unordered & (epoch == cta.epoch))
         access.fault("wgmma: read of a write without a fence", unordered & (epoch < cta.epoch))
         access.fault("wgmma: read of what was never written", epoch == NEVER)
-        access.fault("wgmma: read of an async copy in flight", self.copies[granules] > 0)
-        np.add.at(self.products, granules, 1)
+        access.fault("wgmma: read of an async copy in flight", self.copies[granules])
+        # Once for each granule, however many threads read it; so in the end, too.
+        self.products[granules] += 1
         return self.data[granules]
 
     def end_product(self, cta: CTA, granules: Array) -> None:
         """Let an MMA end, for which all threads have waited."""
-        np.add.at(self.products, granules, -1)
+        self.products[granules] -= 1
         self.read_by(cta)[granules] = cta.epoch << THREAD_BITS | MANY
 
 
@@ -377,9 +393,13 @@ class View:
         if not region.writable:
             raise EmulationError(f"store to {region.name}: {instruction}")
         stored, own = self._entry(self._stored, region)
-        before = np.where(stored[granules], own[granules], region.data[granules])
+
+        def changed() -> Array:
+            before = np.where(stored[granules], own[granules], region.data[granules])
+            return before != values
+
         access = Access(cta, instruction, threads, granules)
-        region.add_write(access, before != values)
+        region.add_write(access, changed)
         target = own if self.relaxed else region.data
         stored[granules] = self.relaxed
         target[granules] = values
