@@ -383,11 +383,11 @@ def max_registers(problem: Problem, plan: LaunchPlan) -> int | None:
     if not device.has_mma_sync or device.has_wgmma:
         # Hopper's kernels don't spill as they are, and do where told (bf16 resident H 201).
         return None
-    rounds = cdiv(problem.H, plan.block_read)
-    if plan.name == "cooperative" and rounds > 2 and not problem.has_odd_rows:
-        # Told, it makes the reads of every round beside the product of the round before, even where
-        # the registers for that have to be spilled (sm_86, sm_120, bf16 H 1032).
-        return None
+    if plan.name == "cooperative" and plan.interleave == 1:
+        # Told, it loads the next tiles beside the product that it makes, even where the registers
+        # for that have to be spilled (bf16 H 1032 on sm_86 and sm_120). Not told, it does so for
+        # odd rows (bf16 H 1023 and fp16 H 333 on sm_89), but not for Blackwell.
+        return 200 if problem.has_odd_rows and not device.is_blackwell else None
     return min(255, device.register_bytes // (4 * device.warp_size * plan.num_warps))
 
 
