@@ -268,6 +268,10 @@ def _cooperative_plan(problem: Problem, device: Device, block_h: int) -> LaunchP
         block_k = 128 if problem.dtype != "fp32" and block_h == 64 else 64
         block_k = block_h if problem.has_odd_rows else block_k
         at_once_bytes = 32 * num_warps * (128 if precision == "tf32x3" else 256)
+        if precision != "tf32x3" and block_b * problem.H * problem.item_bytes > 2 * at_once_bytes:
+            # A state of several reads: each on its way beside the product of the one before, whose
+            # operands take registers, too (sm_80, bf16 H 1280, fp16 H 1728).
+            at_once_bytes = at_once_bytes * 3 // 4
         most_bytes = {64: 2048, 32: 1536}[block_h] if precision != "tf32x3" else 0
         most_interleaved = most_bytes // problem.item_bytes
         if device.is_blackwell and problem.epilogue.endswith("_grad"):
