@@ -105,18 +105,15 @@ def check(
             layout = "batch_major"
         shape = data.shape
     is_autocast = torch._C._is_any_autocast_enabled()
-    asked = None
-    if (
-        reset is None
+    # Not of a tracer, in whose shapes there may be no numbers.
+    is_eager = (
+        not torch.compiler.is_compiling()
         and type(data) is Tensor
-        and (seq_metadata is None or (type(seq_metadata) is Tensor and seq_metadata.is_cpu))
-        and layout != "jagged"
-        and not is_autocast
+        and torch._C._get_tracing_state() is None
         and not has_torch_function(weights)
-    ):
-        asked = asked_where_steps_decide(data)
+    )
     # Most calls are like one before.
-    check_forms = _check_forms if asked is None else _check_forms_once
+    check_forms = _check_forms_once if is_eager else _check_forms
     check_forms(
         layout,
         (shape, data.dtype, data.device),
@@ -128,6 +125,15 @@ def check(
         dropout,
         is_autocast,
     )
+    asked = None
+    if (
+        is_eager
+        and reset is None
+        and not is_autocast
+        and layout != "jagged"
+        and (seq_metadata is None or (type(seq_metadata) is Tensor and seq_metadata.is_cpu))
+    ):
+        asked = asked_where_steps_decide(data)
     each = len(weights) // num_layers
     layers = [weights[i : i + each] for i in range(0, len(weights), each)]
     if lengths is not None:
