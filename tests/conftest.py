@@ -19,17 +19,19 @@ from tritonrnn import dispatch
 # Short sequences are left to torch's own kernels, and those of the tests are short. Here the
 # in-place path takes them; tests/api/test_short.py tests the limits that users have.
 FEWEST_STEPS = dict(dispatch.FEWEST_STEPS)
-dispatch.FEWEST_STEPS.update({False: 2, True: 2})
+dispatch.FEWEST_STEPS.update(dict.fromkeys(FEWEST_STEPS, 2))
 
-# The tensors here are small: on a busy machine, several threads take ten times as long.
+# The tensors here are small: on a busy machine, several threads take ten times as long. In the
+# processes that tests start, too.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # The same examples in every run; `--hypothesis-profile=fresh` draws new ones, and many more.
 settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("fresh", max_examples=2000, deadline=None, print_blob=True)
 
 
-def patch_once_a_launch() -> None:
+def speed_up_the_interpreter() -> None:
     """Have Triton's interpreter patch its language when a kernel is launched, and not again.
 
     At each call of another function inside the kernel it would look for what there is to patch,
@@ -38,7 +40,8 @@ def patch_once_a_launch() -> None:
     from triton import language
     from triton.runtime import interpreter
 
-    patch_language = interpreter._patch_lang
+    patch_language, np_dtype_of = interpreter._patch_lang, interpreter._get_np_dtype
+    np_dtypes: dict[str, Any] = {}
 
     def patch(function: Any) -> Any:
         modules = {id(value) for value in function.__globals__.values()}
@@ -47,11 +50,17 @@ def patch_once_a_launch() -> None:
                 return patch_language(function)
         return interpreter._LangPatchScope()
 
-    interpreter._patch_lang = patch
+    def np_dtype(dtype: Any) -> Any:
+        # It makes a table of all of them to look up one.
+        if dtype.name not in np_dtypes:
+            np_dtypes[dtype.name] = np_dtype_of(dtype)
+        return np_dtypes[dtype.name]
+
+    interpreter._patch_lang, interpreter._get_np_dtype = patch, np_dtype
 
 
 if find_spec("triton") is not None:
-    patch_once_a_launch()
+    speed_up_the_interpreter()
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
@@ -83,11 +92,13 @@ def torch_back_end() -> Iterator[None]:
 
 
 @pytest.fixture
-def fewest_steps(request: pytest.FixtureRequest) -> Iterator[dict[bool, int]]:
-    """Return the steps from which the in-place path serves: a parameter, else those of users."""
-    before, limits = dict(dispatch.FEWEST_STEPS), getattr(request, "param", FEWEST_STEPS)
+def fewest_steps(request: pytest.FixtureRequest) -> Iterator[dict[tuple[bool, bool], int]]:
+    """Return the steps from which the in-place path serves: those of users, or all a parameter."""
+    before, limits = dict(dispatch.FEWEST_STEPS), dict(FEWEST_STEPS)
+    if hasattr(request, "param"):
+        limits = dict.fromkeys(limits, request.param)
     for in_force in (limits, before):
         dispatch.FEWEST_STEPS.update(in_force)
         dispatch.choose_by_steps.cache_clear()
         if in_force is limits:
-            yield dict(limits)
+            yield limits

@@ -37,6 +37,7 @@ class Call(NamedTuple):
         seq_metadata, reset: as :func:`tritonrnn.ragged.layout_of` takes them: copies, which nobody
             changes between the forward and the backward pass, unless torch's own kernels serve on
             a CPU, which have read them when the call returns.
+        B: how many sequences the caller has, or None if nobody knows yet.
         layout: "time_major", "batch_major", "packed" or "jagged".
         nonlinearity: "tanh" or "relu".
         bidirectional: whether G is 2.
@@ -50,6 +51,7 @@ class Call(NamedTuple):
     weights: Sequence[Sequence[Tensor]]
     seq_metadata: Tensor | None
     reset: Tensor | None
+    B: int | None
     layout: str
     nonlinearity: str
     bidirectional: bool
@@ -153,7 +155,8 @@ def check(
         elif layout == "packed":
             T = shape[0]
         needs_grad = torch.is_grad_enabled() and _any_requires_grad(data, hx, weights)
-        choice = choose_by_steps(asked, data.device, dtype, T, G, needs_grad, is_ragged)
+        is_mapped = seq_metadata is not None
+        choice = choose_by_steps(asked, data.device, dtype, T, G, is_mapped, is_ragged, needs_grad)
         if seq_metadata is not None:
             seq_metadata, parent_B = _read(layout, data, seq_metadata, choice)
     else:
@@ -190,6 +193,7 @@ def check(
         layers,
         seq_metadata,
         reset,
+        None if asked is None else parent_B,
         layout,
         nonlinearity,
         bidirectional,
@@ -403,9 +407,9 @@ def _read(layout: str, data: Tensor, seq_metadata: Tensor, choice: Choice) -> tu
         return seq_metadata, layout_of(layout, data.shape[:-1], seq_metadata, None).B
     # No copy: torch's own kernels have read the values when the call returns.
     if layout != "packed":
-        return seq_metadata, len(seq_metadata)
+        return seq_metadata, seq_metadata.shape[0]
     batch_sizes = seq_metadata.tolist()
-    check_batch_sizes(batch_sizes, len(data))
+    check_batch_sizes(batch_sizes, data.shape[0])
     return seq_metadata, batch_sizes[0]
 
 

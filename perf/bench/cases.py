@@ -193,7 +193,7 @@ class Workload:
         if self.batch_sizes is None:
             return tokens
         if self.offsets is None:
-            return PackedSequence(tokens, self.batch_sizes)
+            return PackedSequence(tokens, _as_of_a_new_batch(self.batch_sizes, tokens))
         # Passed on, so that no call has to ask the device.
         shortest = int((self.batch_sizes == self.batch_sizes[0]).sum())
         return torch.nested.nested_tensor_from_jagged(
@@ -203,7 +203,7 @@ class Workload:
     def run(self, module: nn.RNNBase, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return a module's output, or its rows, and ``h_n`` for these tokens."""
         if self.lengths is not None:
-            return module(tokens, lengths=self.lengths)
+            return module(tokens, lengths=_as_of_a_new_batch(self.lengths, tokens))
         output, h_n = module(self.input_of(tokens))
         if self.offsets is not None:
             return output.values(), h_n
@@ -212,7 +212,8 @@ class Workload:
     def run_packed(self, module: nn.RNNBase, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the results of :meth:`run` for a module without nested tensors and ``lengths``."""
         if self.lengths is not None:
-            packed = pack_padded_sequence(tokens, self.lengths, enforce_sorted=False)
+            lengths = _as_of_a_new_batch(self.lengths, tokens)
+            packed = pack_padded_sequence(tokens, lengths, enforce_sorted=False)
             output, h_n = module(packed)
             return pad_packed_sequence(output)[0], h_n
         if self.offsets is None or self.batch_sizes is None:
@@ -231,6 +232,15 @@ class Workload:
             state = cell(step, state)
             states.append(state)
         return torch.stack(states), states[-1].unsqueeze(0)
+
+
+def _as_of_a_new_batch(sizes: Tensor, tokens: Tensor) -> Tensor:
+    """Return another tensor, on the CPU: a data loader brings one with each batch.
+
+    What a module remembers of the last one is of no use then. On a GPU a graph is captured, which
+    is replayed with the same sizes.
+    """
+    return sizes.clone() if tokens.is_cpu else sizes
 
 
 def make_cell(module: nn.RNNBase) -> nn.RNNCell:

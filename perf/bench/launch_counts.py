@@ -26,7 +26,9 @@ from torch.utils._pytree import tree_any, tree_map
 
 from tritonrnn import memo, ops
 from tritonrnn.kernels import launch
+from tritonrnn.kernels.cost import rank_plans
 from tritonrnn.kernels.devices import DEVICES
+from tritonrnn.kernels.plan import Problem
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 T, B, I, H = 4, 3, 8, 16  # noqa: E741
@@ -42,7 +44,6 @@ LAYOUTS: dict[str, tuple[str, tuple[int, ...] | None, bool]] = {
     "jagged": ("jagged", (0, 2, 6, 7), True),
     "reset": ("time_major", None, False),
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # torch's source has what CUDA executes for an operation. All others are one kernel, copy or fill:
 # also a product, a concatenation of up to 128 tensors, and a sum that one block a column makes.
@@ -151,16 +152,17 @@ def counting() -> Iterator[list[str]]:
         yield operations.launches
 
 
-def launches(layout: str, dtype: str, hx: bool, D: int) -> dict[str, list[str]]:
+def launches(layout: str, hx: bool, D: int) -> dict[str, list[str]]:
     """Return what one layer launches, by pass, in batches of new lengths and of those seen before.
 
-    Biases are there, and all weights and both results have a gradient; the input and hx have none.
+    In bfloat16, by the plan that comes first. Biases are there, and all weights and both results
+    have a gradient; the input and hx have none.
     """
     kind, numbers, is_on_gpu = LAYOUTS[layout]
     shape = {"time_major": (T, B), "batch_major": (B, T)}.get(kind, (sum(LENGTHS),))
 
     def zeros(*shape: int) -> Tensor:
-        return on_gpu(torch.zeros(shape, dtype=DTYPES[dtype]))
+        return on_gpu(torch.zeros(shape, dtype=torch.bfloat16))
 
     metadata = None if numbers is None else torch.tensor(numbers)
     if is_on_gpu:
@@ -169,7 +171,8 @@ def launches(layout: str, dtype: str, hx: bool, D: int) -> dict[str, list[str]]:
     weights = [zeros(*shape) for shape in ((H, I), (H, H), (H,), (H,))] * D
     state = zeros(D, B, H) if hx else None
     found = {}
-    settings: Any = kind, "tanh", D == 2, "triton:resident"
+    plan = rank_plans(Problem(T, B, D, H, "bf16"), DEVICES["sm_90"], training=True)[0]
+    settings: Any = kind, "tanh", D == 2, f"triton:{plan.name}"
     needs = [False, False] + [True] * len(weights)
     with counting() as listed:
         # A call takes the copies once, and all its layers and both its passes share them.
@@ -188,11 +191,11 @@ def launches(layout: str, dtype: str, hx: bool, D: int) -> dict[str, list[str]]:
 
 
 def table() -> pd.DataFrame:
-    """Return a row for every layout, dtype and number of directions, without hx and with it."""
+    """Return a row for every layout and number of directions, without hx and with it."""
     return pd.DataFrame(
         [
-            {"layout": layout, "dtype": dtype, "D": D, "hx": hx}
-            | {name: len(found) for name, found in launches(layout, dtype, hx, D).items()}
-            for layout, dtype, D, hx in product(LAYOUTS, DTYPES, (1, 2), (False, True))
+            {"layout": layout, "D": D, "hx": hx}
+            | {name: len(found) for name, found in launches(layout, hx, D).items()}
+            for layout, D, hx in product(LAYOUTS, (1, 2), (False, True))
         ]
     )

@@ -172,6 +172,7 @@ def test_choice_of_forward_is_kept_for_backward():
     torch.testing.assert_close(x.grad, expected.grad)
 
 
+@pytest.mark.slow
 def test_environment_sets_the_default_and_the_context_wins():
     program = """
         import tritonrnn
@@ -188,6 +189,7 @@ def test_environment_sets_the_default_and_the_context_wins():
     assert run_alone(program, TRITONRNN_BACKEND="").split()[0] == "auto"
 
 
+@pytest.mark.slow
 def test_environment_that_names_no_back_end_raises():
     program = """
         try:

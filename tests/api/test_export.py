@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import tritonrnn
 from tests.support.cases import Case
 from tests.support.exported import Model, arguments_of, dynamic_shapes_of
-from tests.support.implementations import implementations
+from tests.support.implementations import implementations, slow
 from tests.support.operators import OperatorCall
 from tests.support.processes import run_alone
 
@@ -73,7 +73,7 @@ def assert_agrees(case: Case, program: torch.export.ExportedProgram, model: Mode
 @pytest.mark.feature(
     "`torch.export`, padded and packed, any number of steps and sequences", nn="no"
 )
-@implementations("case", nn=CASES, torch=CASES, triton=CASES[2:])
+@implementations("case", nn=CASES, torch=CASES, triton=map(slow, CASES[2:]))
 def test_exported_program_agrees_and_trains_whatever_the_length_and_batch(case, implementation):
     case = implementation.of(case)
     model = Model(case, implementation.rnn)

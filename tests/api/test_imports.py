@@ -170,6 +170,7 @@ WORK = """
 """
 
 
+@pytest.mark.slow
 def test_torch_path_never_imports_triton():
     program = (
         WORK
@@ -184,6 +185,7 @@ def test_torch_path_never_imports_triton():
     assert run_alone(program).split() == []
 
 
+@pytest.mark.slow
 def test_everything_but_triton_works_without_it():
     program = """
     import sys

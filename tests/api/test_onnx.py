@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import io
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 from torch import nn
+from torch.onnx._internal._lazy_import import onnxscript_apis
 
 import tritonrnn
 from tests.support.cases import Case
@@ -36,6 +39,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size other than 1"),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _read_operators_once() -> Iterator[None]:
+    """Keep onnxscript from reading the source of its operators anew, half of an export's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxscript_apis, "get_torchlib_ops", cache(onnxscript_apis.get_torchlib_ops))
+        yield
+
 
 CASES = [
     Case(layout=layout, L=L, D=D, nonlinearity=nonlinearity, bias=bias, hx=hx)

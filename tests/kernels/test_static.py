@@ -9,19 +9,21 @@ import itertools
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import triton
 
 from perf.compile import static
-from tests.support.compiled import ROOT, Kernel, compile_kernels, events, run_uninterpreted
+from tests.support.compiled import Kernel, compile_kernels, events
+from tests.support.processes import run_alone
 from tritonrnn.kernels import launch
 from tritonrnn.kernels.devices import DEVICES
 from tritonrnn.kernels.plan import PLANS, Problem
 
 # What ``perf static`` made of every plan, by device.
-TABLES = sorted((ROOT / "perf/results/static").glob("*.jsonl"))
+TABLES = sorted((Path(static.__file__).parents[1] / "results" / "static").glob("*.jsonl"))
 KEPT = ("epilogue", "block_h", "block_b", "num_warps")
 
 
@@ -319,38 +321,32 @@ def test_committed_static_tables_have_every_device():
 @pytest.mark.slow
 def test_kernels_do_not_recompile_for_new_lengths_and_batch_sizes():
     """Whatever T and B are: 1, odd, multiples of 16, each of which Triton would specialise on."""
-    counts = run_uninterpreted(
-        [
-            "-c",
-            "from perf.compile.static import *\n"
-            "for name in PLANS:\n"
-            "    for T, B in [(1, 1), (7, 16), (1024, 33), (4096, 64), (3, 5000)]:\n"
-            "        problem = Problem(T, B, 2, 64, 'bf16')\n"
-            "        plan = PLANS[name](problem, DEVICES['sm_90'])\n"
-            "        for layout in ('padded', 'packed'):\n"
-            "            compile_case(CompileCase('bf16', problem, layout, True, plan))\n"
-            "    caches = launch.kernel_of(plan).device_caches.values()\n"
-            "    print(sum(len(cache[0]) for cache in caches))",
-        ]
-    )
+    counts = run_alone("""
+        from perf.compile.static import *
+        for name in PLANS:
+            for T, B in [(1, 1), (7, 16), (1024, 33), (4096, 64), (3, 5000)]:
+                problem = Problem(T, B, 2, 64, "bf16")
+                plan = PLANS[name](problem, DEVICES["sm_90"])
+                for layout in ("padded", "packed"):
+                    compile_case(CompileCase("bf16", problem, layout, True, plan))
+            caches = launch.kernel_of(plan).device_caches.values()
+            print(sum(len(cache[0]) for cache in caches))
+    """)
     # One for padded batches, one for packed ones.
     assert counts.split() == ["2"] * len(PLANS)
 
 
 @pytest.mark.slow
 def test_fp32_compiles_for_amd_devices_without_tf32():
-    fits = run_uninterpreted(
-        [
-            "-c",
-            "import dataclasses\n"
-            "from perf.compile.static import *\n"
-            "for arch, warp_size in [('gfx90a', 64), ('gfx1100', 32)]:\n"
-            "    device = dataclasses.replace(DEVICES['gfx942'], arch=arch, warp_size=warp_size)\n"
-            "    problem = Problem(T, 16, 2, 64, 'fp32', tf32=True)\n"
-            "    for name in ('resident', 'stepwise'):\n"
-            "        plan = PLANS[name](problem, device)\n"
-            "        compiled = compile_case(CompileCase('fp32', problem, 'padded', True, plan))\n"
-            "        print(compiled.kernel.metadata.shared <= plan.shared_bytes)",
-        ]
-    )
+    fits = run_alone("""
+        import dataclasses
+        from perf.compile.static import *
+        for arch, warp_size in [("gfx90a", 64), ("gfx1100", 32)]:
+            device = dataclasses.replace(DEVICES["gfx942"], arch=arch, warp_size=warp_size)
+            problem = Problem(T, 16, 2, 64, "fp32", tf32=True)
+            for name in ("resident", "stepwise"):
+                plan = PLANS[name](problem, device)
+                compiled = compile_case(CompileCase("fp32", problem, "padded", True, plan))
+                print(compiled.kernel.metadata.shared <= plan.shared_bytes)
+    """)
     assert fits.split() == ["True"] * 4

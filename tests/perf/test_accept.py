@@ -69,6 +69,7 @@ def ran(folder: Path) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 def test_steps_run_in_order_of_their_pieces_and_each_outcome_is_told(small_steps):
     records = session(small_steps)
     assert ran(small_steps) == ["good", "bad", "idle", "slow", "last"]
@@ -91,6 +92,7 @@ def test_steps_run_in_order_of_their_pieces_and_each_outcome_is_told(small_steps
         assert {"out/steps.json", "out/bad.log"} <= set(archive.getnames())
 
 
+@pytest.mark.slow
 def test_session_goes_on_with_what_is_not_done(small_steps):
     assert session(small_steps, "right", budget_s=0)["good"] == Record()
     session(small_steps, "fast", "right")
@@ -103,12 +105,14 @@ def test_session_goes_on_with_what_is_not_done(small_steps):
     assert ran(small_steps) == ["good", "bad"]
 
 
+@pytest.mark.slow
 def test_step_whose_time_the_budget_cuts_is_unfinished(small_steps, monkeypatch):
     monkeypatch.setattr(accept, "LAST_S", 0.0)
     records = session(small_steps, "fast", budget_s=0.9)
     assert records["slow"].status == "unfinished"
 
 
+@pytest.mark.slow
 def test_steps_run_side_by_side_where_many_processors_are(small_steps, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     # Each waits for the other.

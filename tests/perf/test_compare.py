@@ -148,6 +148,7 @@ def made_up_sweep() -> list[dict]:
     return [*rows, {**FAILED, "peer": "flashrnn", "error": "flashrnn is not installed"}]
 
 
+@pytest.mark.slow
 def test_report_of_a_gpu_renders_all_of_its_sections_and_pictures(tmp_path):
     write_run(tmp_path, *made_up_sweep())
     (tmp_path / tables.CALIBRATION).write_text(

@@ -51,6 +51,7 @@ def smoke(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_smoke_sweep_has_a_row_for_every_cell(smoke):
     rows = perf.load(smoke)
     cells = {
@@ -66,6 +67,7 @@ def test_smoke_sweep_has_a_row_for_every_cell(smoke):
     assert declined["error"].str.contains("ragged").all()
 
 
+@pytest.mark.slow
 def test_rows_are_complete_where_there_is_no_gpu(smoke):
     rows = perf.load(smoke)
     timed = rows[rows["status"] == "ok"]
@@ -80,6 +82,7 @@ def test_rows_are_complete_where_there_is_no_gpu(smoke):
         assert timed[column].isna().all(), column
 
 
+@pytest.mark.slow
 def test_ours_runs_its_torch_path_and_saves_less_than_a_loop(smoke):
     rows = perf.load(smoke)
     ours = rows[rows["peer"] == "tritonrnn"].set_index("mode")["plan"]
@@ -91,6 +94,7 @@ def test_ours_runs_its_torch_path_and_saves_less_than_a_loop(smoke):
     assert (inferred["saved_MiB"] == 0).all()
 
 
+@pytest.mark.slow
 def test_csv_and_parquet_hold_what_the_lines_hold(smoke):
     lines = perf.load(smoke)
     for name in ("rows.csv", "rows.parquet"):
@@ -102,6 +106,7 @@ def test_csv_and_parquet_hold_what_the_lines_hold(smoke):
     assert twice["peer"].cat.ordered
 
 
+@pytest.mark.slow
 def test_every_column_is_in_the_schema_and_documented(smoke):
     [*rows] = tables.read_rows(smoke / "rows.jsonl")
     assert {name for row in rows for name in row} <= set(schema.NAMES)
@@ -109,6 +114,7 @@ def test_every_column_is_in_the_schema_and_documented(smoke):
     assert all(f"`{name}`" in document for name in schema.NAMES)
 
 
+@pytest.mark.slow
 def test_finished_sweep_runs_nothing_again(smoke):
     before = (smoke / "rows.jsonl").read_text()
     assert "nothing new" in sweep(smoke, "--preset", "smoke").output
@@ -336,6 +342,7 @@ def test_short_sequences_share_a_process_until_one_ends_it(tmp_path, monkeypatch
     assert len(started) == 3
 
 
+@pytest.mark.slow
 def test_show_and_env_print_facts(smoke):
     shown = invoke("show", "padded", str(smoke))
     assert shown.exit_code == 0

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.support.processes import run_alone
+
 # Instructions on the chain of a step, or to be kept off it. Waiting for a product leaves none in
 # flight; a wait that leaves one is none.
 EVENT = (
@@ -42,25 +39,9 @@ def compile_kernels(kernels: Sequence[Kernel]) -> dict[Kernel, dict[str, Any]]:
     Besides the columns of ``perf static`` a row has ``num_stages``, ``precision``,
     ``is_cooperative_launch`` and, on NVIDIA, ``sass`` and ``step_sass``.
     """
-    done = run_uninterpreted(
-        ["-m", "tests.support.compiled"], json.dumps([asdict(kernel) for kernel in kernels])
-    )
-    return dict(zip(kernels, map(json.loads, done.splitlines()), strict=True))
-
-
-def run_uninterpreted(arguments: Sequence[str], given: str = "") -> str:
-    """Run Python where TRITON_INTERPRET is not set: here, kernels may belong to the interpreter."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=environment,
-        cwd=ROOT,
-        check=True,
-        input=given,
-        stdout=subprocess.PIPE,
-        text=True,
-    ).stdout
+    # Here, kernels may belong to the interpreter.
+    printed = run_alone(f"from tests.support.compiled import *; compile_here({list(kernels)})")
+    return dict(zip(kernels, map(json.loads, printed.splitlines()), strict=True))
 
 
 def events(step_sass: Sequence[str]) -> list[str]:
@@ -71,12 +52,12 @@ def events(step_sass: Sequence[str]) -> list[str]:
     return re.findall(EVENT, "\n".join([*loop[start:], *loop[:start]]))
 
 
-def main() -> None:
-    """Compile the kernels of standard input and print a row each."""
+def compile_here(kernels: Sequence[Kernel]) -> None:
+    """Compile kernels and print a row each."""
     from perf.compile import static
 
     batches = {batch[0]: batch for batch in static.BATCHES}
-    for kernel in (Kernel(**fields) for fields in json.load(sys.stdin)):
+    for kernel in kernels:
         (case,) = static.compile_cases(
             kernel.arch,
             dtypes=[kernel.dtype],
@@ -94,7 +75,3 @@ def main() -> None:
         if not case.plan.device.is_amd:
             row |= {"sass": compiled.sass, "step_sass": compiled.step_sass}
         print(json.dumps(row), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,15 @@
-"""Train a model around an RNN in two processes on the CPU: DistributedDataParallel, FSDP2.
-
-``python -m tests.support.distributed`` is one of the processes; :func:`train_in_two` starts both.
-"""
+"""Train a model around an RNN in two processes on the CPU: DistributedDataParallel, FSDP2."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import tritonrnn
-from perf.bench.environment import CHECKOUT
+from tests.support.processes import copies, print_to
 
 PROCESSES = 2
 STEPS = 3
@@ -122,58 +119,48 @@ def train_in_two(
         RuntimeError: a process crashed, or the processes took longer than ``limit_s``.
     """
     with tempfile.TemporaryDirectory() as folder:
-        torch.save([astuple(training) for training in trainings], Path(folder, "trainings"))
-        command = [sys.executable, "-m", "tests.support.distributed", folder]
-        # One thread each: two processes with many threads would wait for each other's cores. The
-        # loopback interface: gloo must not look for the network.
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        if sys.platform == "linux":
-            environment |= {"GLOO_SOCKET_IFNAME": "lo"}
-        logs = [Path(folder, f"log{rank}") for rank in range(PROCESSES)]
-        processes = []
+        processes = [
+            copies.Process(target=_main, args=(trainings, Path(folder), rank))
+            for rank in range(PROCESSES)
+        ]
+        for process in processes:
+            process.start()
         try:
-            for rank, log in enumerate(logs):
-                with log.open("w") as file:
-                    processes.append(
-                        subprocess.Popen(
-                            [*command, str(rank)],
-                            env=environment,
-                            cwd=CHECKOUT,
-                            stdout=file,
-                            stderr=subprocess.STDOUT,
-                        )
-                    )
             _join(processes, limit_s)
         finally:
             for process in processes:
                 process.kill()
-                process.wait()
-        if any(process.returncode for process in processes):
-            text = "\n".join(log.read_text() for log in logs)
+                process.join()
+        if any(process.exitcode for process in processes):
+            text = "\n".join(path.read_text() for path in sorted(Path(folder).glob("log*")))
             raise RuntimeError(f"two processes did not finish in {limit_s:g} s:\n{text}")
         results = torch.load(Path(folder, "results"))
     return dict(zip(trainings, results))
 
 
-def _join(processes: Sequence[subprocess.Popen], limit_s: float) -> None:
+def _join(processes: Sequence[BaseProcess], limit_s: float) -> None:
     """Wait until all processes have ended, one has failed or the time is up."""
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
-        codes = [process.poll() for process in processes]
+        codes = [process.exitcode for process in processes]
         if any(codes) or None not in codes:
             return
         time.sleep(0.05)
 
 
-def _main(folder: Path, rank: int) -> None:
+def _main(trainings: Sequence[Training], folder: Path, rank: int) -> None:
+    print_to(folder / f"log{rank}", 1, 2)
+    if sys.platform == "linux":
+        # The loopback interface: gloo must not look for the network.
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(str(folder / "store"), PROCESSES)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60)
     )
     results: list[list[Tensor] | str] = []
-    for fields in torch.load(folder / "trainings"):
+    for training in trainings:
         try:
-            results.append(train(Training(*fields), rank))
+            results.append(train(training, rank))
         except Exception as error:
             # A fault of the module occurs in both processes, so neither waits for the other.
             results.append(f"{type(error).__name__}: {error}")
@@ -181,7 +168,3 @@ def _main(folder: Path, rank: int) -> None:
         torch.save(results, folder / "results")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -22,7 +22,7 @@ import torch
 import triton
 
 from tests.support.ptxsim.case import CHOICES, Case, Prepared, Result
-from tests.support.ptxsim.mutations import CASES, judge
+from tests.support.ptxsim.mutations import CASES, SCHEDULES, judge
 from tests.support.ptxsim.sample import sample
 
 
@@ -100,10 +100,12 @@ def mutations_command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m tests.support.ptxsim mutations")
     parser.add_argument("--plan", choices=CHOICES["plan"], help="only kernels of this plan")
     parser.add_argument("--every", action="store_true", help="loads, stores and products, too")
+    parser.add_argument("--schedules", type=int, help="the first so many, not those known to do")
     options = parser.parse_args(arguments)
+    schedules = range(options.schedules) if options.schedules else SCHEDULES
     for case in CASES.values():
         if options.plan in (None, case.plan):
-            mutants = judge(Prepared(case), every=options.every)
+            mutants = judge(Prepared(case), options.every, schedules)
             unnoticed = [mutant for mutant in mutants if not mutant.fault]
             print(f"{case}: {len(mutants) - len(unnoticed)} of {len(mutants)} noticed")
             for mutant in unnoticed:

@@ -22,7 +22,7 @@ class Emulator:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.ptxsim", "serve"],
             cwd=Path(__file__).parents[3],
-            env=environment | {"OMP_NUM_THREADS": "1"},
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from tests.support.ptxsim.scalar import (
     INTEGERS,
     UNSIGNED,
     Array,
-    bits,
+    columns,
     scalar,
 )
 
@@ -86,7 +86,7 @@ class Kernel:
         self.blocks = [[self._step(i) for i in block.instructions] for block in program.blocks]
 
     def _step(self, ins: Instruction) -> Step:
-        def slots(registers: set[str]) -> frozenset[int]:
+        def slots(registers: Set[str]) -> frozenset[int]:
             return frozenset(self.slots[name] for name in registers if name in self.slots)
 
         root = ins.op[0]
@@ -124,11 +124,13 @@ class Kernel:
         functions, kind, kinds = scalar(ins.op)
         targets = self._slots(ins.operands[0])
         sources = [self.slot(x, k) for x, k in zip(ins.operands[1:], kinds, strict=True)]
+        results, width = list(zip(targets, functions, strict=True)), UNSIGNED[BITS[kind]]
 
         def run(cta: CTA, mask: Mask) -> None:
-            values = [cta.registers[i] for i in sources]
-            for target, function in zip(targets, functions, strict=True):
-                cta.put(target, bits(function(*values), kind), mask)
+            registers = cta.registers
+            values = [registers[i] for i in sources]
+            for target, function in results:
+                cta.put(target, function(*values).view(width), mask)
 
         return run
 
@@ -251,7 +253,7 @@ class Kernel:
         def run(cta: CTA, mask: Mask) -> None:
             threads = cta.active(mask)
             at = address(cta, threads)
-            data = np.stack([cta.full(s) for s in sources], -1)[threads].astype(width)
+            data = columns([cta.full(s)[threads] for s in sources]).astype(width)
             if "shared" in modifiers:
                 cta.shared.store(_shared(cta, ins, threads, at, size), data)
             else:

@@ -196,7 +196,8 @@ class CTA:
             together = self._of_all(mask).reshape(-1, step.together or self.threads)
             if (together.any(1) != together.all(1)).any():
                 raise EmulationError(f"threads execute it that must not alone: {ins}")
-        if self._in_flight & step.registers and ins.op[:2] != ("wgmma", "mma_async"):
+        in_flight = self._in_flight and self._in_flight & step.registers
+        if in_flight and ins.op[:2] != ("wgmma", "mma_async"):
             self.launch.faults.add("wgmma: register of a product in flight", ins)
         self.kernel.executed.add(ins.line)
         try:

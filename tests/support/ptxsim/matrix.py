@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from tests.support.ptxsim.ptx import Unsupported
-from tests.support.ptxsim.scalar import Array, from_bf16, toward_zero
+from tests.support.ptxsim.scalar import Array, columns, from_bf16, toward_zero
 
 SWIZZLES = {0: 0, 1: 128, 2: 64, 3: 32}
 
@@ -36,7 +36,7 @@ def product(a: Array, b: Array, c: Array, truncates: bool) -> Array:
 
 def left_fragment(registers: Sequence[Array], kind: str) -> Array:
     """Return ``[warps, 16, K]`` of the four registers of each thread."""
-    words = np.stack(registers, -1)
+    words = columns(registers)
     if kind == "tf32":
         # a0 (g, t), a1 (g + 8, t), a2 (g, t + 4), a3 (g + 8, t + 4)
         parts = values(words, kind).reshape(-1, 8, 4, 2, 2)
@@ -48,7 +48,7 @@ def left_fragment(registers: Sequence[Array], kind: str) -> Array:
 
 def right_fragment(registers: Sequence[Array], kind: str) -> Array:
     """Return ``[warps, K, 8]`` of the two registers of each thread."""
-    words = np.stack(registers, -1)
+    words = columns(registers)
     if kind == "tf32":
         # b0 (t, g), b1 (t + 4, g)
         parts = values(words, kind).reshape(-1, 8, 4, 2)
@@ -61,7 +61,7 @@ def right_fragment(registers: Sequence[Array], kind: str) -> Array:
 def accumulator(registers: Sequence[Array]) -> Array:
     """Return fp32 ``[warps, 16, N]`` of the N / 2 registers of each thread."""
     # c0, c1 (g, 2t + i); c2, c3 (g + 8, 2t + i); c4 to c7 the same, eight columns further
-    words = np.stack(registers, -1).view(np.float32)
+    words = columns(registers).view(np.float32)
     parts = words.reshape(-1, 8, 4, len(registers) // 4, 2, 2)
     return parts.transpose(0, 4, 1, 3, 2, 5).reshape(-1, 16, 2 * len(registers))
 
@@ -71,7 +71,7 @@ def accumulator_registers(c: Array) -> list[Array]:
     count = c.shape[2] // 2
     parts = c.reshape(-1, 2, 8, count // 4, 4, 2).transpose(0, 2, 4, 3, 1, 5)
     words = np.ascontiguousarray(parts).reshape(-1, count).view(np.uint32)
-    return [np.ascontiguousarray(words[:, i]) for i in range(count)]
+    return list(np.ascontiguousarray(words.T))
 
 
 def load_matrix(words: Array, transposed: bool) -> list[Array]:

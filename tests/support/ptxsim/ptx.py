@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 
@@ -45,11 +46,11 @@ class Instruction:
     def __str__(self) -> str:
         return f"line {self.line} ({self.source}): {self.text[:110]}"
 
-    @property
-    def registers(self) -> set[str]:
+    @cached_property
+    def registers(self) -> frozenset[str]:
         """Return the names of all registers that it mentions."""
-        guard = {self.guard[0]} if self.guard else set()
-        return guard.union(*map(names, self.operands))
+        guard = [self.guard[0]] if self.guard else []
+        return frozenset(guard).union(*map(names, self.operands))
 
 
 @dataclass
@@ -146,6 +147,8 @@ def parse(text: str) -> Program:
     return Program(parameters, types, blocks)
 
 
+# Many programs are mutations of one.
+@lru_cache(maxsize=4096)
 def _instruction(text: str, line: int, source: str) -> Instruction:
     matched = re.match(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", text, re.S)
     if matched is None:

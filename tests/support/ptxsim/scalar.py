@@ -7,7 +7,7 @@ returns one, of any dtype of the result's width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,9 +38,17 @@ def typed(x: Array, kind: str) -> Array:
     return x.view(SIGNED[BITS[kind]]) if kind[0] == "s" else x
 
 
-def bits(x: Array, kind: str) -> Array:
-    """Return values of a PTX type as a register holds them."""
-    return x.astype(UNSIGNED[BITS[kind]]) if x.dtype == np.bool_ else x.view(UNSIGNED[BITS[kind]])
+def of_values(function: Function, kind: str) -> Function:
+    """Return a function of registers that takes their elements as values of a PTX type."""
+    if kind != "f32" and kind[0] != "s":
+        return function
+    dtype = np.float32 if kind == "f32" else SIGNED[BITS[kind]]
+    return lambda *xs: function(*[x.view(dtype) for x in xs])
+
+
+def columns(registers: Sequence[Array]) -> Array:
+    """Return registers side by side, ``[threads, n]``."""
+    return np.ascontiguousarray(np.array(registers).T)
 
 
 def from_bf16(x: Array) -> Array:
@@ -101,8 +109,7 @@ def _compare(how: str, kind: str) -> Function:
     functions = COMPARE if kind in INTEGERS else ORDERED if kind == "f32" else {}
     if how not in functions:
         raise Unsupported(f"setp.{how}.{kind}")
-    function = functions[how]
-    return lambda a, b: function(typed(a, kind), typed(b, kind))
+    return of_values(functions[how], kind)
 
 
 def _compare_halves(how: str, kind: str, shift: int) -> Function:
@@ -213,8 +220,10 @@ OPERANDS = {"not": 1, "neg": 1, "abs": 1, "tanh": 1, "ex2": 1, "mad": 3, "fma": 
 def _arithmetic(op: tuple[str, ...]) -> Function:
     root, kind, modifiers = op[0], op[-1], set(op[1:-1])
     if kind == "f32" and root in FLOATS and modifiers <= {"rn", "ftz", "approx", "full"}:
-        function, flush = FLOATS[root], _flush if "ftz" in modifiers else lambda x: x
-        return lambda *xs: flush(function(*(flush(x.view(np.float32)) for x in xs)))
+        function = FLOATS[root]
+        if "ftz" not in modifiers:
+            return of_values(function, kind)
+        return of_values(lambda *xs: _flush(function(*[_flush(x) for x in xs])), kind)
     if kind == "f32x2":
         return _in_pairs(op)
     if kind not in INTEGERS or root not in OF_INTEGERS:
@@ -230,7 +239,7 @@ def _arithmetic(op: tuple[str, ...]) -> Function:
         return product
     if modifiers != ({"lo"} if root in ("mul", "mad") else set()):
         raise Unsupported(".".join(op))
-    return lambda *xs: function(*(typed(x, kind) for x in xs))
+    return of_values(function, kind)
 
 
 def _of_halves(op: tuple[str, ...]) -> Function:
