@@ -86,37 +86,20 @@ def check(
     Compute nothing, and choose what serves the call: by trials of plans if ``may_try``, where no
     record of one stands.
     """
-    order = None
-    seq_metadata = lengths
-    layout = "time_major"
-    if isinstance(input, PackedSequence):
-        layout = "packed"
-        data, seq_metadata, order, _ = input
-        _check_form_of_batch_sizes(seq_metadata)
-        # Without the number of rows, which differs from call to call.
-        shape = seq_metadata.shape + data.shape[1:]
-    elif isinstance(input, Tensor) and input.is_nested:
-        layout = "jagged"
-        data, seq_metadata = jagged_parts(input)
-        shape = data.shape
-    else:
-        data = input
-        if data.dim() == 3 and batch_first:
-            layout = "batch_major"
-        shape = data.shape
+    data, shape, seq_metadata, order, layout = _parts(input, batch_first)
+    if lengths is not None:
+        _check_padded_only("lengths", lengths, layout)
+        seq_metadata = lengths
     is_autocast = torch._C._is_any_autocast_enabled()
-    asked = None
-    if (
-        reset is None
+    # Not of a tracer, in whose shapes there may be no numbers.
+    is_eager = (
+        not torch.compiler.is_compiling()
         and type(data) is Tensor
-        and (seq_metadata is None or (type(seq_metadata) is Tensor and seq_metadata.is_cpu))
-        and layout != "jagged"
-        and not is_autocast
+        and torch._C._get_tracing_state() is None
         and not has_torch_function(weights)
-    ):
-        asked = asked_where_steps_decide(data)
+    )
     # Most calls are like one before.
-    check_forms = _check_forms if asked is None else _check_forms_once
+    check_forms = _check_forms_once if is_eager else _check_forms
     check_forms(
         layout,
         (shape, data.dtype, data.device),
@@ -128,10 +111,17 @@ def check(
         dropout,
         is_autocast,
     )
+    asked = None
+    if (
+        is_eager
+        and reset is None
+        and not is_autocast
+        and layout != "jagged"
+        and (seq_metadata is None or (type(seq_metadata) is Tensor and seq_metadata.is_cpu))
+    ):
+        asked = asked_where_steps_decide(data)
     each = len(weights) // num_layers
     layers = [weights[i : i + each] for i in range(0, len(weights), each)]
-    if lengths is not None:
-        _check_padded_only("lengths", lengths, layout)
     if reset is not None:
         _check_padded_only("reset", reset, layout)
     if layout == "time_major" and len(shape) == 2:
@@ -200,6 +190,22 @@ def check(
         dtype,
         choice,
     )
+
+
+def _parts(
+    input: Tensor | PackedSequence, batch_first: bool
+) -> tuple[Tensor, tuple[int, ...], Tensor | None, Tensor | None, str]:
+    """Return the data, its shape by steps, batch_sizes or offsets, the order, and the layout."""
+    if isinstance(input, PackedSequence):
+        data, batch_sizes, order, _ = input
+        _check_form_of_batch_sizes(batch_sizes)
+        # Without the number of rows, which differs from call to call.
+        return data, batch_sizes.shape + data.shape[1:], batch_sizes, order, "packed"
+    if isinstance(input, Tensor) and input.is_nested:
+        data, offsets = jagged_parts(input)
+        return data, data.shape, offsets, None, "jagged"
+    layout = "batch_major" if input.dim() == 3 and batch_first else "time_major"
+    return input, input.shape, None, None, layout
 
 
 # What is checked of a tensor but its values: shape, dtype and device.
