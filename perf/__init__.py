@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from perf.report.tables import load as load
+    from collections.abc import Iterable
+    from pathlib import Path
 
-__all__ = ["load"]
+    import pandas as pd
 
 
-def __getattr__(name: str) -> object:
-    # Imported at first use, because a worker process does not need pandas.
-    if name == "load":
-        from perf.report import tables
+def load(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
+    """Read the rows of runs as :func:`perf.report.tables.load` does."""
+    # Imported here, because a worker process does not need pandas.
+    from perf.report import tables
 
-        return tables.load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return tables.load(paths)

@@ -7,20 +7,8 @@ from typing import Annotated
 
 import typer
 
-from perf.options import (
-    Budget,
-    Device,
-    KeptIn,
-    Out,
-    Rounds,
-    Run,
-    Seconds,
-    Seed,
-    Size,
-    Threads,
-    names,
-    refused,
-)
+from perf import options
+from perf.options import names, refused
 from perf.training.commands import adding, words
 
 app = typer.Typer(
@@ -40,35 +28,33 @@ def run(
     preset: Annotated[
         str, typer.Option(help="smoke, cpu, short, headline, packed or full.")
     ] = "smoke",
-    out: Out = Path("perf/results/latest"),
-    device: Device = "cpu",
+    out: options.Out = Path("perf/results/latest"),
+    device: options.Device = "cpu",
     peer_names: Annotated[
         str,
         typer.Option("--peers", help="Names after commas; module:Class for a peer of your own."),
     ] = "",
-    T: Size = None,
-    B: Size = None,
-    I: Size = None,  # noqa: E741
-    H: Size = None,
-    layers: Size = None,
-    directions: Size = None,
-    mode: Annotated[str | None, names("mode", "infer, fwd, bwd, fwdbwd")] = None,
-    dtype: Annotated[str | None, names("dtype", "fp32, bf16, fp16, fp64")] = None,
-    fp32_mode: Annotated[str | None, names("fp32-mode", "tf32, ieee")] = None,
-    layout: Annotated[str | None, names("layout", "padded, packed, jagged, lengths, cell")] = None,
-    lengths: Annotated[
-        str | None, names("lengths", "equal, linear, uniform, words, lognormal")
-    ] = None,
-    nonlinearity: Annotated[str | None, names("nonlinearity", "tanh, relu")] = None,
-    rounds: Rounds = 20,
-    seconds: Seconds = 0.05,
+    T: options.Size = None,
+    B: options.Size = None,
+    I: options.Size = None,  # noqa: E741
+    H: options.Size = None,
+    layers: options.Size = None,
+    directions: options.Size = None,
+    mode: Annotated[str | None, names("infer, fwd, bwd, fwdbwd")] = None,
+    dtype: Annotated[str | None, names("fp32, bf16, fp16, fp64")] = None,
+    fp32_mode: Annotated[str | None, names("tf32, ieee")] = None,
+    layout: Annotated[str | None, names("padded, packed, jagged, lengths, cell")] = None,
+    lengths: Annotated[str | None, names("equal, linear, uniform, words, lognormal")] = None,
+    nonlinearity: Annotated[str | None, names("tanh, relu")] = None,
+    rounds: options.Rounds = 20,
+    seconds: options.Seconds = 0.05,
     max_seconds: Annotated[float, typer.Option(help="Most time for a case and mode.")] = 60.0,
     timeout: Annotated[
         str, typer.Option(help="A worker that sends nothing for longer is ended.")
     ] = "300s",
-    budget: Budget = "1000h",
-    threads: Threads = 0,
-    seed: Seed = 0,
+    budget: options.Budget = "1000h",
+    threads: options.Threads = 0,
+    seed: options.Seed = 0,
 ) -> None:
     """Measure many cases, every peer side by side, each case in a process of its own.
 
@@ -80,7 +66,7 @@ def run(
     """
     from perf.bench import presets
     from perf.bench.measure import Settings
-    from perf.bench.run import run
+    from perf.bench.sweep import Sweep
 
     axes = {"T": T, "B": B, "I": I, "H": H, "layers": layers, "directions": directions}
     axes |= {"mode": mode, "dtype": dtype, "fp32_mode": fp32_mode, "layout": layout}
@@ -89,7 +75,7 @@ def run(
     with refused():
         timeout_s, budget_s = presets.seconds(timeout), presets.seconds(budget)
         settings = Settings(rounds, seconds, max_seconds, threads, seed, timeout_s, budget_s)
-        rows = run(presets.units(preset, axes, peers, device), out, settings, device)
+        rows = Sweep(presets.units(preset, axes, peers, device), out, settings, device).run()
     raise typer.Exit(_exit_code(rows))
 
 
@@ -98,14 +84,14 @@ def cpu(
     short: Annotated[
         bool, typer.Option("--short", help="The preset short: sequences of 1 to 64 steps.")
     ] = False,
-    rounds: Rounds = 20,
+    rounds: options.Rounds = 20,
     seconds: Annotated[
         float | None,
         typer.Option(min=0.0, help="Shortest time of a sample; by default 0.05, 0.01 if --short."),
     ] = None,
-    threads: Threads = 2,
-    out: KeptIn = None,
-    seed: Seed = 0,
+    threads: options.Threads = 2,
+    out: options.KeptIn = None,
+    seed: options.Seed = 0,
 ) -> None:
     """Judge tritonrnn.RNN against torch.nn.RNN on the CPU: training, packed training, inference.
 
@@ -118,7 +104,7 @@ def cpu(
     """
     from perf.bench import presets
     from perf.bench.measure import Settings
-    from perf.bench.run import run
+    from perf.bench.sweep import Sweep
     from perf.report import short_table, summary, tables
 
     if seconds is None:
@@ -128,7 +114,7 @@ def cpu(
     units = presets.units(preset, {}, ("nn_aten", "nn_again", "tritonrnn"), "cpu")
     with TemporaryDirectory() as scratch, refused():
         folder = out or Path(scratch)
-        rows = run(units, folder, settings, "cpu")
+        rows = Sweep(units, folder, settings, "cpu").run()
         shown = short_table.paragraphs if short else summary.speedups
         typer.echo("\n\n".join(shown(tables.load(folder))))
     raise typer.Exit(_exit_code(rows))
@@ -136,7 +122,7 @@ def cpu(
 
 @app.command()
 def calibrate(
-    device: Device = "cpu",
+    device: options.Device = "cpu",
     out: Annotated[
         Path | None,
         typer.Option(file_okay=False, help="Takes calibration.json, for runs with the same --out."),
@@ -151,10 +137,9 @@ def calibrate(
     from perf.roofline import calibrate
 
     table = calibrate.run(torch.device(device), out)
-    typer.echo(table.to_markdown(index=False, floatfmt=".4g"))
     missing = table.loc[table["not measured because"].notna(), "constant"]
-    counted = f"{table['measured'].count()} constants measured"
-    typer.echo(f"\n{counted}; missing: {', '.join(missing) or 'none'}.")
+    typer.echo(table.to_markdown(index=False, floatfmt=".4g"))
+    typer.echo(f"\nMeasured: {table['measured'].count()}; missing: {', '.join(missing) or 'none'}.")
     raise typer.Exit(int(device != "cpu" and not missing.empty))
 
 
@@ -163,12 +148,12 @@ def accept(
     pieces: Annotated[
         list[str] | None, typer.Argument(help="Any of right, fast, why; by default all.")
     ] = None,
-    out: Out = Path("out/accept"),
+    out: options.Out = Path("out/accept"),
     archive: Annotated[
         Path | None, typer.Option(help="File that takes all results; by default in --out.")
     ] = None,
-    budget: Budget = "540s",
-    device: Device = "cuda",
+    budget: options.Budget = "540s",
+    device: options.Device = "cuda",
     again: Annotated[str, typer.Option(help="Names of steps to repeat, after commas.")] = "",
 ) -> None:
     """Find out on a GPU whether the kernels are right, how fast they are, and why.
@@ -196,10 +181,10 @@ def accept(
 
 @app.command()
 def tune(
-    out: Out,
+    out: options.Out,
     preset: Annotated[str, typer.Option(help="Whose cases to try.")] = "headline",
     plan: Annotated[str | None, typer.Option(help="The only plan to try.")] = None,
-    device: Device = "cuda",
+    device: options.Device = "cuda",
 ) -> None:
     """Try every plan on the GPU at hand: is it right, and is it faster than cuDNN?
 
@@ -222,7 +207,7 @@ def tune(
 
 
 @app.command()
-def report(folder: Run) -> None:
+def report(folder: options.Run) -> None:
     """Write report.md and pictures into a folder of results."""
     from perf.report import summary as report
 
@@ -230,7 +215,7 @@ def report(folder: Run) -> None:
 
 
 @app.command()
-def compare(before: Run, after: Run) -> None:
+def compare(before: options.Run, after: options.Run) -> None:
     """Judge cell by cell whether AFTER is faster than BEFORE by more than the noise.
 
     Exits with 1 if a cell is slower or lost, with 2 if the runs can't be compared.
@@ -250,7 +235,7 @@ def compare(before: Run, after: Run) -> None:
 @app.command()
 def show(
     case: Annotated[str, typer.Argument(help="A case_id, or a part of it that no other has.")],
-    folder: Run = Path("perf/results/latest"),
+    folder: options.Run = Path("perf/results/latest"),
 ) -> None:
     """Show all rows of a case."""
     from perf.report import tables
@@ -271,7 +256,7 @@ def show(
 
 
 @app.command()
-def env(device: Device = "cpu") -> None:
+def env(device: options.Device = "cpu") -> None:
     """Show the facts that the results of a run here would depend on."""
     import json
 

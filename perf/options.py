@@ -59,8 +59,6 @@ Size = Annotated[
 ]
 
 
-def names(axis: str, known: str) -> typer.models.OptionInfo:
+def names(known: str) -> typer.models.OptionInfo:
     """Return the option of an axis that has names."""
-    return typer.Option(
-        f"--{axis}", help=f"Any of {known}; after commas, in place of the preset's."
-    )
+    return typer.Option(help=f"Any of {known}; after commas, in place of the preset's.")

@@ -20,7 +20,7 @@ from tritonrnn import dispatch
 # Short sequences are left to torch's own kernels, and those of the tests are short. Here the
 # in-place path takes them; tests/api/test_short.py tests the limits that users have.
 FEWEST_STEPS = dict(dispatch.FEWEST_STEPS)
-dispatch.FEWEST_STEPS.update({False: 2, True: 2})
+dispatch.FEWEST_STEPS.update(dict.fromkeys(FEWEST_STEPS, 2))
 
 # The tensors here are small: on a busy machine, several threads take ten times as long. In the
 # processes that tests start, too.
@@ -96,11 +96,13 @@ def torch_back_end() -> Iterator[None]:
 
 
 @pytest.fixture
-def fewest_steps(request: pytest.FixtureRequest) -> Iterator[dict[bool, int]]:
-    """Return the steps from which the in-place path serves: a parameter, else those of users."""
-    before, limits = dict(dispatch.FEWEST_STEPS), getattr(request, "param", FEWEST_STEPS)
+def fewest_steps(request: pytest.FixtureRequest) -> Iterator[dict[tuple[bool, bool], int]]:
+    """Return the steps from which the in-place path serves: those of users, or all a parameter."""
+    before, limits = dict(dispatch.FEWEST_STEPS), dict(FEWEST_STEPS)
+    if hasattr(request, "param"):
+        limits = dict.fromkeys(limits, request.param)
     for in_force in (limits, before):
         dispatch.FEWEST_STEPS.update(in_force)
         dispatch.choose_by_steps.cache_clear()
         if in_force is limits:
-            yield dict(limits)
+            yield limits

@@ -162,7 +162,8 @@ def choose_now(
     if asked == "triton" and obstacle:
         raise RuntimeError(f"the triton back end can't serve this call: {obstacle}")
     # On CUDA torch's own kernels are cuDNN's, which take any number of steps up to a limit.
-    limit = _MAX_STEPS_OF_CUDNN if device.type == "cuda" else (FEWEST_STEPS[needs_grad] - 1) // G
+    fewest = FEWEST_STEPS[mapped, needs_grad]
+    limit = _MAX_STEPS_OF_CUDNN if device.type == "cuda" else (fewest - 1) // G
     path = "aten" if not ragged and T <= max(limit, 1) else "in-place"
     if composite:
         return _torchs_choice("composite", composite)
@@ -224,13 +225,11 @@ def asked_where_steps_decide(data: Tensor) -> Backend | None:
     """Return the back end asked for where :func:`choose_by_steps` chooses as :func:`choose` does.
 
     So it does in an eager call on a CPU, where no kernel can serve. Else return None.
+
+    Args:
+        data: the input of an eager call.
     """
-    if (
-        not data.is_cpu
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or why_composite(data.dtype) is not None
-    ):
+    if not data.is_cpu or why_composite(data.dtype) is not None:
         return None
     asked = current_backend()
     return asked if asked == "torch" or not _is_interpreted else None
@@ -243,12 +242,13 @@ def choose_by_steps(
     dtype: torch.dtype,
     T: int,
     G: int,
-    needs_grad: bool,
+    mapped: bool,
     ragged: bool,
+    needs_grad: bool,
 ) -> Choice:
     """Choose as :func:`choose_now` does, where no other size matters."""
-    settings: dict[str, Any] = {"ragged": ragged, "needs_grad": needs_grad}
-    return choose_now(asked, device, dtype, T=T, B=1, G=G, H=1, nonlinearity="tanh", **settings)
+    call: dict[str, Any] = {"mapped": mapped, "ragged": ragged, "needs_grad": needs_grad}
+    return choose_now(asked, device, dtype, T=T, B=1, G=G, H=1, nonlinearity="tanh", **call)
 
 
 def recurrence_of(backend: str, device: torch.device, dtype: torch.dtype) -> Recurrence:
@@ -299,9 +299,15 @@ def _by_first_plan(
 
 
 # Steps of all directions from which the in-place path is faster on a CPU than torch's own kernels,
-# by whether a gradient may be wanted: a step costs it less, and a call more. Measured on two cores
-# of an AMD EPYC with torch 2.13, from B 1, H 32 to B 32, H 128 (python -m perf cpu --short).
-FEWEST_STEPS = {False: 32, True: 10}
+# by whether there is a row map, which takes time to make, and whether a gradient may be wanted: a
+# step costs the path less, and a call more. Measured on a core of an AMD EPYC with torch 2.13, from
+# B 1, H 32 to B 32, H 128 (python -m perf cpu --short).
+FEWEST_STEPS = {
+    (False, False): 32,
+    (False, True): 10,
+    (True, False): 96,
+    (True, True): 12,
+}
 # https://github.com/pytorch/pytorch/issues/133751
 _MAX_STEPS_OF_CUDNN = 65535
 

@@ -272,6 +272,7 @@ def _run(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
             call.nonlinearity,
             call.bidirectional,
             dropout,
+            call.B,
         )
     D = 2 if call.bidirectional else 1
     finals = []

@@ -205,7 +205,15 @@ class SequenceLayout:
 
     @cached_property
     def _last_rows(self) -> Tensor:
-        return self.batch_base + self.time_base[self.lengths - 1]
+        assert self.batch_sizes is not None
+        # In Python: a batch of tens of sequences has them before torch has begun three operations.
+        rows: list[int] = []
+        end = self.N
+        for size in reversed(self.batch_sizes):
+            start = end - size
+            rows += range(start + len(rows), end)
+            end = start
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def empty(self, device: torch.device) -> Tensor | None:
         """Return which sequences have no token, ``[B]`` bool, or None if all have one."""

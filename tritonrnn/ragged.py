@@ -240,19 +240,14 @@ class RaggedLayout(SequenceLayout):
     def packed_form(self) -> PackedForm:
         """Return the tokens as a ``PackedSequence`` holds them. Waits for the device."""
         device = self.lengths.device
-        ascending, order = self.lengths.cpu().sort(stable=True)
-        order = order.flip(0)
-        T = int(ascending[-1]) if self.B else 0
+        descending, order = self.lengths.cpu().sort(descending=True, stable=True)
+        T = int(descending[0]) if self.B else 0
         # The sequences that are longer than t have a token at t.
-        t = torch.arange(T, device="cpu")
-        batch_sizes = self.B - torch.searchsorted(ascending, t, right=True)
-        order = order[: int(batch_sizes[0]) if T else 0].to(device)
-        layout = SequenceLayout(
-            T, len(order), int(batch_sizes.sum()), batch_sizes=tuple(batch_sizes.tolist())
-        )
-        row = torch.arange(layout.N, device="cpu")
-        rank = row - layout.time_base.repeat_interleave(batch_sizes)
-        t = t.repeat_interleave(batch_sizes)
+        has_token = torch.arange(T, device="cpu")[:, None] < descending
+        t, rank = has_token.nonzero(as_tuple=True)
+        batch_sizes = tuple(has_token.sum(1).tolist())
+        order = order[: batch_sizes[0] if T else 0].to(device)
+        layout = SequenceLayout(T, len(order), len(t), batch_sizes=batch_sizes)
         rows = self.batch_base[order[rank.to(device)]] + t.to(device) * self.stride
         return PackedForm(rows, order, layout)
 

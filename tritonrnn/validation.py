@@ -37,6 +37,7 @@ class Call(NamedTuple):
         seq_metadata, reset: as :func:`tritonrnn.ragged.layout_of` takes them: copies, which nobody
             changes between the forward and the backward pass, unless torch's own kernels serve on
             a CPU, which have read them when the call returns.
+        B: how many sequences the caller has, or None if nobody knows yet.
         layout: "time_major", "batch_major", "packed" or "jagged".
         nonlinearity: "tanh" or "relu".
         bidirectional: whether G is 2.
@@ -50,6 +51,7 @@ class Call(NamedTuple):
     weights: Sequence[Sequence[Tensor]]
     seq_metadata: Tensor | None
     reset: Tensor | None
+    B: int | None
     layout: str
     nonlinearity: str
     bidirectional: bool
@@ -84,37 +86,20 @@ def check(
     Compute nothing, and choose what serves the call: by trials of plans if ``may_try``, where no
     record of one stands.
     """
-    order = None
-    seq_metadata = lengths
-    layout = "time_major"
-    if isinstance(input, PackedSequence):
-        layout = "packed"
-        data, seq_metadata, order, _ = input
-        _check_form_of_batch_sizes(seq_metadata)
-        # Without the number of rows, which differs from call to call.
-        shape = seq_metadata.shape + data.shape[1:]
-    elif isinstance(input, Tensor) and input.is_nested:
-        layout = "jagged"
-        data, seq_metadata = jagged_parts(input)
-        shape = data.shape
-    else:
-        data = input
-        if data.dim() == 3 and batch_first:
-            layout = "batch_major"
-        shape = data.shape
+    data, shape, seq_metadata, order, layout = _parts(input, batch_first)
+    if lengths is not None:
+        _check_padded_only("lengths", lengths, layout)
+        seq_metadata = lengths
     is_autocast = torch._C._is_any_autocast_enabled()
-    asked = None
-    if (
-        reset is None
+    # Not of a tracer, in whose shapes there may be no numbers.
+    is_eager = (
+        not torch.compiler.is_compiling()
         and type(data) is Tensor
-        and (seq_metadata is None or (type(seq_metadata) is Tensor and seq_metadata.is_cpu))
-        and layout != "jagged"
-        and not is_autocast
+        and torch._C._get_tracing_state() is None
         and not has_torch_function(weights)
-    ):
-        asked = asked_where_steps_decide(data)
+    )
     # Most calls are like one before.
-    check_forms = _check_forms if asked is None else _check_forms_once
+    check_forms = _check_forms_once if is_eager else _check_forms
     check_forms(
         layout,
         (shape, data.dtype, data.device),
@@ -126,10 +111,17 @@ def check(
         dropout,
         is_autocast,
     )
+    asked = None
+    if (
+        is_eager
+        and reset is None
+        and not is_autocast
+        and layout != "jagged"
+        and (seq_metadata is None or (type(seq_metadata) is Tensor and seq_metadata.is_cpu))
+    ):
+        asked = asked_where_steps_decide(data)
     each = len(weights) // num_layers
     layers = [weights[i : i + each] for i in range(0, len(weights), each)]
-    if lengths is not None:
-        _check_padded_only("lengths", lengths, layout)
     if reset is not None:
         _check_padded_only("reset", reset, layout)
     if layout == "time_major" and len(shape) == 2:
@@ -153,7 +145,8 @@ def check(
         elif layout == "packed":
             T = shape[0]
         needs_grad = torch.is_grad_enabled() and _any_requires_grad(data, hx, weights)
-        choice = choose_by_steps(asked, data.device, dtype, T, G, needs_grad, is_ragged)
+        is_mapped = seq_metadata is not None
+        choice = choose_by_steps(asked, data.device, dtype, T, G, is_mapped, is_ragged, needs_grad)
         if seq_metadata is not None:
             seq_metadata, parent_B = _read(layout, data, seq_metadata, choice)
     else:
@@ -190,12 +183,29 @@ def check(
         layers,
         seq_metadata,
         reset,
+        None if asked is None else parent_B,
         layout,
         nonlinearity,
         bidirectional,
         dtype,
         choice,
     )
+
+
+def _parts(
+    input: Tensor | PackedSequence, batch_first: bool
+) -> tuple[Tensor, tuple[int, ...], Tensor | None, Tensor | None, str]:
+    """Return the data, its shape by steps, batch_sizes or offsets, the order, and the layout."""
+    if isinstance(input, PackedSequence):
+        data, batch_sizes, order, _ = input
+        _check_form_of_batch_sizes(batch_sizes)
+        # Without the number of rows, which differs from call to call.
+        return data, batch_sizes.shape + data.shape[1:], batch_sizes, order, "packed"
+    if isinstance(input, Tensor) and input.is_nested:
+        data, offsets = jagged_parts(input)
+        return data, data.shape, offsets, None, "jagged"
+    layout = "batch_major" if input.dim() == 3 and batch_first else "time_major"
+    return input, input.shape, None, None, layout
 
 
 # What is checked of a tensor but its values: shape, dtype and device.
@@ -403,9 +413,9 @@ def _read(layout: str, data: Tensor, seq_metadata: Tensor, choice: Choice) -> tu
         return seq_metadata, layout_of(layout, data.shape[:-1], seq_metadata, None).B
     # No copy: torch's own kernels have read the values when the call returns.
     if layout != "packed":
-        return seq_metadata, len(seq_metadata)
+        return seq_metadata, seq_metadata.shape[0]
     batch_sizes = seq_metadata.tolist()
-    check_batch_sizes(batch_sizes, len(data))
+    check_batch_sizes(batch_sizes, data.shape[0])
     return seq_metadata, batch_sizes[0]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -90,20 +89,15 @@ class Case:
         """Return the columns of a row that name this case."""
         return {"case_id": self.case_id, **asdict(self)}
 
-    def make_module(self, rnn_class: Callable[..., nn.RNNBase], seed: int) -> nn.RNNBase:
-        """Return an RNN on the CPU with torch's own initial weights.
+    def make_module(self, seed: int) -> nn.RNNBase:
+        """Return an ``nn.RNN`` on the CPU with torch's own initial weights.
 
         The weights are uniform in ±1/√H, so that the spectral radius of W_hh is about 0.6: over any
         number of steps, states stay in the range of tanh that trained models use.
         """
         torch.manual_seed(seed)
-        return rnn_class(
-            self.I,
-            self.H,
-            self.layers,
-            nonlinearity=self.nonlinearity,
-            bidirectional=self.directions == 2,
-        )
+        sizes = self.I, self.H, self.layers
+        return nn.RNN(*sizes, self.nonlinearity, bidirectional=self.directions == 2)
 
     def ragged_lengths(self, seed: int) -> list[int]:
         """Return the lengths of a ragged batch in descending order; the longest is T."""
@@ -114,9 +108,8 @@ class Case:
             lengths = 1 + (self.T * torch.rand(self.B, generator=generator)).floor()
         elif self.lengths == "words":
             shares = torch.tensor(WORD_LENGTHS) / max(WORD_LENGTHS)
-            lengths = (
-                self.T * shares[torch.randint(len(WORD_LENGTHS), (self.B,), generator=generator)]
-            )
+            drawn = torch.randint(len(WORD_LENGTHS), (self.B,), generator=generator)
+            lengths = self.T * shares[drawn]
         elif self.lengths == "lognormal":
             lengths = torch.exp(LOGNORMAL_SIGMA * torch.randn(self.B, generator=generator))
             lengths *= self.T / lengths.max()
@@ -129,6 +122,13 @@ class Case:
     def tokens(self, seed: int) -> int:
         """Return N, the number of steps of all sequences together."""
         return sum(self.ragged_lengths(seed)) if self.is_ragged else self.T * self.B
+
+
+def set_precision(case: Case) -> None:
+    """Set the precision of all fp32 products, of every peer, to that of the case."""
+    if case.on_gpu and case.dtype == "fp32":
+        torch.backends.cudnn.rnn.fp32_precision = case.fp32_mode  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.fp32_precision = case.fp32_mode
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Workload:
         if self.batch_sizes is None:
             return tokens
         if self.offsets is None:
-            return PackedSequence(tokens, self.batch_sizes)
+            return PackedSequence(tokens, _as_of_a_new_batch(self.batch_sizes, tokens))
         # Passed on, so that no call has to ask the device.
         shortest = int((self.batch_sizes == self.batch_sizes[0]).sum())
         return torch.nested.nested_tensor_from_jagged(
@@ -203,7 +203,7 @@ class Workload:
     def run(self, module: nn.RNNBase, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return a module's output, or its rows, and ``h_n`` for these tokens."""
         if self.lengths is not None:
-            return module(tokens, lengths=self.lengths)
+            return module(tokens, lengths=_as_of_a_new_batch(self.lengths, tokens))
         output, h_n = module(self.input_of(tokens))
         if self.offsets is not None:
             return output.values(), h_n
@@ -212,7 +212,8 @@ class Workload:
     def run_packed(self, module: nn.RNNBase, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the results of :meth:`run` for a module without nested tensors and ``lengths``."""
         if self.lengths is not None:
-            packed = pack_padded_sequence(tokens, self.lengths, enforce_sorted=False)
+            lengths = _as_of_a_new_batch(self.lengths, tokens)
+            packed = pack_padded_sequence(tokens, lengths, enforce_sorted=False)
             output, h_n = module(packed)
             return pad_packed_sequence(output)[0], h_n
         if self.offsets is None or self.batch_sizes is None:
@@ -231,6 +232,15 @@ class Workload:
             state = cell(step, state)
             states.append(state)
         return torch.stack(states), states[-1].unsqueeze(0)
+
+
+def _as_of_a_new_batch(sizes: Tensor, tokens: Tensor) -> Tensor:
+    """Return another tensor, on the CPU: a data loader brings one with each batch.
+
+    What a module remembers of the last one is of no use then. On a GPU a graph is captured, which
+    is replayed with the same sizes.
+    """
+    return sizes.clone() if tokens.is_cpu else sizes
 
 
 def make_cell(module: nn.RNNBase) -> nn.RNNCell:

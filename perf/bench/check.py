@@ -11,7 +11,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perf.bench.cases import DTYPES, Case, Workload
 from perf.bench.failures import raise_if_gpu_is_lost
@@ -24,13 +24,7 @@ ALLOWED_ROUNDINGS = 8
 
 
 class Check:
-    """Judge the results of one case.
-
-    Args:
-        case: What is run.
-        drawn: The input and the cotangents, in float32 on the CPU.
-        seed: Seed of the weights.
-    """
+    """Judge the results of one case, of an input and cotangents drawn on the CPU in float32."""
 
     def __init__(self, case: Case, drawn: Workload, seed: int) -> None:
         self._case, self._drawn, self._seed = case, drawn, seed
@@ -58,7 +52,7 @@ class Check:
         The inputs and weights have the values that a peer gets: rounded to the dtype of the case.
         """
         case, rounded = self._case, DTYPES[self._case.dtype]
-        module = case.make_module(nn.RNN, self._seed).to(rounded).to(case.device, dtype)
+        module = case.make_module(self._seed).to(rounded).to(case.device, dtype)
         workload = self._drawn.to(case.device, rounded).to(case.device, dtype)
         # A jagged batch is packed, because nn.RNN takes no nested tensor.
         forward = partial(workload.run_packed, module)

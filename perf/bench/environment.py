@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -51,39 +52,33 @@ def machine(facts: Mapping[str, object]) -> dict[str, object]:
 
 
 def _driver() -> str | None:
-    try:
+    # It may be missing, and has exceptions of its own.
+    with suppress(Exception):
         import pynvml
-    except ImportError:
-        return None
-    try:
+
         pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError:
-        return None
+    return None
 
 
 def _version(package: str) -> str | None:
-    try:
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _cpu_model() -> str:
     # platform.processor() is empty on most Linux machines.
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
 
 
 def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ("git", *arguments), cwd=CHECKOUT, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    command = ("git", *arguments)
+    with suppress(OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    return None

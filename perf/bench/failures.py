@@ -9,20 +9,15 @@ Row = dict[str, object]
 
 def failure(exception: BaseException) -> Row:
     """Return the columns of a row for an exception."""
-    if is_out_of_memory(exception):
+    # The CPU's memory is no OutOfMemoryError of torch's.
+    is_memory = isinstance(exception, (torch.OutOfMemoryError, MemoryError))
+    if is_memory or "can't allocate memory" in str(exception):
         status = "oom"
     elif isinstance(exception, NotImplementedError):
         status = "unsupported"
     else:
         status = "error"
     return {"status": status, "error": f"{type(exception).__name__}: {first_line(exception)}"}
-
-
-def is_out_of_memory(exception: BaseException) -> bool:
-    """Return whether memory ran out: the GPU's, or the CPU's, for which torch has no exception."""
-    return isinstance(exception, (torch.OutOfMemoryError, MemoryError)) or (
-        "can't allocate memory" in str(exception)
-    )
 
 
 def first_line(exception: BaseException) -> str:

@@ -26,24 +26,24 @@ from torch.utils._pytree import tree_any, tree_map
 
 from tritonrnn import memo, ops
 from tritonrnn.kernels import launch
+from tritonrnn.kernels.cost import rank_plans
 from tritonrnn.kernels.devices import DEVICES
+from tritonrnn.kernels.plan import Problem
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 T, B, I, H = 4, 3, 8, 16  # noqa: E741
 LENGTHS = (2, 4, 1)
-# What describes the sequences: the operator's layout, seq_metadata, the device that holds it, and
-# whether there is a reset.
-LAYOUTS: dict[str, tuple[str, tuple[int, ...] | None, str, bool]] = {
-    "time-major": ("time_major", None, "", False),
-    "batch-first": ("batch_major", None, "", False),
-    "packed": ("packed", (3, 2, 1, 1), "cpu", False),
-    "lengths on the GPU": ("time_major", LENGTHS, "cuda", False),
-    "lengths on the GPU, batch-first": ("batch_major", LENGTHS, "cuda", False),
-    "lengths on the CPU": ("time_major", LENGTHS, "cpu", False),
-    "jagged": ("jagged", (0, 2, 6, 7), "cuda", False),
-    "reset": ("time_major", None, "", True),
+# What describes the sequences: the operator's layout, seq_metadata, and whether a GPU holds that.
+LAYOUTS: dict[str, tuple[str, tuple[int, ...] | None, bool]] = {
+    "time-major": ("time_major", None, False),
+    "batch-first": ("batch_major", None, False),
+    "packed": ("packed", (3, 2, 1, 1), False),
+    "lengths on the GPU": ("time_major", LENGTHS, True),
+    "lengths on the GPU, batch-first": ("batch_major", LENGTHS, True),
+    "lengths on the CPU": ("time_major", LENGTHS, False),
+    "jagged": ("jagged", (0, 2, 6, 7), True),
+    "reset": ("time_major", None, False),
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # torch's source has what CUDA executes for an operation. All others are one kernel, copy or fill:
 # also a product, a concatenation of up to 128 tensors, and a sum that one block a column makes.
@@ -85,7 +85,8 @@ class _Operations(TorchDispatchMode):
         if name.startswith("is_pinned"):
             return True
         result = _CUDA_ONLY.get(name, func)(*args, **kwargs)
-        if not self.makes_on_gpu and not tree_any(_is_on_gpu, (args, kwargs)):
+        runs_on_gpu = tree_any(lambda value: isinstance(value, _OnGPU), (args, kwargs))
+        if not runs_on_gpu and not self.makes_on_gpu:
             return result
         returns = [one.alias_info for one in func._schema.returns]
         is_view = any(alias is not None and not alias.is_write for alias in returns)
@@ -118,10 +119,6 @@ class _Devices(TorchFunctionMode):
             self.operations.makes_on_gpu = False
 
 
-def _is_on_gpu(value: Any) -> bool:
-    return isinstance(value, _OnGPU)
-
-
 def on_gpu(value: Any) -> Any:
     """Return a tensor that passes for a GPU's, or anything else as it is."""
     return value.as_subclass(_OnGPU) if isinstance(value, Tensor) else value
@@ -136,41 +133,46 @@ def counting() -> Iterator[list[str]]:
         def __getitem__(self, grid: Any) -> Any:
             return lambda **arguments: operations.launches.append("kernel")
 
-    with contextlib.ExitStack() as stack:
-        for owner, name, value in (
-            (launch, "kernel_of", lambda plan: Kernel()),
-            (launch, "device_of", lambda device: DEVICES["sm_90"]),
-            (torch.cuda, "device", lambda device: contextlib.nullcontext()),
-            (torch.cuda, "current_stream", lambda device=None: 0),
-            (torch.cuda, "is_current_stream_capturing", lambda: False),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, value))
+    with (
+        mock.patch.multiple(
+            launch, kernel_of=lambda plan: Kernel(), device_of=lambda device: DEVICES["sm_90"]
+        ),
+        mock.patch.multiple(
+            torch.cuda,
+            device=lambda device: contextlib.nullcontext(),
+            current_stream=lambda device=None: 0,
+            is_current_stream_capturing=lambda: False,
+        ),
         # What is kept for a device.
-        stack.enter_context(mock.patch.dict(ops._unused))
-        for mode in (torch.no_grad(), operations, _Devices(operations)):
-            stack.enter_context(mode)
+        mock.patch.dict(ops._unused),
+        torch.no_grad(),
+        operations,
+        _Devices(operations),
+    ):
         yield operations.launches
 
 
-def launches(layout: str, dtype: str, hx: bool, D: int) -> dict[str, list[str]]:
+def launches(layout: str, hx: bool, D: int) -> dict[str, list[str]]:
     """Return what one layer launches, by pass, in batches of new lengths and of those seen before.
 
-    Biases are there, and all weights and both results have a gradient; the input and hx have none.
+    In bfloat16, by the plan that comes first. Biases are there, and all weights and both results
+    have a gradient; the input and hx have none.
     """
-    kind, numbers, device, has_reset = LAYOUTS[layout]
+    kind, numbers, is_on_gpu = LAYOUTS[layout]
     shape = {"time_major": (T, B), "batch_major": (B, T)}.get(kind, (sum(LENGTHS),))
 
     def zeros(*shape: int) -> Tensor:
-        return on_gpu(torch.zeros(shape, dtype=DTYPES[dtype]))
+        return on_gpu(torch.zeros(shape, dtype=torch.bfloat16))
 
     metadata = None if numbers is None else torch.tensor(numbers)
-    reset = on_gpu(torch.eye(T, B, dtype=torch.bool)) if has_reset else None
-    if metadata is not None and device == "cuda":
+    if is_on_gpu:
         metadata = on_gpu(metadata)
+    reset = on_gpu(torch.eye(T, B, dtype=torch.bool)) if layout == "reset" else None
     weights = [zeros(*shape) for shape in ((H, I), (H, H), (H,), (H,))] * D
     state = zeros(D, B, H) if hx else None
     found = {}
-    settings: Any = kind, "tanh", D == 2, "triton:resident"
+    plan = rank_plans(Problem(T, B, D, H, "bf16"), DEVICES["sm_90"], training=True)[0]
+    settings: Any = kind, "tanh", D == 2, f"triton:{plan.name}"
     needs = [False, False] + [True] * len(weights)
     with counting() as listed:
         # A call takes the copies once, and all its layers and both its passes share them.
@@ -189,11 +191,11 @@ def launches(layout: str, dtype: str, hx: bool, D: int) -> dict[str, list[str]]:
 
 
 def table() -> pd.DataFrame:
-    """Return a row for every layout, dtype and number of directions, without hx and with it."""
+    """Return a row for every layout and number of directions, without hx and with it."""
     return pd.DataFrame(
         [
-            {"layout": layout, "dtype": dtype, "D": D, "hx": hx}
-            | {name: len(found) for name, found in launches(layout, dtype, hx, D).items()}
-            for layout, dtype, D, hx in product(LAYOUTS, DTYPES, (1, 2), (False, True))
+            {"layout": layout, "D": D, "hx": hx}
+            | {name: len(found) for name, found in launches(layout, hx, D).items()}
+            for layout, D, hx in product(LAYOUTS, (1, 2), (False, True))
         ]
     )

@@ -7,33 +7,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from perf import peers
-from perf.bench import memory
-from perf.bench.cases import DTYPES, Case, Workload
+from perf.bench import memory, timing
+from perf.bench.cases import DTYPES, Case, Workload, set_precision
 from perf.bench.check import Check, results_of
 from perf.bench.failures import Row, failure, first_line, raise_if_gpu_is_lost
-from perf.bench.switches import set_precision
-from perf.bench.telemetry import Telemetry
-from perf.bench.timing import (
-    Clock,
-    EventClock,
-    GraphClock,
-    Job,
-    WallClock,
-    floor_us,
-    make_job,
-    time_in_rounds,
-)
 from perf.peers.peer import Runner
 from perf.roofline import model as roofline
 
+# A peer and a mode; a peer and the column that a clock measures.
 Cell = tuple[str, str]
+Timed = tuple[str, str]
 
+# Even a case that takes too long gets so many rounds, for its quantiles.
+LEAST_ROUNDS = 3
 # A row gets a note if its time is below that of so many empty kernels.
 FLOORS = 5
 
@@ -64,44 +56,42 @@ class Settings:
     one_process: bool = False
 
 
+class Begun(NamedTuple):
+    """Report that a phase begins. If no message follows, it failed in this phase."""
+
+    peer: str
+    mode: str
+    phase: str
+
+
 class Measurement:
     """Measure one case in this process.
 
     Args:
-        case: What to run.
-        settings: How to measure.
+        case, settings: What to measure, and how.
         gpu: Constants of the roofline model, if the case runs on a GPU.
-        begin: Called with the peer, mode and phase that come next, to name them after a crash.
-        emit: Called with each row as soon as it is known.
+        send: Called with each phase that begins, and with each row as soon as it is known.
     """
 
     def __init__(
-        self,
-        case: Case,
-        settings: Settings,
-        gpu: roofline.GPU | None,
-        *,
-        begin: Callable[[str, str, str], None],
-        emit: Callable[[Row], None],
+        self, case: Case, settings: Settings, gpu: roofline.GPU | None, send: Callable[..., None]
     ) -> None:
         self._case, self._settings = case, settings
         self._device, self._gpu = torch.device(case.device), gpu
-        self._begin, self._emit = begin, emit
-        self._clock = "event_us" if case.on_gpu else "wall_us"
+        self._send = send
         # All modes that train share a run, which is checked.
         self._checked = functools.cache(self._build_and_check)
         set_precision(case)
 
-    def run(self, modes: Mapping[str, Sequence[str]]) -> None:
-        """Measure the peers of each mode, and emit a row for each."""
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Measure the cells, mode by mode, and send a row for each."""
         able: dict[str, list[str]] = {}
-        for mode, names in modes.items():
-            for name in names:
-                reason = peers.find(name).supports(self._case)
-                if reason is None:
-                    able.setdefault(mode, []).append(name)
-                else:
-                    self._emit(self._row(name, mode) | {"status": "unsupported", "error": reason})
+        for name, mode in cells:
+            reason = peers.find(name).supports(self._case)
+            if reason is None:
+                able.setdefault(mode, []).append(name)
+            else:
+                self._send(self._row(name, mode) | {"status": "unsupported", "error": reason})
         if not able:
             return
         drawn = Workload.make(self._case, seed=self._settings.seed)
@@ -111,31 +101,31 @@ class Measurement:
             self._measure(mode, names)
 
     def _measure(self, mode: str, names: Sequence[str]) -> None:
-        self._begin("", mode, "float64")
+        self._send(Begun("", mode, "float64"))
         self._check.tolerance(mode != "infer")
         rows: dict[str, Row] = {}
-        clocks: dict[Cell, Clock] = {}
+        clocks: dict[Timed, timing.Clock] = {}
         for name in names:
             try:
-                self._begin(name, mode, "check")
+                self._send(Begun(name, mode, "check"))
                 runner, columns = self._checked(name, mode != "infer")
                 row = self._row(name, mode) | columns
                 if runner is None or row["status"] != "ok":
-                    self._emit(row)
+                    self._send(row)
                     continue
-                self._begin(name, mode, "memory")
+                self._send(Begun(name, mode, "memory"))
                 row |= self._weigh(runner, mode)
-                self._begin(name, mode, "warm up")
+                self._send(Begun(name, mode, "warm up"))
                 clocks |= self._clocks(name, runner, mode, row)
                 rows[name] = row
             except Exception as exception:
                 raise_if_gpu_is_lost(exception)
-                self._emit(self._row(name, mode) | failure(exception))
+                self._send(self._row(name, mode) | failure(exception))
         self._time(mode, rows, clocks)
 
     def _build_and_check(self, name: str, trains: bool) -> tuple[Runner | None, Row]:
         """Run a peer once; return it, and the columns of its rows: right, wrong or failed."""
-        module = self._case.make_module(nn.RNN, self._settings.seed)
+        module = self._case.make_module(self._settings.seed)
         module = module.to(self._case.device, DTYPES[self._case.dtype])
         started = time.perf_counter()
         try:
@@ -163,75 +153,80 @@ class Measurement:
 
     def _weigh(self, runner: Runner, mode: str) -> Row:
         runner = replace(runner, forward=runner.uncaptured or runner.forward)
-        job = make_job(runner, self._workload, mode)
+        job = timing.make_job(runner, self._workload, mode)
         with job.context():
             called = memory.footprint(job.call, self._device)
             job.reset()
-            forward = make_job(runner, self._workload, "infer" if mode == "infer" else "fwd")
+            forward = timing.make_job(runner, self._workload, "infer" if mode == "infer" else "fwd")
             kept = memory.footprint(forward.call, self._device)
         saved = max(0, kept.alive_bytes - memory.unique_bytes(kept.result))
         return {"peak_MiB": called.peak_bytes / memory.MIB, "saved_MiB": saved / memory.MIB}
 
-    def _clocks(self, name: str, runner: Runner, mode: str, row: Row) -> dict[Cell, Clock]:
+    def _clocks(self, name: str, runner: Runner, mode: str, row: Row) -> dict[Timed, timing.Clock]:
         seconds = self._settings.sample_s
 
-        def job() -> Job:
-            return make_job(runner, self._workload, mode)
+        def job() -> timing.Job:
+            return timing.make_job(runner, self._workload, mode)
 
-        clocks: dict[Cell, Clock] = {(name, "wall_us"): WallClock(job(), seconds)}
+        clocks: dict[Timed, timing.Clock] = {(name, "wall_us"): timing.WallClock(job(), seconds)}
         if self._case.on_gpu:
-            clocks[name, "event_us"] = EventClock(job(), seconds)
+            clocks[name, "event_us"] = timing.EventClock(job(), seconds)
             if runner.uncaptured is not None:
                 row["note"] = "no CUDA graph: it replays some of its own"
                 return clocks
             try:
-                clocks[name, "graph_us"] = GraphClock(job(), seconds)
+                clocks[name, "graph_us"] = timing.GraphClock(job(), seconds)
             except Exception as exception:
                 raise_if_gpu_is_lost(exception)
                 row["note"] = f"no CUDA graph: {first_line(exception)}"
         return clocks
 
-    def _time(self, mode: str, rows: Mapping[str, Row], clocks: Mapping[Cell, Clock]) -> None:
-        settings, timed = self._settings, dict(rows)
-        telemetry = Telemetry(self._device)
+    def _time(self, mode: str, rows: dict[str, Row], clocks: dict[Timed, timing.Clock]) -> None:
+        """Take samples of every clock in rounds, each in random order, and send the rows.
 
-        def before(cell: Cell) -> None:
-            telemetry.sample()
-            self._begin(cell[0], mode, "timing")
-
-        def failed(cell: Cell, exception: Exception) -> None:
-            raise_if_gpu_is_lost(exception)
-            name, clock = cell
-            if clock == "graph_us":
-                rows[name]["note"] = f"no CUDA graph: {first_line(exception)}"
-            elif timed.pop(name, None) is not None:
-                self._emit(rows[name] | failure(exception))
-
+        If the machine slows down for a while, it slows every peer of a round; so ratios of times
+        are taken within a round.
+        """
+        settings, telemetry = self._settings, timing.Telemetry(self._device)
+        samples: dict[Timed, list[float]] = {key: [] for key in clocks}
         # Seeded by the case and mode, so that a case has the same order after a resumed run.
         random = Random(f"{settings.seed} {self._case.case_id} {mode}")
-        rounds, most_s = settings.rounds, settings.max_s
-        samples = time_in_rounds(
-            clocks, rounds=rounds, max_seconds=most_s, random=random, before=before, failed=failed
-        )
-        floor = floor_us(settings.sample_s) if self._case.on_gpu and timed else None
+        deadline, rounds = time.monotonic() + settings.max_s, 0
+        while rounds < settings.rounds and (rounds < LEAST_ROUNDS or time.monotonic() < deadline):
+            rounds += 1
+            for name, clock in random.sample(list(samples), len(samples)):
+                telemetry.sample()
+                self._send(Begun(name, mode, "timing"))
+                try:
+                    samples[name, clock].append(clocks[name, clock].sample_us())
+                except Exception as exception:
+                    raise_if_gpu_is_lost(exception)
+                    del samples[name, clock]
+                    # Another clock of this peer may have raised before.
+                    if name in rows and clock == "graph_us":
+                        rows[name]["note"] = f"no CUDA graph: {first_line(exception)}"
+                    elif name in rows:
+                        self._send(rows.pop(name) | failure(exception))
+        floor = timing.floor_us(settings.sample_s) if self._case.on_gpu and rows else None
         model = roofline.columns(self._case, mode, self._gpu, settings.seed)
-        for name, row in timed.items():
+        for name, row in rows.items():
             times = self._times(name, samples)
-            row |= times | telemetry.columns() | model
+            row |= {"n_samples": rounds} | times | telemetry.columns() | model
             if floor is not None:
                 row["event_floor_us"] = floor
                 if times["event_us_p50"] < FLOORS * floor:
                     row["note"] = f"{row.get('note', '')} under {FLOORS} empty kernels".strip()
-            self._emit(row)
+            self._send(row)
 
-    def _times(self, name: str, samples: Sequence[Mapping[Cell, float]]) -> dict[str, float]:
-        times: dict[str, float] = {"n_samples": len(samples)}
+    def _times(self, name: str, samples: Mapping[Timed, Sequence[float]]) -> dict[str, float]:
+        times: dict[str, float] = {}
         for clock in ("event_us", "graph_us", "wall_us"):
-            if all((name, clock) in sample for sample in samples):
-                times |= quantiles(clock, [sample[name, clock] for sample in samples])
-        own, reference = ((one, self._clock) for one in (name, peers.baseline(self._case.device)))
-        if all(reference in sample for sample in samples):
-            ratios = [sample[reference] / sample[own] for sample in samples]
+            if (name, clock) in samples:
+                times |= quantiles(clock, samples[name, clock])
+        clock = "event_us" if self._case.on_gpu else "wall_us"
+        reference = samples.get((peers.baseline(self._case.device), clock))
+        if reference is not None:
+            ratios = [theirs / own for theirs, own in zip(reference, samples[name, clock])]
             times |= quantiles("speedup_vs_nn", ratios)
             times["speedup_vs_nn"] = times.pop("speedup_vs_nn_p50")
         return times

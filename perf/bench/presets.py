@@ -10,11 +10,8 @@ from typing import Any
 
 from perf import peers
 from perf.bench.cases import DTYPES, LAYOUTS, LENGTHS, MODES, RAGGED, Case
+from perf.bench.measure import Cell
 from perf.bench.sweep import Unit
-
-# Values of "mode" and of fields of a case; all combinations of them are measured. Without "I", the
-# input has as many features as there are hidden units.
-Grid = Mapping[str, tuple[Any, ...]]
 
 # The axes that are named, not counted, with every value.
 NAMED_AXES: dict[str, tuple[str, ...]] = {
@@ -27,100 +24,53 @@ NAMED_AXES: dict[str, tuple[str, ...]] = {
 }
 SIZES = ("T", "B", "I", "H", "layers", "directions")
 
-
-def grid(**axes: Any) -> Grid:
-    """Return a grid; an axis that is not given has one value, and every mode is measured."""
-    default = {"mode": MODES, "layout": "padded", "lengths": "equal"}
-    default |= {"dtype": "fp32", "fp32_mode": "ieee", "nonlinearity": "tanh"}
-    given = {**default, **axes}
-    return {axis: one if isinstance(one, tuple) else (one,) for axis, one in given.items()}
-
-
-TINY = {"T": 12, "B": 3, "I": 4, "H": 8}
-CPU_SIZES = tuple(
-    dict(zip(SIZES, sizes))
-    for sizes in (
-        (100, 1, 32, 32, 1, 1),
-        (200, 8, 64, 64, 1, 1),
-        (100, 32, 64, 128, 2, 2),
-        (256, 16, 128, 256, 1, 1),
-        (64, 64, 256, 512, 1, 1),
-    )
-)
 # What tritonrnn's geometric mean over the preset "cpu" should reach, by mode and layout.
 CPU_TARGETS = {("fwdbwd", "padded"): 1.8, ("fwdbwd", "packed"): 2.5, ("infer", "padded"): 1.1}
-SHORT_SIZES = ((1, 32), (16, 64), (32, 128))
-SHORT_T = (1, 2, 4, 8, 12, 16, 20, 32, 64)
-BOTH_FP32 = ("tf32", "ieee")
+CPU_SIZES = (
+    "T=100 B=1 I=32 H=32",
+    "T=200 B=8 I=64 H=64",
+    "T=100 B=32 I=64 H=128 layers=2 directions=2",
+    "T=256 B=16 I=128 H=256",
+    "T=64 B=64 I=256 H=512",
+)
+SHORT = (
+    "T=1,2,4,8,12,16,20,32,64 directions=1,2 mode=infer,fwdbwd layout=padded,packed,lengths,cell"
+    " lengths=linear"
+)
 
-PRESETS: dict[str, tuple[Grid, ...]] = {
+# Grids of axes in the notation of the command line; all combinations are measured. Without I, the
+# input has as many features as there are hidden units.
+PRESETS: dict[str, tuple[str, ...]] = {
     # A minute or less, to see that everything runs.
-    "smoke": (grid(**TINY), grid(**TINY, mode="fwdbwd", layout="packed", lengths="linear")),
+    "smoke": ("T=12 B=3 I=4 H=8", "T=12 B=3 I=4 H=8 mode=fwdbwd layout=packed lengths=linear"),
     # The torch path on a CPU is judged by these.
     "cpu": (
-        *(grid(**sizes, mode=("fwdbwd", "infer")) for sizes in CPU_SIZES),
-        *(grid(**sizes, mode="fwdbwd", layout="packed", lengths="linear") for sizes in CPU_SIZES),
+        *(f"{sizes} mode=fwdbwd,infer" for sizes in CPU_SIZES),
+        *(f"{sizes} mode=fwdbwd layout=packed lengths=linear" for sizes in CPU_SIZES),
     ),
     # Sequences so short that the cost of a call decides, on a CPU.
-    "short": tuple(
-        grid(
-            T=SHORT_T,
-            B=B,
-            H=H,
-            directions=(1, 2),
-            mode=("infer", "fwdbwd"),
-            layout=("padded", "packed", "lengths", "cell"),
-            lengths="linear",
-        )
-        for B, H in SHORT_SIZES
-    ),
+    "short": tuple(f"{sizes} {SHORT}" for sizes in ("B=1 H=32", "B=16 H=64", "B=32 H=128")),
     # The project is judged by these on a GPU.
     "headline": (
-        grid(
-            T=(128, 1024),
-            B=(1, 16, 128),
-            H=(64, 128, 256, 512, 1024),
-            mode=("infer", "fwdbwd"),
-            dtype=("bf16", "fp32"),
-            fp32_mode=BOTH_FP32,
-        ),
+        "T=128,1024 B=1,16,128 H=64:1024:x2 mode=infer,fwdbwd dtype=bf16,fp32 fp32_mode=tf32,ieee",
     ),
     # Batches of sequences of different lengths.
     "packed": (
-        grid(
-            T=(128, 1024),
-            B=(16, 128),
-            H=(128, 256, 512),
-            mode=("infer", "fwdbwd"),
-            layout="packed",
-            lengths=("linear", "uniform", "words", "lognormal"),
-            dtype=("bf16", "fp32"),
-            fp32_mode="tf32",
-        ),
+        "T=128,1024 B=16,128 H=128,256,512 mode=infer,fwdbwd dtype=bf16,fp32 fp32_mode=tf32"
+        " layout=packed lengths=linear,uniform,words,lognormal",
     ),
     # Everything; takes hours.
     "full": (
-        grid(
-            T=(32, 128, 512, 2048, 8192),
-            B=(1, 4, 16, 64, 256),
-            H=(32, 64, 128, 256, 512, 1024, 2048),
-            dtype=("bf16", "fp16", "fp32"),
-            fp32_mode=BOTH_FP32,
-        ),
-        grid(
-            T=(128, 1024),
-            B=(16, 128),
-            H=(128, 512),
-            layers=(1, 2, 4),
-            directions=(1, 2),
-            nonlinearity=("tanh", "relu"),
-            layout=("padded", "packed"),
-            lengths="uniform",
-            dtype=("bf16", "fp32"),
-            fp32_mode=BOTH_FP32,
-        ),
+        "T=32:8192:x4 B=1:256:x4 H=32:2048:x2 dtype=bf16,fp16,fp32 fp32_mode=tf32,ieee",
+        "T=128,1024 B=16,128 H=128,512 layers=1,2,4 directions=1,2 nonlinearity=tanh,relu"
+        " dtype=bf16,fp32 fp32_mode=tf32,ieee layout=padded,packed lengths=uniform",
     ),
 }
+# Of each grid, where it says nothing else.
+DEFAULTS = (
+    "mode=infer,fwd,bwd,fwdbwd layout=padded lengths=equal dtype=fp32 fp32_mode=ieee"
+    " nonlinearity=tanh"
+)
 
 
 def units(
@@ -139,20 +89,22 @@ def units(
     """
     if preset not in PRESETS:
         raise ValueError(f"Expected a preset of {', '.join(PRESETS)}, got {preset!r}")
-    given = {axis: values(axis, text) for axis, text in axes.items() if text is not None}
+    given = {axis: text for axis, text in axes.items() if text is not None}
     names = tuple(names) or peers.defaults(device)
-    found: dict[Case, dict[str, Sequence[str]]] = {}
-    for one in PRESETS[preset]:
-        wanted = {**one, **given}
+    found: dict[Case, dict[Cell, None]] = {}
+    for grid in PRESETS[preset]:
+        texts = dict(part.split("=") for part in f"{DEFAULTS} {grid}".split()) | given
+        wanted = {axis: values(axis, text) for axis, text in texts.items()}
+        cells = [(name, mode) for mode in wanted["mode"] for name in names]
         for case in _cases(wanted, device):
-            found.setdefault(case, {}).update(dict.fromkeys(wanted["mode"], names))
-    units = [Unit(case, modes) for case, modes in found.items()]
+            found.setdefault(case, {}).update(dict.fromkeys(cells))
+    units = [Unit(case, tuple(cells)) for case, cells in found.items()]
     # What a run that is stopped has measured is then a sample of all.
     Random(0).shuffle(units)
     return units
 
 
-def _cases(wanted: Grid, device: str) -> Iterator[Case]:
+def _cases(wanted: Mapping[str, tuple[Any, ...]], device: str) -> Iterator[Case]:
     """Yield every case of a grid; a case may come twice. A cell has one layer and direction."""
     axes = {axis: values for axis, values in wanted.items() if axis != "mode"}
     for combination in itertools.product(*axes.values()):

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from perf import peers
+from perf.bench import environment
 from perf.bench.cases import Case
 from perf.bench.failures import Row
-from perf.bench.measure import Settings
-from perf.bench.worker import Begun, Ended, Message, Request, Worker
-from perf.report.tables import RowFile
-from perf.roofline.model import GPU
+from perf.bench.measure import Begun, Cell, Settings
+from perf.bench.worker import Ended, Message, Request, Worker
+from perf.report import tables
+from perf.roofline import model as roofline
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Hold a case, and the peers that run each mode of it."""
+    """Hold a case, and its cells: each peer that measures it, in each mode."""
 
     case: Case
-    modes: Mapping[str, Sequence[str]]
-
-    def cells(self) -> Iterator[tuple[str, str]]:
-        """Yield each peer and mode."""
-        for mode, names in self.modes.items():
-            for name in names:
-                yield name, mode
+    cells: tuple[Cell, ...]
 
     def has(self, row: Row) -> bool:
         """Return whether a row is of this case."""
@@ -36,11 +35,7 @@ class Unit:
     def left(self, rows: Iterable[Row]) -> Unit:
         """Return the unit without the cells that have a row among these."""
         done = {(row["peer"], row["mode"]) for row in rows if self.has(row)}
-        left = {
-            mode: tuple(name for name in names if (name, mode) not in done)
-            for mode, names in self.modes.items()
-        }
-        return Unit(self.case, {mode: names for mode, names in left.items() if names})
+        return Unit(self.case, tuple(cell for cell in self.cells if cell not in done))
 
 
 class OutOfTimeError(Exception):
@@ -48,114 +43,142 @@ class OutOfTimeError(Exception):
 
 
 class Sweep:
-    """Measure units and write their rows.
+    """Measure the cells of units on a device, but for those that ``out`` has a row of.
 
     Args:
-        file: File of the rows; cells that it holds are not measured again.
-        run_id: The id of this run.
-        settings: How to measure.
-        gpu: Constants of the roofline model, if the cases run on a GPU.
+        units, settings, device: What is measured, how, and where.
+        out: Folder for the rows and the facts of the run.
+
+    Raises:
+        ValueError: a peer is not known, or ``out`` has rows of another machine.
     """
 
-    def __init__(self, file: RowFile, run_id: str, settings: Settings, gpu: GPU | None) -> None:
-        self._file, self._run_id = file, run_id
-        self._settings, self._gpu = settings, gpu
+    def __init__(self, units: Sequence[Unit], out: Path, settings: Settings, device: str) -> None:
+        for name in {name for unit in units for name, _ in unit.cells}:
+            peers.find(name)
+        facts = environment.describe(torch.device(device))
+        facts["threads"] = settings.threads or facts["threads"]
+        here = environment.machine(facts)
+        for run_id, before in tables.read_environments(out).items():
+            # A CPU and a GPU of one machine may share a folder.
+            there = environment.machine(before)
+            if there["device"] == here["device"] and there != here:
+                raise ValueError(
+                    f"{out} has rows of {there}, measured in {run_id}; here it is {here}"
+                )
+        self._units, self._out, self._settings = units, out, settings
+        self._run_id = environment.new_run_id()
+        tables.add_environment(out, self._run_id, facts)
+        self._gpu = roofline.gpu_at(torch.device(device))
+        calibration = tables.read_calibration(out)
+        if self._gpu is not None and calibration.get("device") == self._gpu.name:
+            self._gpu = self._gpu.measured(calibration["measured"])
         self._timeout_s = settings.timeout_s
-        self._deadline = time.monotonic() + settings.budget_s
         self._worker: Worker | None = None
 
-    def close(self) -> None:
-        """End the worker that waits for the next unit."""
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker = None
+    def run(self) -> list[Row]:
+        """Measure, show the progress, and return the rows of this run."""
+        started = time.monotonic()
+        self._deadline = started + self._settings.budget_s
+        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
+        with (
+            tables.RowFile(self._out) as self._file,
+            Progress(*columns, TimeElapsedColumn(), transient=True) as progress,
+        ):
+            before = len(self._file.rows)
+            bar = progress.add_task("", total=len(self._units))
+            try:
+                for unit in self._units:
+                    self._measure(unit, lambda what: progress.update(bar, description=what))
+                    progress.advance(bar)
+            except (OutOfTimeError, KeyboardInterrupt):
+                stopped = f"Stopped after {time.monotonic() - started:.0f} s"
+                progress.console.print(f"{stopped}; run the same command again to continue.")
+            finally:
+                self._end_worker()
+        rows = self._file.rows[before:]
+        counts = Counter(str(row["status"]) for row in rows)
+        summary = ", ".join(f"{n} {status}" for status, n in counts.items()) or "nothing new"
+        waiting = sum(1 for unit in self._units if unit.left(self._file.rows).cells)
+        progress.console.print(
+            f"{self._out}: {summary}; {len(self._file.rows)} rows in all, "
+            f"{waiting} of {len(self._units)} cases to go."
+        )
+        return rows
 
-    def run(self, unit: Unit, log: Callable[[str], None]) -> None:
-        """Measure what is left of a unit, with as many workers as it takes.
-
-        Args:
-            unit: What to measure.
-            log: Called with a message when a phase begins.
-
-        Raises:
-            OutOfTimeError: the budget is spent; rows of finished cells are written.
-        """
-        while (left := unit.left(self._file.rows)).modes:
+    def _measure(self, unit: Unit, log: Callable[[str], None]) -> None:
+        """Measure what is left of a unit, with as many workers as it takes; log each phase."""
+        while (left := unit.left(self._file.rows)).cells:
             if time.monotonic() > self._deadline:
                 raise OutOfTimeError
             try:
                 self._attempt(left, log)
             finally:
-                if not self._settings.one_process or left.left(self._file.rows).modes:
-                    self.close()
+                if not self._settings.one_process or left.left(self._file.rows).cells:
+                    self._end_worker()
+
+    def _end_worker(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
 
     def _attempt(self, left: Unit, log: Callable[[str], None]) -> None:
         """Have one worker measure until it ends; at least one cell has a row afterwards."""
-        at = Begun("", "", "starting")
-        columns: Row | None = None
         # One that waited for this unit may be gone.
         if self._worker is None or not self._worker.process.is_alive():
-            self.close()
+            self._end_worker()
             self._worker = Worker()
-        worker = self._worker
-        worker.pipe.send(Request(left.case, self._with_baseline(left), self._settings, self._gpu))
-        while columns is None:
-            try:
-                message = self._receive(worker.pipe)
-            except TimeoutError as error:
-                columns = {"status": "timeout", "error": f"{error} while in: {at.phase}"}
-            except (EOFError, ConnectionResetError):
-                columns = {"status": "error", "error": worker.last_words(at.phase)}
-            else:
-                if isinstance(message, Begun):
-                    at = message
-                    log(f"{left.case.case_id} {at.mode} {at.peer} {at.phase}")
-                elif isinstance(message, Ended):
-                    columns = message.columns
-                elif (message["peer"], message["mode"]) in set(left.cells()):
-                    self._write(message)
-        self._give_up(left.left(self._file.rows), at, columns)
+        request = Request(left.case, self._with_baseline(left), self._settings, self._gpu)
+        self._worker.pipe.send(request)
+        at = Begun("", "", "starting")
+        while not isinstance(message := self._receive(self._worker, at.phase), Ended):
+            if isinstance(message, Begun):
+                at = message
+                log(f"{left.case.case_id} {at.mode} {at.peer} {at.phase}")
+            elif (message["peer"], message["mode"]) in left.cells:
+                self._write(message)
+        self._give_up(left.left(self._file.rows), at, message.columns)
 
-    def _receive(self, pipe: Connection) -> Message:
-        """Return the next message.
+    def _receive(self, worker: Worker, phase: str) -> Message:
+        """Return the next message; from a worker that died or sends nothing, a last one.
 
         Raises:
-            EOFError: the worker died.
-            TimeoutError: the worker sends nothing.
             OutOfTimeError: the budget is spent.
         """
         remaining_s = self._deadline - time.monotonic()
-        if not pipe.poll(max(0.0, min(self._timeout_s, remaining_s))):
-            if remaining_s <= self._timeout_s:
-                raise OutOfTimeError
-            raise TimeoutError(f"nothing for {self._timeout_s:g} s")
-        return pipe.recv()
+        try:
+            if worker.pipe.poll(max(0.0, min(self._timeout_s, remaining_s))):
+                return worker.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            return Ended({"status": "error", "error": worker.last_words(phase)})
+        if remaining_s <= self._timeout_s:
+            raise OutOfTimeError
+        error = f"nothing for {self._timeout_s:g} s while in: {phase}"
+        return Ended({"status": "timeout", "error": error})
 
-    def _with_baseline(self, left: Unit) -> dict[str, Sequence[str]]:
+    def _with_baseline(self, left: Unit) -> tuple[Cell, ...]:
         """Add the baseline where it has its row: the others' speed-ups need it in their rounds.
 
         Leave it out where it failed, because it would fail again.
         """
-        name = peers.baseline(left.case.device)
+        baseline = peers.baseline(left.case.device)
         failed = {
             row["mode"]
             for row in self._file.rows
-            if left.has(row) and row["peer"] == name and row["status"] != "ok"
+            if left.has(row) and row["peer"] == baseline and row["status"] != "ok"
         }
-        return {
-            mode: names if name in names or mode in failed else (name, *names)
-            for mode, names in left.modes.items()
-        }
+        beside = [(baseline, mode) for _, mode in left.cells if mode not in failed]
+        return tuple(dict.fromkeys([*beside, *left.cells]))
 
     def _give_up(self, left: Unit, at: Begun, columns: Row) -> None:
         """Write rows for cells that can't be measured: one peer's, or all of them."""
-        if (at.peer, at.mode) in left.cells():
+        if (at.peer, at.mode) in left.cells:
             self._write({**left.case.columns(), "peer": at.peer, "mode": at.mode, **columns})
             return
         # Where the baseline, which has its row, failed this time, the others have no ratio to it.
         where = f"beside {at.peer}" if at.peer else at.phase
         reason = f"{columns['status']} in {where}: {columns['error']}"
-        for name, mode in left.cells():
+        for name, mode in left.cells:
             if at.peer or at.mode in ("", mode):
                 cell = {**left.case.columns(), "peer": name, "mode": mode}
                 self._write(cell | {"status": "skipped", "error": reason})

@@ -8,25 +8,27 @@ import statistics
 import time
 import timeit
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from random import Random
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from perf.bench.cases import Workload
-from perf.peers.peer import Runner
+from perf.peers.peer import Context, Runner
 
 WARM_UP_CALLS = 3
-# Even a case that takes too long gets so many rounds, for its quantiles.
-LEAST_ROUNDS = 3
 # Several times the size of any L2 cache.
 CACHE_BYTES = 2**28
 
-Key = TypeVar("Key", bound=Hashable)
+# What is read of a GPU while it is measured; nothing is ever set.
+SENSORS = {
+    "sm_MHz": torch.cuda.clock_rate,
+    "power_W": lambda device: torch.cuda.power_draw(device) / 1e3,
+    "temp_C": torch.cuda.temperature,
+}
 
 
 def synchronized_time() -> float:
@@ -51,7 +53,7 @@ class Job:
 
     call: Callable[[], object]
     leaves: Sequence[Tensor] = ()
-    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    context: Context = nullcontext
 
     def reset(self) -> None:
         """Drop the gradients, so that the next call does not add to them."""
@@ -178,45 +180,25 @@ class GraphClock(EventClock):
         self._captured = job
 
 
-def time_in_rounds(
-    clocks: Mapping[Key, Clock],
-    *,
-    rounds: int,
-    max_seconds: float,
-    random: Random,
-    before: Callable[[Key], None] = lambda key: None,
-    failed: Callable[[Key, Exception], None],
-) -> list[dict[Key, float]]:
-    """Take samples of several clocks in rounds.
+class Telemetry:
+    """Sample a GPU's state; do nothing on a CPU."""
 
-    If the machine slows down for a while, it slows every peer of a round; so ratios of times are
-    taken within a round.
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._samples: defaultdict[str, list[float]] = defaultdict(list)
 
-    Args:
-        clocks: What to sample.
-        rounds: Samples of each clock.
-        max_seconds: After this time no round begins, except the first few.
-        random: Draws the order of the clocks in each round.
-        before: Called with the key of a clock before each sample.
-        failed: Called with the key and the error of a clock that raised; it is not sampled again.
+    def sample(self) -> None:
+        """Read every sensor once; leave out those that fail, as some do in virtual machines."""
+        if self._device.type == "cuda":
+            for name, read in SENSORS.items():
+                # NVML may be missing, and has exceptions of its own.
+                with suppress(Exception):
+                    value = read(self._device)
+                    self._samples[name].append(value)
 
-    Returns:
-        For each round, the microseconds of a call by each clock.
-    """
-    running = dict(clocks)
-    samples: list[dict[Key, float]] = []
-    deadline = time.monotonic() + max_seconds
-    while len(samples) < rounds and (len(samples) < LEAST_ROUNDS or time.monotonic() < deadline):
-        sample = {}
-        for key in random.sample(list(running), len(running)):
-            before(key)
-            try:
-                sample[key] = running[key].sample_us()
-            except Exception as error:
-                del running[key]
-                failed(key, error)
-        samples.append(sample)
-    return [{key: sample[key] for key in running} for sample in samples]
+    def columns(self) -> dict[str, float]:
+        """Return the median of each sensor that was read."""
+        return {name: statistics.median(values) for name, values in self._samples.items()}
 
 
 def floor_us(seconds: float) -> float:

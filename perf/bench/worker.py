@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -17,7 +16,7 @@ import torch
 
 from perf.bench.cases import Case
 from perf.bench.failures import Row, failure
-from perf.bench.measure import Measurement, Settings
+from perf.bench.measure import Begun, Cell, Measurement, Settings
 from perf.roofline.model import GPU
 
 # Not for workers: Triton's interpreter is never timed, and each peer chooses its own back end.
@@ -26,20 +25,12 @@ LOG_TAIL = 300
 
 
 class Request(NamedTuple):
-    """Describe the work of a worker: a case, the peers of each mode, and how to measure."""
+    """Describe the work of a worker: a case, its cells, and how to measure."""
 
     case: Case
-    modes: Mapping[str, Sequence[str]]
+    cells: tuple[Cell, ...]
     settings: Settings
     gpu: GPU | None
-
-
-class Begun(NamedTuple):
-    """Report that a phase begins. If no message follows, it failed in this phase."""
-
-    peer: str
-    mode: str
-    phase: str
 
 
 class Ended(NamedTuple):
@@ -106,7 +97,7 @@ def serve(pipe: Connection, output: Path) -> None:
 
 def _measure(pipe: Connection, request: Request) -> Row:
     """Measure a case; return the columns of every cell that has no row."""
-    case, modes, settings, gpu = request
+    case, cells, settings, gpu = request
     if settings.threads:
         torch.set_num_threads(settings.threads)
     try:
@@ -114,8 +105,7 @@ def _measure(pipe: Connection, request: Request) -> Row:
             torch.cuda.set_device(torch.device(case.device))
             # CUDA graphs can't be captured on the default stream, nor while work waits for it.
             torch.cuda.set_stream(torch.cuda.Stream())
-        begin = lambda *where: pipe.send(Begun(*where))  # noqa: E731
-        Measurement(case, settings, gpu, begin=begin, emit=pipe.send).run(modes)
+        Measurement(case, settings, gpu, pipe.send).run(cells)
     except Exception as exception:
         return failure(exception)
     return {"status": "error", "error": "the worker left it out"}

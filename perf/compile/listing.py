@@ -19,15 +19,16 @@ def listing_of(cubin: bytes) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def nvidia_resources(listing: str) -> tuple[int, int]:
-    """Return the registers of a thread, and the bytes that a thread spills to memory."""
+def resources(listing: str) -> tuple[int, int]:
+    """Return the registers of a thread, and the bytes that a thread spills to memory.
+
+    Args:
+        listing: NVIDIA's, or AMD's assembly.
+    """
+    if "amdgcn" in listing:
+        spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", listing)
+        return _number(r"\.vgpr_count:\s+(\d+)", listing), 4 * spilled
     return _number(r"REG:(\d+)", listing), _number(r"STACK:(\d+)", listing)
-
-
-def amd_resources(listing: str) -> tuple[int, int]:
-    """Return what :func:`nvidia_resources` does, of AMD's assembly."""
-    spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", listing)
-    return _number(r"\.vgpr_count:\s+(\d+)", listing), 4 * spilled
 
 
 def instructions(listing: str) -> list[str]:

@@ -24,7 +24,7 @@ from rich.progress import track
 from triton.backends.compiler import GPUTarget
 
 from perf.compile import listing
-from perf.compile.listing import count, listing_of, time_loop
+from perf.compile.listing import count, time_loop
 from tritonrnn.kernels import launch
 from tritonrnn.kernels.devices import DEVICES, Device
 from tritonrnn.kernels.plan import EPILOGUES, PLANS, LaunchPlan, Problem
@@ -50,7 +50,8 @@ DTYPES = {
     "tf32": (torch.float32, True),
     "fp32": (torch.float32, False),
 }
-T = 1024
+T, B = 1024, 16
+PLAN_COLUMNS = ("epilogue", "block_h", "block_b", "num_warps", "interleave")
 # Steps of one iteration of a time loop, where that is not one.
 STEPS_A_LOOP = {"registers": 4}
 
@@ -96,13 +97,6 @@ class Compiled:
     compile_s: float
 
     @property
-    def resources(self) -> tuple[int, int]:
-        """Return the registers of a thread, and the bytes that a thread spills to memory."""
-        if self.plan.device.is_amd:
-            return listing.amd_resources(self.kernel.asm["amdgcn"])
-        return listing.nvidia_resources(self._listing)
-
-    @property
     def step_sass(self) -> list[str]:
         """Return the time loop; of a stepwise kernel, which is one step, everything."""
         if self.plan.name == "stepwise":
@@ -112,11 +106,13 @@ class Compiled:
     @property
     def sass(self) -> list[str]:
         """Return the instructions of the kernel, each with its address."""
-        return listing.instructions(self._listing)
+        return listing.instructions(self.listing)
 
     @cached_property
-    def _listing(self) -> str:
-        return listing_of(self.kernel.asm["cubin"])
+    def listing(self) -> str:
+        """Return AMD's assembly, or the resources and instructions of NVIDIA's kernel."""
+        asm = self.kernel.asm
+        return asm["amdgcn"] if self.plan.device.is_amd else listing.listing_of(asm["cubin"])
 
 
 def compile_case(case: CompileCase) -> Compiled:
@@ -161,7 +157,6 @@ def compile_cases(
     epilogues: Iterable[str] = EPILOGUES,
     batches: Iterable[tuple[str, int, bool]] = BATCHES,
     plans: Iterable[str] = tuple(PLANS),
-    B: int = 16,
 ) -> list[CompileCase]:
     """Return every plan that fits the device, over a spread of shapes."""
     device = DEVICES[arch]
@@ -198,7 +193,7 @@ def _compile_row(case: CompileCase) -> dict[str, Any]:
 def row(case: CompileCase, compiled: Compiled) -> dict[str, Any]:
     """Return the row of a compiled case."""
     problem, plan = case.problem, case.plan
-    registers, spill_bytes = compiled.resources
+    registers, spill_bytes = listing.resources(compiled.listing)
     made = {
         "arch": plan.device.arch,
         "dtype": case.dtype,
@@ -207,12 +202,8 @@ def row(case: CompileCase, compiled: Compiled) -> dict[str, Any]:
         "layout": case.layout,
         "v_0": case.has_v_0,
         "plan": plan.name,
-        "epilogue": plan.epilogue,
-        "block_h": plan.block_h,
-        "block_b": plan.block_b,
-        "num_warps": plan.num_warps,
-        # The instructions below are of a step of as many batch blocks.
-        "interleave": plan.interleave,
+        # The instructions below are of a step of as many batch blocks as are interleaved.
+        **{name: getattr(plan, name) for name in PLAN_COLUMNS},
         "registers": registers,
         "spill_bytes": spill_bytes,
         "shared_bytes": compiled.kernel.metadata.shared,
@@ -225,9 +216,7 @@ def row(case: CompileCase, compiled: Compiled) -> dict[str, Any]:
             # Of the spilled registers, what is stored and loaded within the time loop.
             "spills_per_step": -(-count(loop, r"(?:LDL|STL)\S*") // steps),
             "sass_per_step": len(loop) // steps,
-            "hgmma": count(loop, "HGMMA") // steps,
-            "hmma": count(loop, "HMMA") // steps,
-            "bar": count(loop, "BAR") // steps,
+            **{name.lower(): count(loop, name) // steps for name in ("HGMMA", "HMMA", "BAR")},
         }
     return made | {"compile_s": round(compiled.compile_s, 2)}
 

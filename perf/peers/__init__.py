@@ -13,7 +13,7 @@ from perf.peers.flash import FlashRNN
 from perf.peers.loops import CompiledLoop, GraphedLoop, Loop
 from perf.peers.ours import Forced, Ours
 from perf.peers.peer import Peer, Runner
-from perf.peers.torch_rnn import NN
+from perf.peers.torch_rnn import NN, cudnn_off
 from tritonrnn.kernels.plan import PLANS
 
 __all__ = ["BASELINE", "OURS", "PEERS", "Peer", "Runner", "baseline", "defaults", "find"]
@@ -28,7 +28,7 @@ PEERS: dict[str, Peer] = {
         NN("nn_aten", "cpu"),
         # Its speedup over nn.RNN, which is the same, is the noise.
         NN("nn_again"),
-        NN("nn_no_cudnn", "cuda", cudnn=False),
+        NN("nn_no_cudnn", "cuda", cudnn_off),
         Loop(),
         CompiledLoop(),
         GraphedLoop(),

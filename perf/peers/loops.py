@@ -65,12 +65,7 @@ class GraphedLoop(Loop):
 
 
 class WrittenOut(nn.Module):
-    """Run the layers and directions of an ``nn.RNN``, one step after the other.
-
-    Args:
-        module: The module whose parameters to use.
-        case: The sizes.
-    """
+    """Run the layers and directions of an ``nn.RNN`` of a case's sizes, step after step."""
 
     def __init__(self, module: nn.RNNBase, case: Case) -> None:
         super().__init__()

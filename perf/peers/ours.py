@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -12,24 +12,16 @@ from torch import nn
 
 import tritonrnn
 from perf.bench.cases import Case, Workload, make_cell
-from perf.peers.peer import Peer, Runner
+from perf.peers.peer import Context, Peer, Runner
 from tritonrnn.kernels import cost, devices
 from tritonrnn.kernels.plan import Problem
 
 
 class Ours(Peer):
-    """Run ``tritonrnn.RNN``, or a loop of ``RNNCell``, with its own choice or as switches have it.
+    """Run ``tritonrnn.RNN``, or a loop of ``RNNCell``, by its own choice or as a context has it."""
 
-    Args:
-        name: The name of the peer.
-        context: Returns the switches that are set during the calls.
-    """
-
-    def __init__(
-        self, name: str, context: Callable[[], AbstractContextManager[object]] = nullcontext
-    ) -> None:
-        self.name = name
-        self._context = context
+    def __init__(self, name: str, context: Context = nullcontext) -> None:
+        self.name, self._context = name, context
 
     def supports(self, case: Case) -> str | None:
         """Return None: ``tritonrnn.RNN`` takes every layout."""

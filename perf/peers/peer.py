@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from perf.bench.cases import Case, Workload
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
+# Returns switches that are set while it is entered.
+Context = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Runner:
     forward: Forward
     parameters: Sequence[Tensor]
     plan: Callable[[], str] = str
-    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    context: Context = nullcontext
     uncaptured: Forward | None = None
 
 

@@ -25,7 +25,7 @@ def judge(rows: pd.DataFrame) -> pd.DataFrame:
     """
     units = presets.units("short", {}, (OURS,), "cpu")
     known = pd.DataFrame(
-        [(unit.case.case_id, mode) for unit in units for mode in unit.modes], columns=_CELL
+        [(unit.case.case_id, mode) for unit in units for _, mode in unit.cells], columns=_CELL
     )
     on_cpu = rows[rows["device"] == "cpu"].astype({"mode": "string"})
     again = on_cpu.loc[on_cpu["peer"] == "nn_again", [*_CELL, "speedup_vs_nn"]]

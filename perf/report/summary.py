@@ -140,7 +140,7 @@ def _with_noise(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
 def _cpu_targets(rows: pd.DataFrame) -> Iterator[str]:
     """Yield whether the targets of the preset ``cpu`` are met, if all of its cases are there."""
     units = presets.units("cpu", {}, (OURS,), "cpu")
-    known = {(unit.case.case_id, mode) for unit in units for mode in unit.modes}
+    known = {(unit.case.case_id, mode) for unit in units for _, mode in unit.cells}
     ours = rows[(rows["device"] == "cpu") & (rows["peer"] == OURS)]
     cells = ours[[cell in known for cell in zip(ours["case_id"], ours["mode"], strict=True)]]
     if len(cells) < len(known):

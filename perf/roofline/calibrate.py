@@ -110,23 +110,23 @@ def chain_clk(device: torch.device) -> float:
 
 
 def handoff_us(device: torch.device) -> float:
-    """Return the time of a release and its acquire in another multiprocessor, one way.
+    """Return the time of an arrival and of the wait for it in another multiprocessor, one way.
 
     Raises:
         RuntimeError: the two programs did not run at the same time.
     """
-    from perf.roofline.probes import ping_pong_kernel
+    from perf.roofline import probes
 
-    flag = torch.zeros(1, dtype=torch.int32, device=device)
+    counter, C = torch.zeros(1, dtype=torch.int32, device=device), probes.BarrierConstants()
 
-    def pass_flag(round_trips: int) -> None:
-        flag.zero_()
-        ping_pong_kernel[(2,)](flag, round_trips, MAX_SPINS, num_warps=1)
+    def hand_off(round_trips: int) -> None:
+        counter.zero_()
+        probes.ping_pong_kernel[(2,)](counter, round_trips, MAX_SPINS, C, num_warps=1)
 
-    pass_flag(LONG)
-    if flag.item() != 2 * LONG:
+    hand_off(LONG)
+    if counter.item() != 2 * LONG:
         raise RuntimeError("a program gave up waiting for the other")
-    return slope_us(pass_flag) / 2
+    return slope_us(hand_off) / 2
 
 
 def launch_us(device: torch.device) -> float:

@@ -170,37 +170,32 @@ def limit(case: Case, mode: str, gpu: GPU, seed: int) -> Limit:
 
 
 def chains(case: Case, gpu: GPU) -> Iterator[tuple[float, str]]:
-    """Yield the microseconds of a step with every strategy that can hold the weights."""
+    """Yield the microseconds of a step by every strategy; infinitely many if it can't hold W_hh."""
     e, H = DTYPES[case.dtype].itemsize, case.H
     # Layers overlap in a wavefront, each on multiprocessors of its own; so do directions.
     groups = case.directions * case.layers
     available = int(gpu["multiprocessors"]) // groups
     largest = min(available, int(gpu["cluster_multiprocessors"]))
     for members in (2**power for power in range(largest.bit_length())):
-        work_clk = _work_clk(case, gpu, members, available // members)
-        if work_clk is not None:
-            clk = gpu["chain_clk"] + work_clk
-            if members == 1:
-                yield gpu.us(clk), "multiprocessor"
-            else:
-                clk += gpu["cluster_exchange_clk"] + gpu["cluster_barrier_clk"]
-                yield gpu.us(clk), "cluster"
+        clk = gpu["chain_clk"] + _work_clk(case, gpu, members, available // members)
+        if members == 1:
+            yield gpu.us(clk), "multiprocessor"
+        else:
+            exchange_clk = gpu["cluster_exchange_clk"] + gpu["cluster_barrier_clk"]
+            yield gpu.us(clk + exchange_clk), "cluster"
     for slices in range(1, min(case.B, available) + 1):
-        work_clk = _work_clk(case, gpu, available // slices, slices)
-        if work_clk is not None:
-            state_clk = e * H * math.ceil(case.B / slices) / gpu["l2_bytes_per_clk"]
-            clk = gpu["chain_clk"] + work_clk + state_clk
-            yield gpu.us(clk) + gpu["handoff_us"], "grid"
+        state_clk = e * H * math.ceil(case.B / slices) / gpu["l2_bytes_per_clk"]
+        clk = gpu["chain_clk"] + _work_clk(case, gpu, available // slices, slices) + state_clk
+        yield gpu.us(clk) + gpu["handoff_us"], "grid"
     matrix_clk = _matrix_clk(case, gpu, case.B, max(1, available))
     yield gpu["graph_node_us"] + gpu.us(matrix_clk), "launches"
 
 
-def _work_clk(case: Case, gpu: GPU, members: int, slices: int) -> float | None:
-    """Return the clocks of a step's product, or None if its weights do not fit.
+def _work_clk(case: Case, gpu: GPU, members: int, slices: int) -> float:
+    """Return the clocks of a step's product; infinitely many if its weights do not fit.
 
     Args:
-        case: What to run.
-        gpu: Where to run it.
+        case, gpu: What to run, and where.
         members: Multiprocessors that share the weights of one direction.
         slices: Parts of the batch, each with its own set of multiprocessors.
     """
@@ -208,7 +203,7 @@ def _work_clk(case: Case, gpu: GPU, members: int, slices: int) -> float | None:
     rows = math.ceil(H / members)
     share_bytes = e * rows * H
     if share_bytes > gpu["register_weight_bytes"] + gpu["shared_bytes"]:
-        return None
+        return math.inf
     sequences = math.ceil(case.B / slices)
     # Weights beyond the registers are read from shared memory at every step, beside the product.
     from_shared = max(0.0, share_bytes - gpu["register_weight_bytes"])

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+from tritonrnn.kernels import cta_barrier
+from tritonrnn.kernels.common import tanh_approx
 
 # The smallest tile that wgmma reads from shared memory, and as many sequences as a resident plan.
 CHAIN_HIDDEN, CHAIN_SEQUENCES, CHAIN_WARPS = 64, 16, 4
+
+
+@dataclass(frozen=True)
+class BarrierConstants:
+    """Hold what a barrier of a CTA group has to know of its kernel."""
+
+    INTERPRETED: bool = False
 
 
 @triton.jit
@@ -19,14 +32,6 @@ def clocks():
     """Read the multiprocessor's cycle counter."""
     return tl.inline_asm_elementwise(
         "mov.u64 $0, %clock64;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def nanoseconds():
-    """Read the GPU's clock."""
-    return tl.inline_asm_elementwise(
-        "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
     )
 
 
@@ -45,46 +50,28 @@ def chain_kernel(
     matrix = tl.load(matrix_ptr + offs_h[:, None] * HIDDEN + offs_h[None, :])
     state_ptrs = state_ptr + offs_h[:, None] * SEQUENCES + offs_b[None, :]
     state = tl.load(state_ptrs)
-    begun_ns = nanoseconds()
+    begun_ns = globaltimer()
     begun = clocks()
     for _ in range(steps):
         z = tl.dot(matrix, state)
-        z = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1
-        )
-        state = z.to(state.dtype)
+        state = tanh_approx(z).to(state.dtype)
     # Store before the clock is read: the compiler moves neither the store past the clock nor the
     # loop past the store.
     tl.store(state_ptrs, state)
     tl.store(ticks_ptr, clocks() - begun)
-    tl.store(ticks_ptr + 1, nanoseconds() - begun_ns)
+    tl.store(ticks_ptr + 1, globaltimer() - begun_ns)
 
 
 @triton.jit
-def ping_pong_kernel(flag_ptr, round_trips, max_spins):
-    """Pass a flag between two programs: each way a release, and an acquire that spins on it.
+def ping_pong_kernel(counter_ptr, round_trips, max_spins, C: tl.constexpr):
+    """Pass a counter between two programs, by the barrier of a CTA group: each way a handoff.
 
     The grid has two programs, which run at the same time on any GPU that is otherwise idle. At the
-    end the flag is twice ``round_trips``, unless a program gave up after ``max_spins`` in all.
+    end the counter is twice ``round_trips``, unless a program gave up after ``max_spins`` polls.
     """
     me = tl.program_id(0)
     for trip in range(round_trips):
-        # Program 0 makes the flag odd, program 1 even again.
-        expected = 2 * trip + me
-        while (load_acquire(flag_ptr) != expected) & (max_spins > 0):
-            max_spins -= 1
+        # Program 0 makes the counter odd, program 1 even again.
+        max_spins = cta_barrier.wait(counter_ptr, 2 * trip + me, max_spins, C)
         if max_spins > 0:
-            tl.atomic_add(flag_ptr, 1, sem="release")
-
-
-@triton.jit
-def load_acquire(flag_ptr):
-    """Load with acquire semantics a word that another program releases; ``tl.load`` has none."""
-    return tl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.s32 $0, [$1];",
-        "=r,l",
-        [flag_ptr],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+            cta_barrier.arrive(counter_ptr)

@@ -15,8 +15,7 @@ import torch
 
 import tritonrnn
 from perf.bench import presets
-from perf.bench.cases import DTYPES, Case
-from perf.bench.switches import set_precision
+from perf.bench.cases import DTYPES, Case, set_precision
 from perf.report import tables
 from tritonrnn import autotune
 from tritonrnn.autotune.records import Kernel, Shapes

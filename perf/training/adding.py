@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -12,17 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from perf.report import plots
-from perf.training.paired_training import (
-    OURS,
-    REFERENCE,
-    TWIN,
-    Batch,
-    MakeRNN,
-    Task,
-    Trainee,
-    conclude,
-    train,
-)
+from perf.training import paired_training as paired
 
 BATCH_SIZE = 128
 # With the paper's own recipe (input weights of 1e-3, plain gradient descent at 1e-2), the loss was
@@ -30,8 +20,6 @@ BATCH_SIZE = 128
 INPUT_WEIGHT_STD = 0.05
 LEARNING_RATE = 1e-3
 CLIP_NORM = 1.0
-# Batches that are built together, before the models train on them.
-PORTION = 80
 # Steps that the loss is averaged over, for the table and the plot.
 WINDOW = 50
 # The variance of the sum of two uniform numbers: the loss of a model that always answers 1.
@@ -44,7 +32,7 @@ class Adder(nn.Module):
     Le, Jaitly & Hinton 2015, arXiv:1504.00941.
     """
 
-    def __init__(self, rnn_class: MakeRNN, hidden_size: int) -> None:
+    def __init__(self, rnn_class: paired.MakeRNN, hidden_size: int) -> None:
         super().__init__()
         self.rnn = rnn_class(2, hidden_size, nonlinearity="relu")
         self.head = nn.Linear(hidden_size, 1)
@@ -59,7 +47,7 @@ class Adder(nn.Module):
         return self.head(h_n[0]).squeeze(1)
 
 
-def make_batch(T: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def make_batch(T: int, generator: torch.Generator) -> paired.Batch:
     """Draw numbers uniform in [0, 1); one is marked in each half of a sequence.
 
     Returns:
@@ -73,25 +61,18 @@ def make_batch(T: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return torch.stack([numbers, marks], -1), (numbers * marks).sum(0)
 
 
-def portions(steps: int, T: int, seed: int, device: torch.device) -> Iterator[list[Batch]]:
-    """Yield ``steps`` batches in all, ``PORTION`` at a time."""
-    generator = torch.Generator().manual_seed(seed)
-    for start in range(0, steps, PORTION):
-        batches = (make_batch(T, generator) for _ in range(min(PORTION, steps - start)))
-        yield [(input.to(device), sums.to(device)) for input, sums in batches]
-
-
-def draw(trainees: Sequence[Trainee], T: int) -> Figure:
+def draw(trainees: Sequence[paired.Trainee], T: int) -> Figure:
     """Draw the losses, and how far two trainings drift from torch.nn.RNN's."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    losses = pd.DataFrame({trainee.name: trainee.losses for trainee in trainees})
-    drift = losses.sub(losses[REFERENCE], axis=0).abs().cummax()
-    styles = {REFERENCE: ("tab:gray", 4), OURS: ("tab:blue", 1.2), TWIN: ("tab:gray", 1.2)}
+    losses = paired.losses_of(trainees)
+    reference, ours, twin = losses
+    drift = losses.sub(losses[reference], axis=0).abs().cummax()
+    styles = {reference: ("tab:gray", 4), ours: ("tab:blue", 1.2), twin: ("tab:gray", 1.2)}
     for ax, names, curves in (
-        (left, (REFERENCE, OURS), losses.rolling(WINDOW, min_periods=1).mean()),
+        (left, (reference, ours), losses.rolling(WINDOW, min_periods=1).mean()),
         # A logarithmic axis can't show 0.
-        (right, (OURS, TWIN), drift.where(drift > 0)),
+        (right, (ours, twin), drift.where(drift > 0)),
     ):
         for name in names:
             colour, width = styles[name]
@@ -100,7 +81,7 @@ def draw(trainees: Sequence[Trainee], T: int) -> Figure:
     left.axhline(BLIND_LOSS, color="black", linestyle=":", linewidth=1, label="always answer 1")
     left.set_title(f"Adding problem, {T} steps", fontsize=10)
     left.set_ylabel(f"mean squared error, mean of {WINDOW} steps")
-    right.set_title(f"Loss, compared with that of {REFERENCE}", fontsize=10)
+    right.set_title(f"Loss, compared with that of {reference}", fontsize=10)
     right.set_ylabel("largest difference so far")
     for ax in (left, right):
         ax.legend(frameon=False, fontsize=9, loc="best")
@@ -120,17 +101,18 @@ def run(
         f"Sums of 2 of {T} numbers, {BATCH_SIZE} sequences a batch; {device}, "
         f"{torch.get_num_threads()} threads"
     )
-    task = Task(
-        "adding",
+    generator = torch.Generator().manual_seed(seed)
+    batches = (make_batch(T, generator) for _ in range(steps))
+    trainees = paired.train(
         lambda rnn_class: Adder(rnn_class, hidden_size),
         nn.functional.mse_loss,
-        portions(steps, T, seed, device),
-        steps,
-        LEARNING_RATE,
-        CLIP_NORM,
+        ((input.to(device), sums.to(device)) for input, sums in batches),
+        steps=steps,
+        learning_rate=LEARNING_RATE,
+        clip_norm=CLIP_NORM,
+        seed=seed,
+        device=device,
     )
-    trainees = train(task, seed=seed, device=device)
-
     results = pd.DataFrame(
         {
             "loss": mean(one.losses[-WINDOW:]),
@@ -141,7 +123,8 @@ def run(
         for one in trainees
     )
     print(f"loss: mean squared error over the last {WINDOW} steps. blind_loss: of answering 1.")
-    agrees = conclude(
+    agrees = paired.conclude(
+        "adding",
         trainees,
         results,
         ("", ".5f", ".3f", ",.0f", ".1f", ".2f"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import tritonrnn
-from perf.training.paired_training import Batch, MakeRNN, Task, conclude, train
+from perf.training.paired_training import Batch, MakeRNN, conclude, train
 
 LANGUAGES = ("cs", "de", "en", "es", "fi", "fr", "hu", "it", "nl", "pl", "pt", "sv", "tr", "ro")
 SHORTEST, LONGEST = 3, 22
@@ -66,12 +66,10 @@ def distinct_words(
         Word(word, label)
         for label, language in enumerate(LANGUAGES)
         for word in ranked[language]
-        if languages_of[word] == 1 and _is_latin(word) and SHORTEST <= len(word) <= LONGEST
+        if languages_of[word] == 1
+        and SHORTEST <= len(word) <= LONGEST
+        and all(unicodedata.name(letter, "").startswith("LATIN ") for letter in word)
     ]
-
-
-def _is_latin(word: str) -> bool:
-    return all(unicodedata.name(letter, "").startswith("LATIN ") for letter in word)
 
 
 def split(words: Sequence[Word], held_out: float, seed: int) -> tuple[list[Word], list[Word]]:
@@ -163,7 +161,7 @@ def classify(
     """Return the two likeliest languages of each word."""
     letters = [encode(normalize(word), alphabet) for word in words]
     scores = model(pack_sequence(letters, enforce_sorted=False).to(device))  # type: ignore[arg-type]
-    likelihood, language = (best.T.tolist() for best in scores.softmax(1).topk(2))
+    likelihood, language = (found.T.tolist() for found in scores.softmax(1).topk(2))
     best, second = ([LANGUAGES[label] for label in labels] for labels in language)
     return pd.DataFrame(
         {
@@ -204,15 +202,15 @@ def run(
         generator=torch.Generator().manual_seed(seed),
     )
     steps_per_epoch = -(-len(training) // BATCH_SIZE)
-    task = Task(
-        "words",
+    trainees = train(
         lambda rnn_class: WordClassifier(rnn_class, len(alphabet) + 1, hidden_size),
         nn.functional.cross_entropy,
-        (list(pack(training)) for _ in range(epochs)),
-        epochs * steps_per_epoch,
-        LEARNING_RATE,
+        (batch for _ in range(epochs) for batch in pack(training)),
+        steps=epochs * steps_per_epoch,
+        learning_rate=LEARNING_RATE,
+        seed=seed,
+        device=device,
     )
-    trainees = train(task, seed=seed, device=device)
     tests = list(pack(held_out))
     [(majority, _)] = Counter(word.label for word in training).most_common(1)
 
@@ -229,6 +227,7 @@ def run(
     )
     print("loss: mean over the last epoch.")
     agrees = conclude(
+        "words",
         trainees,
         results,
         ("", ".5f", ".3f", ".3f", ",.0f", ".1f", "", ".2f"),

@@ -59,8 +59,8 @@ def choose_aten(monkeypatch):
 
     for module in (dispatch, ops):
         monkeypatch.setattr(module, "choose_now", by_aten(module.choose_now))
-    remembered = by_aten(validation.choose_by_steps)
-    monkeypatch.setattr(validation, "choose_by_steps", remembered)
+    # Without its memory of other tests, and of this one in others.
+    monkeypatch.setattr(validation, "choose_by_steps", dispatch.choose_by_steps.__wrapped__)
 
 
 @pytest.fixture

@@ -41,14 +41,13 @@ def test_batches_are_sums_of_one_marked_number_of_each_half():
     torch.testing.assert_close((numbers * marks).sum(0), sums)
 
 
-def test_portions_hold_all_batches_once_and_repeat_for_a_seed():
-    device = torch.device("cpu")
-    first, again, other = (
-        [batch for portion in adding.portions(100, 5, seed, device) for batch in portion]
-        for seed in (0, 0, 1)
-    )
-    assert len(first) == 100
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again))
+def test_batches_differ_and_repeat_for_a_seed():
+    drawn = []
+    for seed in (0, 0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        drawn.append([adding.make_batch(5, generator) for _ in range(100)])
+    first, again, other = drawn
+    assert all(torch.equal(a, b) for a, b in zip(sum(first, ()), sum(again, ())))
     assert not torch.equal(first[0][0], other[0][0])
     assert len({float(sums[0]) for _, sums in first}) == 100
 

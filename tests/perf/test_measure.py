@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from random import Random
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,28 +13,29 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import tritonrnn
-from perf.bench import memory, telemetry, timing
-from perf.bench.cases import LENGTHS, Case, Workload
+from perf.bench import memory, timing
+from perf.bench.cases import LENGTHS, Case, Workload, set_precision
 from perf.bench.check import max_relative_error, results_of
 from perf.bench.failures import Row, failure, raise_if_gpu_is_lost
 from perf.bench.measure import Measurement, Settings
-from perf.bench.switches import cudnn_off, set_precision
-from perf.bench.timing import EventClock, Job, WallClock, make_job, time_in_rounds
+from perf.bench.timing import EventClock, Job, WallClock, make_job
 from perf.peers import PEERS, find
 from perf.peers.loops import WrittenOut
 from perf.peers.ours import forced_plan
 from perf.peers.peer import Runner
+from perf.peers.torch_rnn import cudnn_off
 from tests.support.imitation import imitate
 from tests.support.recurrence import PLANS_HERE
 from tritonrnn.kernels import devices
 from tritonrnn.kernels.plan import PLANS
 
 TINY = Case(T=8, B=4, I=2, H=3)
+QUICK = Settings(rounds=2, sample_s=0, max_s=0)
 
 
 def build(case: Case, name: str) -> tuple[Runner, Workload]:
     workload = Workload.make(case, seed=0)
-    return find(name).build(case, case.make_module(nn.RNN, 0), workload), workload
+    return find(name).build(case, case.make_module(0), workload), workload
 
 
 def test_case_id_names_everything_but_the_device():
@@ -106,13 +106,12 @@ def take_nested(monkeypatch) -> None:
     monkeypatch.setattr(tritonrnn, "explain", lambda rnn, data: choice)
 
 
-def measure_case(case: Case, *names: str) -> dict[tuple[str, str], Row]:
-    rows: list[Row] = []
-    settings = Settings(rounds=2, sample_s=0, max_s=0)
-    begin = lambda *where: None  # noqa: E731
-    modes = dict.fromkeys(("infer", "fwdbwd"), names)
-    Measurement(case, settings, None, begin=begin, emit=rows.append).run(modes)
-    return {(str(row["peer"]), str(row["mode"])): row for row in rows}
+def measure_case(case: Case, *names: str, settings: Settings = QUICK) -> dict[tuple[str, str], Row]:
+    sent: list[Any] = []
+    cells = [(name, mode) for mode in ("infer", "fwdbwd") for name in names]
+    Measurement(case, settings, None, sent.append).run(cells)
+    rows = [message for message in sent if isinstance(message, dict)]
+    return {(row["peer"], row["mode"]): row for row in rows}
 
 
 @pytest.mark.slow
@@ -184,51 +183,44 @@ def test_cell_that_is_wrong_is_found(monkeypatch):
     assert rows["tritonrnn", "fwdbwd"]["status"] == "wrong"
 
 
-def test_rounds_time_every_peer_and_drop_gradients_after_every_call():
-    calls: list[str] = []
-    leaf = torch.ones(1, requires_grad=True)
-
-    def call(name: str) -> None:
-        assert leaf.grad is None
-        leaf.sum().backward()
-        calls.append(name)
-
-    jobs = {name: Job(lambda name=name: call(name), [leaf]) for name in "abc"}  # type: ignore[misc]
-    clocks = {name: WallClock(job, 0.0) for name, job in jobs.items()}
-    calls.clear()
-    samples = time_in_rounds(
-        clocks, rounds=5, max_seconds=60, random=Random(0), failed=lambda key, error: None
-    )
-    assert [set(sample) for sample in samples] == 5 * [set("abc")]
-    assert all(us > 0 for sample in samples for us in sample.values())
-    orders = {tuple(calls[start : start + 3]) for start in range(0, 15, 3)}
-    assert {frozenset(order) for order in orders} == {frozenset("abc")}
-    assert len(orders) > 1
+def test_rounds_time_every_peer_in_random_order():
+    names = ["nn_aten", "loop", "tritonrnn"]
+    sent: list[Any] = []
+    cells = [(name, "infer") for name in names]
+    Measurement(TINY, Settings(rounds=5, sample_s=0), None, sent.append).run(cells)
+    assert [row["n_samples"] for row in sent if isinstance(row, dict)] == [5, 5, 5]
+    timed = [peer for peer, mode, phase in sent[:-3] if phase == "timing"]
+    orders = [tuple(timed[start : start + 3]) for start in range(0, 15, 3)]
+    assert [sorted(order) for order in orders] == 5 * [sorted(names)]
+    assert len(timed) == 15
+    assert len(set(orders)) > 1
 
 
 def test_rounds_stop_early_but_not_at_once():
-    clock = WallClock(Job(lambda: None), 0.0)
-    samples = time_in_rounds(
-        {"a": clock}, rounds=50, max_seconds=0, random=Random(0), failed=lambda key, error: None
-    )
-    assert len(samples) == 3
+    row = measure_case(TINY, "loop", settings=Settings(rounds=50, sample_s=0, max_s=0))
+    assert row["loop", "infer"]["n_samples"] == 3
 
 
-def test_clock_that_raises_leaves_the_others():
-    class Raising:
-        def sample_us(self) -> float:
-            raise ArithmeticError
+def test_peer_that_raises_while_it_is_timed_leaves_the_others():
+    tired = "tests.support.faulty_peers:ThrowsLater"
+    settings = Settings(rounds=6, sample_s=0)
+    rows = measure_case(TINY, "nn_aten", tired, "loop", settings=settings)
+    assert rows[tired, "infer"]["error"] == "ArithmeticError: tired"
+    assert "wall_us_p50" not in rows[tired, "infer"]
+    for name in ("nn_aten", "loop"):
+        assert rows[name, "infer"]["status"] == "ok"
+        assert rows[name, "infer"]["n_samples"] == 6
 
-    failed = []
-    samples = time_in_rounds(
-        {"a": WallClock(Job(lambda: None), 0.0), "b": Raising()},
-        rounds=2,
-        max_seconds=60,
-        random=Random(0),
-        failed=lambda key, error: failed.append((key, type(error))),
-    )
-    assert [set(sample) for sample in samples] == [{"a"}, {"a"}]
-    assert failed == [("b", ArithmeticError)]
+
+def test_wall_clock_drops_gradients_after_every_call():
+    leaf = torch.ones(1, requires_grad=True)
+
+    def call() -> None:
+        assert leaf.grad is None
+        leaf.sum().backward()
+
+    assert WallClock(Job(call, [leaf]), 0.001).sample_us() > 0
+    assert leaf.grad is None
 
 
 def test_footprint_counts_peak_and_what_stays():
@@ -371,12 +363,12 @@ def test_sensors_that_fail_are_left_out(monkeypatch):
 
     readings = iter([10.0, 30.0, 20.0])
     sensors = {"sm_MHz": lambda device: next(readings), "power_W": fails}
-    monkeypatch.setattr(telemetry, "SENSORS", sensors)
-    on_gpu = telemetry.Telemetry(torch.device("cuda"))
+    monkeypatch.setattr(timing, "SENSORS", sensors)
+    on_gpu = timing.Telemetry(torch.device("cuda"))
     for _ in range(3):
         on_gpu.sample()
     assert on_gpu.columns() == {"sm_MHz": 20.0}
-    on_cpu = telemetry.Telemetry(torch.device("cpu"))
+    on_cpu = timing.Telemetry(torch.device("cpu"))
     on_cpu.sample()
     assert on_cpu.columns() == {}
 
@@ -468,7 +460,7 @@ def test_long_loops_are_not_compiled():
 @pytest.mark.slow
 def test_loop_compiles_whole():
     case = Case(T=3, B=2, I=2, H=4, layers=2, directions=2)
-    module, workload = case.make_module(nn.RNN, 0), Workload.make(case, seed=0)
+    module, workload = case.make_module(0), Workload.make(case, seed=0)
     loop = torch.compile(WrittenOut(module, case), fullgraph=True, backend="eager")
     for got, expected in zip(loop(workload.tokens), module(workload.tokens)):
         torch.testing.assert_close(got, expected)

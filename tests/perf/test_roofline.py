@@ -237,8 +237,8 @@ def probe_instructions() -> dict[str, list[str]]:
         ),
         (
             "ping_pong_kernel",
-            {"flag_ptr": "*i32", "round_trips": "i32", "max_spins": "i32"},
-            {},
+            {"counter_ptr": "*i32", "round_trips": "i32", "max_spins": "i32", "C": "constexpr"},
+            {"C": probes.BarrierConstants()},
             1,
         ),
     ):

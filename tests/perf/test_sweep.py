@@ -20,10 +20,9 @@ import perf
 from perf.__main__ import app
 from perf.bench import presets
 from perf.bench import sweep as sweep_module
-from perf.bench.measure import Settings
-from perf.bench.run import run
+from perf.bench.measure import Begun, Settings
 from perf.bench.sweep import Sweep, Unit
-from perf.bench.worker import Begun, Worker
+from perf.bench.worker import Worker
 from perf.report import schema, tables
 
 CHECKOUT = Path(__file__).parents[2]
@@ -58,7 +57,7 @@ def test_smoke_sweep_has_a_row_for_every_cell(smoke):
     cells = {
         (unit.case.case_id, *cell)
         for unit in presets.units("smoke", {}, (), "cpu")
-        for cell in unit.cells()
+        for cell in unit.cells
     }
     assert len(rows) == len(cells)
     assert {tuple(row) for row in rows[["case_id", "peer", "mode"]].values} == cells
@@ -130,9 +129,9 @@ def test_every_failure_is_a_row_and_spares_the_others(tmp_path, monkeypatch):
     )
     receive, attempt = Sweep._receive, Sweep._attempt
 
-    def be_impatient(self, pipe):
+    def be_impatient(self, worker, phase):
         # Only with the peer that hangs: a busy machine may need long to start a worker.
-        message = receive(self, pipe)
+        message = receive(self, worker, phase)
         if isinstance(message, Begun) and message.peer.endswith(":Hangs"):
             self._timeout_s = 0.5
         return message
@@ -237,18 +236,22 @@ def test_axes_replace_those_of_the_preset_and_no_case_comes_twice():
     assert len({unit.case for unit in units}) == len(units) == 4
     assert {unit.case.fp32_mode for unit in units if unit.case.dtype == "bf16"} == {"none"}
     assert all(unit.case.T == 12 and unit.case.I == 4 for unit in units)
-    assert set(presets.units("headline", {}, (), "cuda")[0].modes) == {"infer", "fwdbwd"}
+    assert modes_of(presets.units("headline", {}, (), "cuda")[0]) == ["fwdbwd", "infer"]
+
+
+def modes_of(unit: Unit) -> list[str]:
+    return sorted({mode for _, mode in unit.cells})
 
 
 def test_cpu_is_five_cases_in_three_modes():
     units = presets.units("cpu", {}, ("tritonrnn",), "cpu")
-    modes = sorted((unit.case.layout, *unit.modes) for unit in units)
+    modes = sorted((unit.case.layout, *modes_of(unit)) for unit in units)
     assert modes == 5 * [("packed", "fwdbwd")] + 5 * [("padded", "fwdbwd", "infer")]
 
 
 def test_short_is_every_short_call():
     units = presets.units("short", {}, ("tritonrnn",), "cpu")
-    assert all(set(unit.modes) == {"infer", "fwdbwd"} for unit in units)
+    assert all(modes_of(unit) == ["fwdbwd", "infer"] for unit in units)
     kinds = Counter((unit.case.layout, unit.case.directions) for unit in units)
     # 9 numbers of steps of 3 sizes; a cell has one direction.
     both = [(layout, D) for layout in ("padded", "packed", "lengths") for D in (1, 2)]
@@ -264,13 +267,11 @@ def test_presets_name_cases(preset, device):
 
 def test_unit_without_the_cells_that_have_rows():
     [unit, *_] = presets.units("smoke", {}, ("loop", "nn_aten"), "cpu")
-    done = [("loop", mode) for mode in unit.modes if mode != "bwd"] + [("nn_aten", "bwd")]
+    left = [("nn_aten", "infer"), ("nn_aten", "fwd"), ("loop", "bwd"), ("nn_aten", "fwdbwd")]
+    done = set(unit.cells) - set(left)
     rows = [unit.case.columns() | {"peer": peer, "mode": mode} for peer, mode in done]
     other = rows[0] | {"device": "cuda", "peer": "nn_aten"}
-    assert unit.left([*rows, other]) == Unit(
-        unit.case,
-        {"infer": ("nn_aten",), "fwd": ("nn_aten",), "bwd": ("loop",), "fwdbwd": ("nn_aten",)},
-    )
+    assert unit.left([*rows, other]) == Unit(unit.case, tuple(left))
 
 
 @pytest.mark.parametrize(
@@ -301,7 +302,7 @@ def test_help_has_the_names_of_every_axis():
 
 @pytest.mark.slow
 def test_cpu_command_measures_the_preset_and_prints_the_speedups(tmp_path, monkeypatch):
-    tiny = presets.grid(T=5, B=3, I=4, H=6, mode="fwdbwd", layout="packed", lengths="linear")
+    tiny = "T=5 B=3 I=4 H=6 mode=fwdbwd layout=packed lengths=linear"
     monkeypatch.setitem(presets.PRESETS, "cpu", (tiny,))
     result = invoke("cpu", *QUICK, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
@@ -314,7 +315,7 @@ def test_cpu_command_measures_the_preset_and_prints_the_speedups(tmp_path, monke
 
 @pytest.mark.slow
 def test_short_sequences_share_a_process_until_one_ends_it(tmp_path, monkeypatch):
-    tiny = presets.grid(T=(1, 3), B=2, H=4, mode="infer", layout=("lengths", "cell"))
+    tiny = "T=1,3 B=2 H=4 mode=infer layout=lengths,cell"
     monkeypatch.setitem(presets.PRESETS, "short", (tiny,))
     started = []
 
@@ -335,7 +336,7 @@ def test_short_sequences_share_a_process_until_one_ends_it(tmp_path, monkeypatch
     names = ["nn_aten", "tests.support.faulty_peers:Dies", "tritonrnn"]
     units = presets.units("smoke", given, names, "cpu")
     settings = Settings(2, 0.0, threads=1, timeout_s=120.0, one_process=True)
-    rows = run(units, tmp_path / "faulty", settings, "cpu")
+    rows = Sweep(units, tmp_path / "faulty", settings, "cpu").run()
     assert Counter(row["status"] for row in rows) == {"ok": 4, "error": 2}
     # Each case: one that died, and one for the rest, which the next case begins with.
     assert len(started) == 3

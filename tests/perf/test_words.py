@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import tritonrnn
 from perf.__main__ import app
 from perf.report import tables
-from perf.training import loss_curves, paired_training, words
+from perf.training import paired_training, words
 
 wordfreq = pytest.importorskip("wordfreq")
 pytestmark = pytest.mark.usefixtures("torch_back_end")
@@ -107,27 +107,21 @@ def drifting(scale: float, *, steps: int = 400) -> np.ndarray:
     return 2.6 * np.exp(-step / 300) + scale * 10 ** (step / 80) * np.sin(step)
 
 
+def curves(candidate: np.ndarray) -> pd.DataFrame:
+    names = (paired_training.REFERENCE, paired_training.TWIN, paired_training.OURS)
+    return pd.DataFrame(dict(zip(names, (drifting(0), drifting(3e-7), candidate))))
+
+
 @pytest.mark.parametrize("scale", [0, 3e-7, -1e-6, 2e-6])
 def test_curves_agree_when_rounding_explains_the_drift(scale):
-    comparison = loss_curves.compare(drifting(0), drifting(3e-7), drifting(scale))
-    assert comparison.agrees
-    assert comparison.first_departure is None
-    assert "agree" in str(comparison)
+    assert paired_training.first_departure(curves(drifting(scale))) is None
 
 
 @pytest.mark.parametrize("fault", [1e-4, math.nan, math.inf])
 def test_curves_disagree_from_the_faulty_step_on(fault):
     candidate = drifting(3e-7)
     candidate[20:] += fault
-    comparison = loss_curves.compare(drifting(0), drifting(3e-7), candidate)
-    assert not comparison.agrees
-    assert comparison.first_departure == 20
-    assert "DISAGREE from step 20" in str(comparison)
-
-
-def test_curves_of_different_lengths_raise():
-    with pytest.raises(ValueError, match="inhomogeneous"):
-        loss_curves.compare([1, 1, 1], [1, 1, 1], [1, 1])
+    assert paired_training.first_departure(curves(candidate)) == 20
 
 
 def words_arguments(*more: str) -> tuple[str, ...]:
@@ -155,7 +149,7 @@ def test_words_command_fails_when_the_curves_disagree(monkeypatch):
     monkeypatch.setattr(tritonrnn, "RNN", SlightlyWrong)
     result = invoke(*words_arguments())
     assert result.exit_code == 1
-    assert "DISAGREE" in result.output
+    assert "DISAGREE from step 0 on" in result.output
 
 
 def test_appended_rows_keep_the_old_ones(tmp_path: Path):

@@ -297,8 +297,8 @@ def kernel_arguments(
     # distance between its elements in 32 bits there.
     too_wide = (H - 1) * (M.stride(1) + M.stride(2)) >= 2**31
     # Shared memory is read in wide pieces along rows only where elements have 16 bits: a transposed
-    # M would be read element by element in every step. Registers take pairs along rows.
-    along_rows = a.dtype == torch.float32 or plan.name == "registers"
+    # M would be read element by element in every step.
+    along_rows = a.dtype == torch.float32 and plan.name != "registers"
     if plan.name != "stepwise" and (along_rows or too_wide):
         M = M.contiguous()
     time_base, batch_base, lengths = layout.terms(a.device)
@@ -316,14 +316,14 @@ def kernel_arguments(
         "B": B,
         "stride_time": stride_time,
         "stride_batch": stride_batch,
+        "stride_m_group": M.stride(0),
+        "stride_m_row": M.stride(1),
+        "stride_m_column": M.stride(2),
         "reverse_groups": sum(1 << group for group, backwards in enumerate(reverse) if backwards),
         "C": _constants(problem, plan),
         "num_warps": plan.num_warps,
         "num_stages": 1 if plan.name == "stepwise" and _LACKS_FENCES else plan.num_stages,
     }
-    if plan.name != "registers":
-        strides = ("stride_m_group", "stride_m_row", "stride_m_column")
-        arguments |= dict(zip(strides, M.stride()))
     if plan.name == "cooperative":
         arguments["counters_ptr"] = barrier_counters(problem, plan, a.device)
         arguments["max_spins"] = MAX_SPINS if _trial.counters is None else MAX_SPINS_IN_TRIAL

@@ -212,12 +212,16 @@ def registers_kernel(
     B,
     stride_time,
     stride_batch,
+    stride_m_group,
+    stride_m_row,
+    stride_m_column,
     reverse_groups,
     C: gl.constexpr,
 ):
     """Walk every step of every sequence of a batch block.
 
-    Arguments as ``common.Batch`` has them; m_ptr is [G, H, H], contiguous, in the dtype of a.
+    Arguments as ``common.Batch`` has them; m_ptr is [G, H, H] in the dtype of a, with offsets of 32
+    bits in a matrix.
     """
     batch = Batch(
         a_ptr=a_ptr,
@@ -233,7 +237,8 @@ def registers_kernel(
         stride_batch=stride_batch,
         reverse_groups=reverse_groups,
     )
-    tiles = load_operand(m_ptr, C)
+    m_ptr += tl.program_id(2).to(tl.int64) * stride_m_group
+    tiles = load_operand(m_ptr, stride_m_row, stride_m_column, C)
     MMA: gl.constexpr = C.MMA
     MEMORY: gl.constexpr = C.MEMORY
     PAIRS: gl.constexpr = C.PAIRS
@@ -440,19 +445,20 @@ def prepare_step_by_sum(step, a, aux, batch, block, C: gl.constexpr, MAY_BEGIN: 
 
 
 @gluon.jit
-def load_operand(m_ptr, C: gl.constexpr):
+def load_operand(m_ptr, stride_m_row, stride_m_column, C: gl.constexpr):
     """Load M to registers, as the product takes its left operand: in NUM_TILES tiles."""
     H: gl.constexpr = C.H
     LEFT: gl.constexpr = C.LEFT
     offs_h = gl.arange(0, C.BLOCK_H, gl.SliceLayout(1, LEFT))[:, None]
     offs_k = gl.arange(0, C.BLOCK_K, gl.SliceLayout(0, LEFT))[None, :]
-    m_ptrs = m_ptr + tl.program_id(2) * H * H + offs_h * H + offs_k
+    m_ptrs = m_ptr + offs_h * stride_m_row + offs_k * stride_m_column
     large = ()
     small = ()
     NUM_TILES: gl.constexpr = C.NUM_TILES
     for i in gl.static_range(NUM_TILES):
         k = i * C.BLOCK_K
-        m = tl.load(m_ptrs + k, mask=(offs_h < H) & (k + offs_k < H), other=0.0)
+        mask = (offs_h < H) & (k + offs_k < H)
+        m = tl.load(m_ptrs + k * stride_m_column, mask=mask, other=0.0)
         if C.ITEM_BITS == 16:
             # Two elements are packed in a register here, not again in every step.
             m = optimization_barrier(m, C)

@@ -32,6 +32,7 @@ def forward(
     nonlinearity: str,
     bidirectional: bool,
     dropout: float = 0.0,
+    B: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a stack of L layers. Its results can be differentiated as often as wanted.
 
@@ -45,17 +46,19 @@ def forward(
         seq_metadata: the batch_sizes of a packed input.
         layout, nonlinearity, bidirectional: as :func:`tritonrnn.ops.elman` takes them.
         dropout: the probability between layers, by masks of torch's own.
+        B: the number of sequences, if it is known: to read it takes time.
 
     Returns:
         ``output``, shaped as the input with G * H features, and ``h_n``, shaped as ``hx``.
     """
-    weights = list(layers[0]) if len(layers) == 1 else [w for layer in layers for w in layer]
+    weights = layers[0] if len(layers) == 1 else [w for layer in layers for w in layer]
     if hx is None:
         G, H = 2 if bidirectional else 1, layers[0][1].shape[0]
         # Straight from the tensors: a tracer takes a layout's numbers for constants.
-        B: Any = input.shape[0 if layout == "batch_major" else 1]
-        if seq_metadata is not None:
+        if B is None and seq_metadata is not None:
             B = seq_metadata[0]
+        elif B is None:
+            B = input.shape[0 if layout == "batch_major" else 1]
         initial = input.new_zeros(len(layers) * G, B, H)
     else:
         initial = hx

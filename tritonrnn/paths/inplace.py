@@ -163,10 +163,12 @@ def _common_rows(steps: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Te
     Steps are sorted by length, so that the sequences which two steps have in common are the first
     rows of both. A sequence whose first step this is already holds its v_0.
     """
-    if len(steps[0]) == len(steps[-1]):
+    # Not len(), which takes a microsecond.
+    sizes = [z.shape[0] for z in steps]
+    if sizes[0] == sizes[-1]:
         return steps[1:], steps[:-1]
     targets, sources = list(steps[1:]), list(steps[:-1])
-    for i, (before, now) in enumerate(pairwise([len(z) for z in steps])):
+    for i, (before, now) in enumerate(pairwise(sizes)):
         if now > before:
             targets[i] = targets[i][:before]
         elif now < before:
