@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -57,6 +58,9 @@ def speed_up_the_interpreter() -> None:
         return np_dtypes[dtype.name]
 
     interpreter._patch_lang, interpreter._get_np_dtype = patch, np_dtype
+    # Whether integers overflow it computes for an assertion that it makes in debug mode only.
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
 
 
 if find_spec("triton") is not None:

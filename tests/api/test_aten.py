@@ -23,6 +23,7 @@ from tests.support.cases import (
     run,
 )
 from tests.support.cudnn import imitated_kernels, through_cudnn
+from tests.support.implementations import slow
 from tritonrnn import dispatch, ops, validation
 from tritonrnn.paths import aten, inplace
 
@@ -248,9 +249,9 @@ def _compiles_in_this_process():
     ("case", "how", "kernels"),
     [
         *((case, "exported", "_cudnn_rnn") for case in CASES),
-        *((case, "aot_eager", "_cudnn_rnn") for case in (CASES[1], CASES[4])),
-        *((case, "aot_eager", "miopen_rnn") for case in (CASES[1], CASES[3])),
-        pytest.param(CASES[1], "inductor", "_cudnn_rnn", marks=pytest.mark.slow),
+        *(slow(case, "aot_eager", "_cudnn_rnn") for case in (CASES[1], CASES[4])),
+        *(slow(case, "aot_eager", "miopen_rnn") for case in (CASES[1], CASES[3])),
+        slow(CASES[1], "inductor", "_cudnn_rnn"),
     ],
     indirect=["kernels"],
     ids=str,
