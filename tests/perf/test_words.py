@@ -108,7 +108,7 @@ def drifting(scale: float, *, steps: int = 400) -> np.ndarray:
 
 
 def curves(candidate: np.ndarray) -> pd.DataFrame:
-    names = (paired_training.REFERENCE, paired_training.TWIN, paired_training.OURS)
+    names = (paired_training.REFERENCE, paired_training.TWIN, paired_training.CANDIDATE)
     return pd.DataFrame(dict(zip(names, (drifting(0), drifting(3e-7), candidate))))
 
 
@@ -135,7 +135,7 @@ def test_words_command_trains_compares_and_writes(tmp_path):
     assert "The loss curves agree" in result.output
     assert "papillon" in result.output
     rows = pd.read_parquet(tmp_path / "words.parquet")
-    names = [paired_training.REFERENCE, paired_training.OURS, paired_training.TWIN]
+    names = [paired_training.REFERENCE, paired_training.CANDIDATE, paired_training.TWIN]
     assert list(rows["model"]) == names
     assert list(rows["backend"]) == ["ATen", "torch", "ATen"]
     assert rows["held_out_accuracy"].between(0, 1).all()
