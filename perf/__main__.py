@@ -331,9 +331,6 @@ def words(
     hidden: Annotated[int, typer.Option(min=1, help="Hidden units of each direction.")] = 128,
     device: options.Device = "cpu",
     out: options.KeptIn = None,
-    try_words: Annotated[
-        str, typer.Option("--try", help="Words of your own to classify at the end.")
-    ] = "",
     seed: options.Seed = 0,
     top: Annotated[
         int, typer.Option(min=20, help="How far down each language's word list to go.")
@@ -357,7 +354,6 @@ def words(
         hidden_size=hidden,
         device=torch.device(device),
         out=out,
-        own_words=try_words.split(),
         seed=seed,
         top=top,
     )

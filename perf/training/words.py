@@ -20,7 +20,7 @@ from perf.training.paired_training import Batch, MakeRNN, conclude, train
 
 LANGUAGES = ("cs", "de", "en", "es", "fi", "fr", "hu", "it", "nl", "pl", "pt", "sv", "tr", "ro")
 SHORTEST, LONGEST = 3, 22
-# The index of every letter outside the alphabet; only a user's own words have such letters.
+# The index of every letter outside the alphabet; only words that are held out have such letters.
 UNKNOWN_LETTER = 0
 
 EMBEDDING_SIZE = 32
@@ -109,11 +109,6 @@ def batches(
         yield letters.to(device), labels.to(device)  # type: ignore[arg-type]
 
 
-def normalize(word: str) -> str:
-    """Return a word as the lists spell it: composed letters, lower case, ``ss`` for ``ß``."""
-    return unicodedata.normalize("NFC", word.casefold())
-
-
 class WordClassifier(nn.Module):
     """Map letters to languages: an embedding, a bidirectional RNN, a linear head on its ``h_n``.
 
@@ -154,33 +149,12 @@ def backend_of(model: WordClassifier, letters: PackedSequence) -> str:
     return "cuDNN" if torch.backends.cudnn.is_acceptable(embedded.data) else "ATen"
 
 
-@torch.no_grad()
-def classify(
-    model: WordClassifier, words: Sequence[str], alphabet: Mapping[str, int], device: torch.device
-) -> pd.DataFrame:
-    """Return the two likeliest languages of each word."""
-    letters = [encode(normalize(word), alphabet) for word in words]
-    scores = model(pack_sequence(letters, enforce_sorted=False).to(device))  # type: ignore[arg-type]
-    likelihood, language = (found.T.tolist() for found in scores.softmax(1).topk(2))
-    best, second = ([LANGUAGES[label] for label in labels] for labels in language)
-    return pd.DataFrame(
-        {
-            "word": words,
-            "language": best,
-            "probability": likelihood[0],
-            "or": second,
-            "probability of that": likelihood[1],
-        }
-    )
-
-
 def run(
     *,
     epochs: int,
     hidden_size: int,
     device: torch.device,
     out: Path | None,
-    own_words: Sequence[str],
     seed: int,
     top: int,
 ) -> bool:
@@ -226,7 +200,7 @@ def run(
         for one in trainees
     )
     print("loss: mean over the last epoch.")
-    agrees = conclude(
+    return conclude(
         "words",
         trainees,
         results,
@@ -235,9 +209,3 @@ def run(
         device=device,
         out=out,
     )
-    if own_words:
-        known = {word.spelling for word in training}
-        table = classify(trainees[1].model, own_words, alphabet, device)
-        table["trained on"] = ["yes" if normalize(word) in known else "no" for word in own_words]
-        print(table.to_markdown(index=False, floatfmt=".2f"))
-    return agrees
