@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
@@ -49,6 +49,19 @@ def machine(facts: Mapping[str, object]) -> dict[str, object]:
     on_gpu = str(facts["device"]).startswith("cuda")
     names = ("device", "gpu") if on_gpu else ("device", "cpu", "threads")
     return {name: facts.get(name) for name in names}
+
+
+def check_machines(runs: Iterable[Mapping[str, object]]) -> None:
+    """Check that the times of runs on one device can be compared, given the facts of each run.
+
+    Raises:
+        ValueError: a device has been on two machines.
+    """
+    known: dict[object, dict[str, object]] = {}
+    for here in map(machine, runs):
+        there = known.setdefault(here["device"], here)
+        if there != here:
+            raise ValueError(f"Runs of different machines: {there} and {here}")
 
 
 def _driver() -> str | None:

@@ -16,7 +16,7 @@ from perf.bench import environment
 from perf.bench.cases import Case
 from perf.bench.failures import Row
 from perf.bench.measure import Begun, Cell, Settings
-from perf.bench.worker import Ended, Message, Request, Worker
+from perf.bench.worker import Ended, Message, Worker
 from perf.report import tables
 from perf.roofline import model as roofline
 
@@ -58,14 +58,7 @@ class Sweep:
             peers.find(name)
         facts = environment.describe(torch.device(device))
         facts["threads"] = settings.threads or facts["threads"]
-        here = environment.machine(facts)
-        for run_id, before in tables.read_environments(out).items():
-            # A CPU and a GPU of one machine may share a folder.
-            there = environment.machine(before)
-            if there["device"] == here["device"] and there != here:
-                raise ValueError(
-                    f"{out} has rows of {there}, measured in {run_id}; here it is {here}"
-                )
+        environment.check_machines([*tables.read_environments(out).values(), facts])
         self._units, self._out, self._settings = units, out, settings
         self._run_id = environment.new_run_id()
         tables.add_environment(out, self._run_id, facts)
@@ -128,8 +121,8 @@ class Sweep:
         if self._worker is None or not self._worker.process.is_alive():
             self._end_worker()
             self._worker = Worker()
-        request = Request(left.case, self._with_baseline(left), self._settings, self._gpu)
-        self._worker.pipe.send(request)
+        cells = self._with_baseline(left)
+        self._worker.pipe.send((left.case, cells, self._settings, self._gpu))
         at = Begun("", "", "starting")
         while not isinstance(message := self._receive(self._worker, at.phase), Ended):
             if isinstance(message, Begun):

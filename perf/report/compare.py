@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +42,8 @@ def compare(before: Path, after: Path) -> pd.DataFrame:
     Raises:
         ValueError: the machines or the precisions of the runs differ.
     """
-    machines: dict[str, dict[str, object]] = {}
-    for folder in (before, after):
-        for facts in tables.read_environments(folder).values():
-            machine = environment.machine(facts)
-            # A CPU and a GPU of one machine may share a folder.
-            known = machines.setdefault(str(machine.pop("device")).split(":")[0], machine)
-            if known != machine:
-                raise ValueError(f"Runs of different machines: {known} and {machine}")
+    runs = (tables.read_environments(folder).values() for folder in (before, after))
+    environment.check_machines(itertools.chain(*runs))
     return judge(tables.load(before), tables.load(after))
 
 
