@@ -131,11 +131,9 @@ def calibrate(
 
     Exits with 1 when one could not be measured on a GPU.
     """
-    import torch
-
     from perf.roofline import calibrate
 
-    table = calibrate.run(torch.device(device), out)
+    table = calibrate.run(device, out)
     missing = table.loc[table["not measured because"].notna(), "constant"]
     typer.echo(table.to_markdown(index=False, floatfmt=".4g"))
     typer.echo(f"\nMeasured: {table['measured'].count()}; missing: {', '.join(missing) or 'none'}.")
@@ -256,11 +254,9 @@ def env(device: options.Device = "cpu") -> None:
     """Show the facts that the results of a run here would depend on."""
     import json
 
-    import torch
-
     from perf.bench import environment
 
-    typer.echo(json.dumps(environment.describe(torch.device(device)), indent=2))
+    typer.echo(json.dumps(environment.describe(device), indent=2))
 
 
 @app.command()
@@ -345,18 +341,9 @@ def words(
 
     Exits with 1 when the loss curves of torch.nn.RNN and tritonrnn.RNN disagree.
     """
-    import torch
-
     from perf.training.words import run
 
-    agrees = run(
-        epochs=epochs,
-        hidden_size=hidden,
-        device=torch.device(device),
-        out=out,
-        seed=seed,
-        top=top,
-    )
+    agrees = run(epochs=epochs, hidden_size=hidden, device=device, out=out, seed=seed, top=top)
     raise typer.Exit(0 if agrees else 1)
 
 
@@ -385,9 +372,7 @@ def adding(
 
     if threads:
         torch.set_num_threads(threads)
-    agrees = run(
-        steps=steps, T=T, hidden_size=hidden, device=torch.device(device), out=out, seed=seed
-    )
+    agrees = run(steps=steps, T=T, hidden_size=hidden, device=device, out=out, seed=seed)
     raise typer.Exit(0 if agrees else 1)
 
 

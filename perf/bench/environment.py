@@ -21,7 +21,7 @@ def new_run_id() -> str:
     return datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
 
 
-def describe(device: torch.device) -> dict[str, object]:
+def describe(device: str) -> dict[str, object]:
     """Return the facts that results on ``device`` depend on, ready for JSON."""
     facts: dict[str, object] = {
         "python": platform.python_version(),
@@ -29,11 +29,11 @@ def describe(device: torch.device) -> dict[str, object]:
         "cpu": _cpu_model(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": str(device),
+        "device": device,
     }
     for package in ("torch", "triton", "tritonrnn", "flashrnn"):
         facts[package] = _version(package)
-    if device.type == "cuda":
+    if device != "cpu":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["driver"] = _driver()
         facts["cuda"] = torch.version.cuda

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from perf import peers
@@ -56,13 +55,13 @@ class Sweep:
     def __init__(self, units: Sequence[Unit], out: Path, settings: Settings, device: str) -> None:
         for name in {name for unit in units for name, _ in unit.cells}:
             peers.find(name)
-        facts = environment.describe(torch.device(device))
+        facts = environment.describe(device)
         facts["threads"] = settings.threads or facts["threads"]
         environment.check_machines([*tables.read_environments(out).values(), facts])
         self._units, self._out, self._settings = units, out, settings
         self._run_id = environment.new_run_id()
         tables.add_environment(out, self._run_id, facts)
-        self._gpu = roofline.gpu_at(torch.device(device))
+        self._gpu = roofline.gpu_at(device)
         calibration = tables.read_calibration(out)
         if self._gpu is not None and calibration.get("device") == self._gpu.name:
             self._gpu = self._gpu.measured(calibration["measured"])

@@ -25,7 +25,6 @@ from itertools import groupby, product
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from perf import peers
 from perf.bench import environment
@@ -195,7 +194,7 @@ class Session:
         }
         if device == "cpu":
             self._environment["TRITON_INTERPRET"] = "1"
-        self._machine = environment.machine(environment.describe(torch.device(device)))
+        self._machine = environment.machine(environment.describe(device))
         path = out / STATE
         known = json.loads(path.read_text()) if path.exists() else {}
         if known and known["machine"] != self._machine:

@@ -89,9 +89,7 @@ def draw(trainees: Sequence[paired.Trainee], T: int) -> Figure:
     return figure
 
 
-def run(
-    *, steps: int, T: int, hidden_size: int, device: torch.device, out: Path | None, seed: int
-) -> bool:
+def run(*, steps: int, T: int, hidden_size: int, device: str, out: Path | None, seed: int) -> bool:
     """Train, print the results, and write and draw them to ``out``: the options of the command.
 
     Returns:

@@ -89,7 +89,7 @@ def train(
     learning_rate: float,
     clip_norm: float = float("inf"),
     seed: int,
-    device: torch.device,
+    device: str,
 ) -> list[Trainee]:
     """Train every model on the same batches, chunk by chunk, each chunk in random order.
 
@@ -130,9 +130,9 @@ def train(
     return trainees
 
 
-def rounding_unit(device: torch.device) -> float:
+def rounding_unit(device: str) -> float:
     """Return the relative spacing of the values that ``nn.RNN`` multiplies in float32."""
-    if device.type == "cuda" and torch.backends.cudnn.rnn.fp32_precision == "tf32":  # type: ignore[attr-defined]
+    if device != "cpu" and torch.backends.cudnn.rnn.fp32_precision == "tf32":  # type: ignore[attr-defined]
         return 2.0**-10
     return 2.0**-23
 
@@ -175,7 +175,7 @@ def conclude(
     formats: Sequence[str],
     *,
     facts: dict[str, Any],
-    device: torch.device,
+    device: str,
     out: Path | None,
 ) -> bool:
     """Print a row for each trainee and whether the loss curves agree; add them to the tables.

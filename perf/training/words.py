@@ -91,10 +91,7 @@ def encode(spelling: str, alphabet: Mapping[str, int]) -> Tensor:
 
 
 def batches(
-    words: Sequence[Word],
-    alphabet: Mapping[str, int],
-    device: torch.device,
-    generator: torch.Generator,
+    words: Sequence[Word], alphabet: Mapping[str, int], device: str, generator: torch.Generator
 ) -> Iterator[Batch]:
     """Shuffle words, and yield packed letters and languages; the last batch may be smaller.
 
@@ -150,13 +147,7 @@ def backend_of(model: WordClassifier, letters: PackedSequence) -> str:
 
 
 def run(
-    *,
-    epochs: int,
-    hidden_size: int,
-    device: torch.device,
-    out: Path | None,
-    seed: int,
-    top: int,
+    *, epochs: int, hidden_size: int, device: str, out: Path | None, seed: int, top: int
 ) -> bool:
     """Train, print the results, and write them to ``out``: the options of the command.
 
@@ -169,12 +160,8 @@ def run(
         f"{len(training) + len(held_out):,} words of {len(LANGUAGES)} languages, "
         f"{len(held_out):,} of them held out; {device}, {torch.get_num_threads()} threads"
     )
-    pack = partial(
-        batches,
-        alphabet=alphabet,
-        device=device,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    generator = torch.Generator().manual_seed(seed)
+    pack = partial(batches, alphabet=alphabet, device=device, generator=generator)
     steps_per_epoch = -(-len(training) // BATCH_SIZE)
     trainees = train(
         lambda rnn_class: WordClassifier(rnn_class, len(alphabet) + 1, hidden_size),

@@ -70,9 +70,7 @@ def test_split_is_disjoint_complete_and_repeatable(few_words):
 
 def test_batches_hold_every_word_once_with_its_letters_and_label(few_words):
     alphabet = words.alphabet_of(few_words)
-    shuffled = words.batches(
-        few_words, alphabet, torch.device("cpu"), torch.Generator().manual_seed(0)
-    )
+    shuffled = words.batches(few_words, alphabet, "cpu", torch.Generator().manual_seed(0))
     seen = []
     for packed, labels in shuffled:
         letters, lengths = pad_packed_sequence(packed, batch_first=True)
@@ -91,7 +89,7 @@ def test_letters_outside_the_alphabet_share_an_index():
 def test_perturb_moves_by_one_unit_in_the_last_place():
     model = nn.Linear(30, 20)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    paired_training.perturb(model, paired_training.rounding_unit(torch.device("cpu")))
+    paired_training.perturb(model, paired_training.rounding_unit("cpu"))
     for old, new in zip(before, model.parameters()):
         assert torch.equal(torch.nextafter(old, 2 * old), new)
 
