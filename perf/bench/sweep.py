@@ -37,10 +37,6 @@ class Unit:
         return Unit(self.case, tuple(cell for cell in self.cells if cell not in done))
 
 
-class OutOfTimeError(Exception):
-    """The budget of a sweep is spent."""
-
-
 class Sweep:
     """Measure the cells of units on a device, but for those that ``out`` has a row of.
 
@@ -83,7 +79,7 @@ class Sweep:
                 for unit in self._units:
                     self._measure(unit, lambda what: progress.update(bar, description=what))
                     progress.advance(bar)
-            except (OutOfTimeError, KeyboardInterrupt):
+            except (TimeoutError, KeyboardInterrupt):
                 stopped = f"Stopped after {time.monotonic() - started:.0f} s"
                 progress.console.print(f"{stopped}; run the same command again to continue.")
             finally:
@@ -102,7 +98,7 @@ class Sweep:
         """Measure what is left of a unit, with as many workers as it takes; log each phase."""
         while (left := unit.left(self._file.rows)).cells:
             if time.monotonic() > self._deadline:
-                raise OutOfTimeError
+                raise TimeoutError
             try:
                 self._attempt(left, log)
             finally:
@@ -135,7 +131,7 @@ class Sweep:
         """Return the next message; from a worker that died or sends nothing, a last one.
 
         Raises:
-            OutOfTimeError: the budget is spent.
+            TimeoutError: the budget is spent.
         """
         remaining_s = self._deadline - time.monotonic()
         try:
@@ -144,7 +140,7 @@ class Sweep:
         except (EOFError, ConnectionResetError):
             return Ended({"status": "error", "error": worker.last_words(phase)})
         if remaining_s <= self._timeout_s:
-            raise OutOfTimeError
+            raise TimeoutError
         error = f"nothing for {self._timeout_s:g} s while in: {phase}"
         return Ended({"status": "timeout", "error": error})
 

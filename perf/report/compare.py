@@ -10,7 +10,7 @@ import pandas as pd
 
 from perf.bench import environment
 from perf.report import tables
-from perf.report.schema import KEYS
+from perf.report.schema import KEYS, SHARED_KEYS
 
 VERDICTS = ("SLOWER", "LOST", "UNCLEAR", "SAME", "FASTER", "NEW")
 REGRESSIONS = ("SLOWER", "LOST")
@@ -25,8 +25,6 @@ _SIZES = [
     *("T", "B", "I", "H", "layers", "directions", "nonlinearity", "layout", "lengths", "device")
 ]
 _TEXTS = [*KEYS, *_SIZES, "dtype", "fp32_mode", "status"]
-# The cells of all peers, which share their noise.
-_NOISE_KEYS = ["case_id", "device", "mode"]
 
 
 def compare(before: Path, after: Path) -> pd.DataFrame:
@@ -63,7 +61,7 @@ def judge(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     old, new = old.align(new)
     cells = pd.DataFrame({"before_us": old["us_p50"], "after_us": new["us_p50"]})
     cells["speedup"] = cells["before_us"] / cells["after_us"]
-    cells = cells.join(_noise(before, after), on=_NOISE_KEYS)
+    cells = cells.join(_noise(before, after), on=SHARED_KEYS)
     cells["noise"] = cells["noise"].fillna(0.0).clip(lower=LEAST_NOISE)
     in_old, in_new = ((run["status"] == "ok").fillna(False) for run in (old, new))
     old_spread, new_spread = ((run["us_p90"] - run["us_p10"]) / run["us_p50"] for run in (old, new))
@@ -84,8 +82,8 @@ def judge(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
 
 def _noise(*runs: pd.DataFrame) -> pd.Series:
     """Return for each case, device and mode how far ``nn_again`` was from ``nn.RNN`` at most."""
-    again = pd.concat([rows[rows["peer"] == "nn_again"] for rows in runs]).set_index(_NOISE_KEYS)
-    return np.log(again["speedup_vs_nn"]).abs().groupby(_NOISE_KEYS).max().rename("noise")
+    again = pd.concat([rows[rows["peer"] == "nn_again"] for rows in runs]).set_index(SHARED_KEYS)
+    return np.log(again["speedup_vs_nn"]).abs().groupby(SHARED_KEYS).max().rename("noise")
 
 
 def _check_precisions(*runs: pd.DataFrame) -> None:

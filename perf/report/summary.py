@@ -12,6 +12,7 @@ import pandas as pd
 from perf.bench import presets
 from perf.peers import BASELINE, OURS
 from perf.report import plots, tables
+from perf.report.schema import SHARED_KEYS
 from perf.roofline import calibrate
 
 REPORT, PICTURES = "report.md", "plots"
@@ -137,9 +138,9 @@ def _slowest_or_fastest(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
 
 def with_noise(cells: pd.DataFrame, rows: pd.DataFrame, **columns: str) -> pd.DataFrame:
     """Return cells with new columns: what ``nn_again`` has in columns of rows of the same case."""
-    keys = ["case_id", "device", "mode"]
-    again = rows[rows["peer"] == "nn_again"].set_index(keys)
-    return cells.join(pd.DataFrame({new: again[name] for new, name in columns.items()}), on=keys)
+    again = rows[rows["peer"] == "nn_again"].set_index(SHARED_KEYS)
+    noise = pd.DataFrame({new: again[name] for new, name in columns.items()})
+    return cells.join(noise, on=SHARED_KEYS)
 
 
 def cells_of_preset(rows: pd.DataFrame, preset: str) -> tuple[pd.DataFrame, int]:

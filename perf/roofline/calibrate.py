@@ -154,24 +154,21 @@ def graph_node_us(device: str) -> float:
     return slope_us(lambda nodes: graphs[nodes].replay(), NODES, 2 * NODES)
 
 
-# For each constant of :mod:`perf.roofline.model`, in the unit of its name: what measures it on a
-# device, and why that does not apply to a CPU.
-PROBES: dict[str, tuple[Callable[[str], float], str | None]] = {
-    "hbm_TBps": (hbm_TBps, None),
-    "bf16_TFLOPps": (partial(matrix_TFLOPps, dtype=torch.bfloat16), None),
-    "fp16_TFLOPps": (partial(matrix_TFLOPps, dtype=torch.float16), None),
-    "tf32_TFLOPps": (
-        partial(matrix_TFLOPps, dtype=torch.float32, fp32_mode="tf32"),
-        "a CPU has no TF32 to round to",
-    ),
-    "fp32_TFLOPps": (partial(matrix_TFLOPps, dtype=torch.float32), None),
-    "fp64_TFLOPps": (partial(matrix_TFLOPps, dtype=torch.float64), None),
-    "clock_GHz": (clock_GHz, "the model counts the cycles of a GPU's multiprocessors"),
-    "chain_clk": (chain_clk, "a CPU has no multiprocessors"),
-    "handoff_us": (handoff_us, "a CPU has no multiprocessors"),
-    "launch_us": (launch_us, "nothing is launched on a CPU"),
-    "graph_node_us": (graph_node_us, "a CPU has no CUDA graphs"),
+# What measures each constant of :mod:`perf.roofline.model`, in the unit of its name.
+PROBES: dict[str, Callable[[str], float]] = {
+    "hbm_TBps": hbm_TBps,
+    "bf16_TFLOPps": partial(matrix_TFLOPps, dtype=torch.bfloat16),
+    "fp16_TFLOPps": partial(matrix_TFLOPps, dtype=torch.float16),
+    "tf32_TFLOPps": partial(matrix_TFLOPps, dtype=torch.float32, fp32_mode="tf32"),
+    "fp32_TFLOPps": partial(matrix_TFLOPps, dtype=torch.float32),
+    "fp64_TFLOPps": partial(matrix_TFLOPps, dtype=torch.float64),
+    "clock_GHz": clock_GHz,
+    "chain_clk": chain_clk,
+    "handoff_us": handoff_us,
+    "launch_us": launch_us,
+    "graph_node_us": graph_node_us,
 }
+ON_GPU_ONLY = ("tf32_TFLOPps", "clock_GHz", "chain_clk", "handoff_us", "launch_us", "graph_node_us")
 
 
 def run(device: str, out: Path | None) -> pd.DataFrame:
@@ -183,9 +180,9 @@ def run(device: str, out: Path | None) -> pd.DataFrame:
     gpu = model.gpu_at(device)
     measured: dict[str, float] = {}
     missing: dict[str, str] = {}
-    for constant, (measure, not_on_cpu) in PROBES.items():
-        if device == "cpu" and not_on_cpu:
-            missing[constant] = not_on_cpu
+    for constant, measure in PROBES.items():
+        if device == "cpu" and constant in ON_GPU_ONLY:
+            missing[constant] = "a CPU has no TF32, multiprocessors, launches or graphs"
             continue
         try:
             measured[constant] = measure(device)

@@ -290,13 +290,7 @@ def accept(
 ) -> dict[str, Record]:
     """Run the steps that are not done in ``out`` yet, report, and pack all into one archive.
 
-    Args:
-        out: Folder for all results, and for the state of the steps.
-        device: Where to run.
-        budget_s: Time for all steps.
-        pieces: The pieces whose steps to run.
-        again: Names of steps to repeat.
-        archive: File of the archive; by default in ``out``.
+    The arguments are the options of the command.
 
     Returns:
         The record of each step of the pieces.
