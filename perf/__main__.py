@@ -236,7 +236,6 @@ def show(
 
     rows = tables.load(folder)
     found = sorted({name for name in rows["case_id"] if case in name})
-    found = [case] if case in found else found
     if len(found) != 1:
         raise typer.BadParameter(f"Expected one case, found {len(found)}: {', '.join(found)}")
     of_case = rows[rows["case_id"] == found[0]].dropna(axis=1, how="all")

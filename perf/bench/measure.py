@@ -237,6 +237,5 @@ class Measurement:
 
 def quantiles(name: str, values: Sequence[float]) -> dict[str, float]:
     """Return the columns ``name_p10``, ``name_p50`` and ``name_p90``."""
-    return {
-        f"{name}_p{percent}": float(np.quantile(values, percent / 100)) for percent in (10, 50, 90)
-    }
+    columns = (f"{name}_p10", f"{name}_p50", f"{name}_p90")
+    return dict(zip(columns, np.quantile(values, (0.1, 0.5, 0.9)).tolist()))
