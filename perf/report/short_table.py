@@ -41,10 +41,11 @@ def paragraphs(rows: pd.DataFrame) -> Iterator[str]:
         "nn.RNN's time (nn.RNNCell's of a cell) by tritonrnn's, median over the rounds, by T. In "
         f"bold where it is slower: below {LEAST_SPEEDUP}, and below nn.RNN's against itself."
     )
-    judged = zip(cells["speedup_vs_nn"], cells["status"], cells["slower"], strict=True)
-    cells = cells.assign(shown=[_shown(*cell) for cell in judged])
-    table = cells.pivot(index=_LINE, columns="T", values="shown").sort_index().fillna("")
-    table.columns = pd.Index([f"T {T}" for T in table.columns])
+    shown = cells["speedup_vs_nn"].map("{:.2f}".format)
+    shown = shown.mask(cells["slower"], "**" + shown + "**")
+    shown = shown.where(cells["speedup_vs_nn"].notna(), cells["status"].astype("string"))
+    table = cells.assign(shown=shown).pivot(index=_LINE, columns="T", values="shown")
+    table = table.sort_index().fillna("").rename(columns="T {}".format)
     yield table.reset_index().to_markdown(index=False, disable_numparse=True)
     noise = timed["noise"]
     yield (
@@ -52,9 +53,3 @@ def paragraphs(rows: pd.DataFrame) -> Iterator[str]:
         f"{timed['speedup_vs_nn'].min():.2f}. nn.RNN against itself is below {LEAST_SPEEDUP} in "
         f"{(noise < LEAST_SPEEDUP).sum()}, from {noise.min():.2f} to {noise.max():.2f}."
     )
-
-
-def _shown(speedup: float, status: str, slower: bool) -> str:
-    if pd.isna(speedup):
-        return status
-    return f"**{speedup:.2f}**" if slower else f"{speedup:.2f}"
