@@ -91,7 +91,7 @@ class Measurement:
             if reason is None:
                 able.setdefault(mode, []).append(name)
             else:
-                self._send(self._row(name, mode) | {"status": "unsupported", "error": reason})
+                self._send(self._case.row(name, mode) | {"status": "unsupported", "error": reason})
         if not able:
             return
         drawn = Workload.make(self._case, seed=self._settings.seed)
@@ -109,7 +109,7 @@ class Measurement:
             try:
                 self._send(Begun(name, mode, "check"))
                 runner, columns = self._checked(name, mode != "infer")
-                row = self._row(name, mode) | columns
+                row = self._case.row(name, mode) | columns
                 if runner is None or row["status"] != "ok":
                     self._send(row)
                     continue
@@ -120,7 +120,7 @@ class Measurement:
                 rows[name] = row
             except Exception as exception:
                 raise_if_gpu_is_lost(exception)
-                self._send(self._row(name, mode) | failure(exception))
+                self._send(self._case.row(name, mode) | failure(exception))
         self._time(mode, rows, clocks)
 
     def _build_and_check(self, name: str, trains: bool) -> tuple[Runner | None, Row]:
@@ -230,9 +230,6 @@ class Measurement:
             times |= quantiles("speedup_vs_nn", ratios)
             times["speedup_vs_nn"] = times.pop("speedup_vs_nn_p50")
         return times
-
-    def _row(self, name: str, mode: str) -> Row:
-        return {**self._case.columns(), "peer": name, "mode": mode}
 
 
 def quantiles(name: str, values: Sequence[float]) -> dict[str, float]:

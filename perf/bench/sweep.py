@@ -161,15 +161,15 @@ class Sweep:
     def _give_up(self, left: Unit, at: Begun, columns: Row) -> None:
         """Write rows for cells that can't be measured: one peer's, or all of them."""
         if (at.peer, at.mode) in left.cells:
-            self._write({**left.case.columns(), "peer": at.peer, "mode": at.mode, **columns})
+            self._write(left.case.row(at.peer, at.mode) | columns)
             return
         # Where the baseline, which has its row, failed this time, the others have no ratio to it.
         where = f"beside {at.peer}" if at.peer else at.phase
         reason = f"{columns['status']} in {where}: {columns['error']}"
+        skipped = {"status": "skipped", "error": reason}
         for name, mode in left.cells:
             if at.peer or at.mode in ("", mode):
-                cell = {**left.case.columns(), "peer": name, "mode": mode}
-                self._write(cell | {"status": "skipped", "error": reason})
+                self._write(left.case.row(name, mode) | skipped)
 
     def _write(self, row: Row) -> None:
         self._file.add({"run_id": self._run_id, **row})
