@@ -101,16 +101,17 @@ class Measurement:
             self._measure(mode, names)
 
     def _measure(self, mode: str, names: Sequence[str]) -> None:
+        trains = mode != "infer"
         self._send(Begun("", mode, "float64"))
-        self._check.tolerance(mode != "infer")
+        self._check.tolerance(trains)
         rows: dict[str, Row] = {}
         clocks: dict[Timed, timing.Clock] = {}
         for name in names:
             try:
                 self._send(Begun(name, mode, "check"))
-                runner, columns = self._checked(name, mode != "infer")
+                runner, columns = self._checked(name, trains)
                 row = self._case.row(name, mode) | columns
-                if runner is None or row["status"] != "ok":
+                if row["status"] != "ok":
                     self._send(row)
                     continue
                 self._send(Begun(name, mode, "memory"))
@@ -123,22 +124,17 @@ class Measurement:
                 self._send(self._case.row(name, mode) | failure(exception))
         self._time(mode, rows, clocks)
 
-    def _build_and_check(self, name: str, trains: bool) -> tuple[Runner | None, Row]:
-        """Run a peer once; return it, and the columns of its rows: right, wrong or failed."""
+    def _build_and_check(self, name: str, trains: bool) -> tuple[Runner, Row]:
+        """Run a peer once; return it, and the columns of its rows: right or wrong."""
         module = self._case.make_module(self._settings.seed)
         module = module.to(self._case.device, DTYPES[self._case.dtype])
         started = time.perf_counter()
-        try:
-            runner = peers.find(name).build(self._case, module, self._workload)
-            with runner.context():
-                results = results_of(runner, self._workload, trains)
-                with torch.set_grad_enabled(trains):
-                    plan = runner.plan()
-            error = self._check.error(results, trains)
-        except Exception as exception:
-            raise_if_gpu_is_lost(exception)
-            return None, failure(exception)
-        tolerance = self._check.tolerance(trains)
+        runner = peers.find(name).build(self._case, module, self._workload)
+        with runner.context():
+            results = results_of(runner, self._workload, trains)
+            with torch.set_grad_enabled(trains):
+                plan = runner.plan()
+        error, tolerance = self._check.error(results, trains), self._check.tolerance(trains)
         columns: Row = {
             "status": "ok",
             "max_rel_err": error,
@@ -164,10 +160,7 @@ class Measurement:
 
     def _clocks(self, name: str, runner: Runner, mode: str, row: Row) -> dict[Timed, timing.Clock]:
         seconds = self._settings.sample_s
-
-        def job() -> timing.Job:
-            return timing.make_job(runner, self._workload, mode)
-
+        job = functools.partial(timing.make_job, runner, self._workload, mode)
         clocks: dict[Timed, timing.Clock] = {(name, "wall_us"): timing.WallClock(job(), seconds)}
         if self._case.on_gpu:
             clocks[name, "event_us"] = timing.EventClock(job(), seconds)
