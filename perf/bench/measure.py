@@ -155,12 +155,12 @@ class Measurement:
         runner = replace(runner, forward=runner.uncaptured or runner.forward)
         job = timing.make_job(runner, self._workload, mode)
         with job.context():
-            called = memory.footprint(job.call, self._device)
+            peak_bytes = memory.footprint(job.call, self._device).peak_bytes
             job.reset()
             forward = timing.make_job(runner, self._workload, "infer" if mode == "infer" else "fwd")
             kept = memory.footprint(forward.call, self._device)
         saved = max(0, kept.alive_bytes - memory.unique_bytes(kept.result))
-        return {"peak_MiB": called.peak_bytes / memory.MIB, "saved_MiB": saved / memory.MIB}
+        return {"peak_MiB": peak_bytes / memory.MIB, "saved_MiB": saved / memory.MIB}
 
     def _clocks(self, name: str, runner: Runner, mode: str, row: Row) -> dict[Timed, timing.Clock]:
         seconds = self._settings.sample_s

@@ -28,10 +28,6 @@ _TEXTS = [*KEYS, *_SIZES, "dtype", "fp32_mode", "status"]
 _NOISE_KEYS = ["case_id", "device", "mode"]
 
 
-class NotComparableError(Exception):
-    """The times of two runs can't be compared."""
-
-
 def compare(before: Path, after: Path) -> pd.DataFrame:
     """Join two runs cell by cell.
 
@@ -43,7 +39,7 @@ def compare(before: Path, after: Path) -> pd.DataFrame:
         ``speedup`` (above 1 if ``after`` is faster), ``noise`` and ``verdict``; the worst first.
 
     Raises:
-        NotComparableError: the machines or the precisions of the runs differ.
+        ValueError: the machines or the precisions of the runs differ.
     """
     machines: dict[str, dict[str, object]] = {}
     for folder in (before, after):
@@ -52,7 +48,7 @@ def compare(before: Path, after: Path) -> pd.DataFrame:
             # A CPU and a GPU of one machine may share a folder.
             known = machines.setdefault(str(machine.pop("device")).split(":")[0], machine)
             if known != machine:
-                raise NotComparableError(f"different machines: {known} and {machine}")
+                raise ValueError(f"Runs of different machines: {known} and {machine}")
     return judge(tables.load(before), tables.load(after))
 
 
@@ -107,7 +103,7 @@ def _check_precisions(*runs: pd.DataFrame) -> None:
     both["equal"] = both["precision_before"] == both["precision_after"]
     unlike = both[~both.groupby(_SIZES)["equal"].transform("any")].drop(columns="equal")
     if not unlike.empty:
-        raise NotComparableError(f"different precisions: {unlike.iloc[0].to_dict()}")
+        raise ValueError(f"Runs of different precisions: {unlike.iloc[0].to_dict()}")
 
 
 def summary(table: pd.DataFrame) -> str:

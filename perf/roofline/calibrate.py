@@ -144,16 +144,14 @@ def graph_node_us(device: torch.device) -> float:
     """Return the time of one node among many empty kernels of a CUDA graph."""
     from perf.roofline.probes import empty_kernel
 
-    def replay(nodes: int) -> Callable[[], None]:
-        empty_kernel[(1,)](num_warps=1)
-        graph = torch.cuda.CUDAGraph()
+    # The first launch compiles, which can't be captured.
+    empty_kernel[(1,)](num_warps=1)
+    graphs = {nodes: torch.cuda.CUDAGraph() for nodes in (NODES, 2 * NODES)}
+    for nodes, graph in graphs.items():
         with torch.cuda.graph(graph):
             for _ in range(nodes):
                 empty_kernel[(1,)](num_warps=1)
-        return graph.replay
-
-    graphs = {nodes: replay(nodes) for nodes in (NODES, 2 * NODES)}
-    return slope_us(lambda nodes: graphs[nodes](), NODES, 2 * NODES)
+    return slope_us(lambda nodes: graphs[nodes].replay(), NODES, 2 * NODES)
 
 
 # For each constant of :mod:`perf.roofline.model`, in the unit of its name: what measures it on a
