@@ -1,5 +1,6 @@
 """Where there is no GPU, kernels run in Triton's interpreter, on CPU tensors."""
 
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,6 +27,9 @@ dispatch.FEWEST_STEPS.update(dict.fromkeys(FEWEST_STEPS, 2))
 # processes that tests start, too.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Little of what torch, Triton and these tests allocate is garbage: it is searched for more rarely.
+gc.set_threshold(100_000)
 
 # The same examples in every run; `--hypothesis-profile=fresh` draws new ones, and many more.
 settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True)

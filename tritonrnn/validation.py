@@ -129,18 +129,20 @@ def check(
             raise ValueError("lengths is of a batch of sequences, but the input is unbatched")
         reset = None if reset is None else _unbatched_reset(reset, data)
         data, hx = data.unsqueeze(1), None if hx is None else hx.unsqueeze(1)
-    is_packable = False
     if lengths is not None:
         _check_lengths(lengths, data.shape[1 if layout == "time_major" else 0])
-        is_packable = _is_packable(data, lengths, reset, num_layers, dropout)
     if reset is not None:
         _check_reset(reset, data)
     G, H = 2 if bidirectional else 1, weights[1].shape[0]
     dtype = compute_dtype(data) if is_autocast else data.dtype
     if asked is not None:
         T, parent_B = data.shape[:2] if layout != "batch_major" else (data.shape[1], data.shape[0])
-        is_ragged = lengths is not None and T > 1 and not is_packable
+        is_ragged = False
         if lengths is not None:
+            # Torch's kernels take them packed, but not without a sequence; and masks of dropout
+            # would be drawn for other rows than on the in-place path, where a checkpoint may run
+            # the call again.
+            is_ragged = T > 1 and (parent_B == 0 or (dropout > 0 and num_layers > 1))
             T = longest_of(lengths, T)
         elif layout == "packed":
             T = shape[0]
@@ -164,7 +166,7 @@ def check(
             L=num_layers,
             nonlinearity=nonlinearity,
             mapped=seq_metadata is not None or reset is not None,
-            ragged=is_ragged and not is_packable,
+            ragged=is_ragged,
             hx=hx is not None,
             needs_grad=_needs_grad(data, hx, weights),
             may_try=may_try and not torch.compiler.is_compiling() and not is_traced(data),
@@ -370,24 +372,6 @@ def _check_lengths(lengths: Tensor, B: int) -> None:
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def _is_packable(
-    data: Tensor, lengths: Tensor, reset: Tensor | None, num_layers: int, dropout: float
-) -> bool:
-    """Return whether torch's own kernels can serve a padded batch with lengths, if it is packed.
-
-    Masks of dropout would be drawn for other rows than on the in-place path, and a checkpoint may
-    run a call without a graph on the one and again with a graph on the other.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and data.is_cpu
-        and not is_traced(data)
-        and reset is None
-        and len(lengths) > 0
-        and (dropout == 0 or num_layers == 1)
-    )
 
 
 def _check_reset(reset: Tensor, data: Tensor) -> None:

@@ -130,6 +130,7 @@ def test_gradcheck_and_gradgradcheck_pass(case, device):
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
+@pytest.mark.slow
 def test_second_derivative_drops_the_same_units(case, device):
     case = replace(case, device=device, dropout=0.5, L=3)
     function, arguments = as_function(case, case.module(tritonrnn.RNN))
