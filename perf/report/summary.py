@@ -118,9 +118,9 @@ def speedups(rows: pd.DataFrame) -> Iterator[str]:
     slower = ours[ours["speedup_vs_nn"] < 1]
     yield f"### Where {OURS} is slower: {len(slower)} of {len(ours)} cells"
     if not slower.empty:
-        yield _slowest_or_fastest(slower, rows)
+        yield _speedup_table(slower, rows)
     yield f"### Where {OURS} is fastest"
-    yield _slowest_or_fastest(ours.iloc[::-1].head(max(5, len(slower))), rows)
+    yield _speedup_table(ours.iloc[::-1].head(max(5, len(slower))), rows)
     yield from _cpu_targets(rows)
 
 
@@ -129,7 +129,7 @@ def _geometric_mean(speedups: pd.Series) -> float:
     return float(np.exp(np.log(speedups).mean(skipna=False)))
 
 
-def _slowest_or_fastest(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
+def _speedup_table(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
     """Return a table of cells, each with the p10 of nn.RNN against itself."""
     cells = with_noise(cells, rows, nn_again_p10="speedup_vs_nn_p10")
     columns = ["case_id", "mode", *SPEEDUPS, "nn_again_p10", "us_per_step", "plan"]
@@ -137,7 +137,7 @@ def _slowest_or_fastest(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
 
 
 def with_noise(cells: pd.DataFrame, rows: pd.DataFrame, **columns: str) -> pd.DataFrame:
-    """Return cells with new columns: what ``nn_again`` has in columns of rows of the same case."""
+    """Return cells with new columns: of the row of ``nn_again`` beside each, the columns named."""
     again = rows[rows["peer"] == "nn_again"].set_index(SHARED_KEYS)
     noise = pd.DataFrame({new: again[name] for new, name in columns.items()})
     return cells.join(noise, on=SHARED_KEYS)
