@@ -94,12 +94,22 @@ def test_cooperative_cta_group_takes_several_blocks_in_one_launch():
 
 
 @pytest.mark.parametrize(
-    ("H", "dtype", "interleave"),
-    [(512, "bf16", 2), (1272, "fp16", 2), (1536, "bf16", 1), (1023, "fp16", 1), (768, "fp32", 1)],
+    ("arch", "H", "dtype", "epilogue", "interleave"),
+    [
+        ("sm_90", 512, "bf16", "tanh_grad", 2),
+        ("sm_90", 1272, "fp16", "tanh", 2),
+        ("sm_90", 1536, "bf16", "tanh", 1),
+        ("sm_90", 1023, "fp16", "tanh", 1),
+        ("sm_90", 768, "fp32", "tanh", 1),
+        ("sm_86", 600, "bf16", "relu_grad", 2),
+        ("sm_120", 600, "bf16", "relu", 2),
+        ("sm_120", 600, "bf16", "relu_grad", 1),
+        ("sm_100", 256, "bf16", "relu_grad", 2),
+    ],
 )
-def test_cooperative_interleaves_where_registers_allow(H, dtype, interleave):
-    problem = Problem(T=9, B=64, G=1, H=H, dtype=dtype, tf32=True)
-    assert cooperative_plan(problem, SM_90).interleave == interleave
+def test_cooperative_interleaves_where_registers_allow(arch, H, dtype, epilogue, interleave):
+    problem = Problem(T=9, B=64, G=1, H=H, dtype=dtype, tf32=True, epilogue=epilogue)
+    assert cooperative_plan(problem, DEVICES[arch]).interleave == interleave
 
 
 def test_cooperative_interleaved_blocks_hide_a_handoff():

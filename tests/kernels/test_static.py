@@ -24,7 +24,6 @@ from tritonrnn.kernels.plan import PLANS, Problem
 
 # What ``perf static`` made of every plan, by device.
 TABLES = sorted((Path(static.__file__).parents[1] / "results" / "static").glob("*.jsonl"))
-KEPT = ("epilogue", "block_h", "block_b", "num_warps")
 
 
 class Cost(NamedTuple):
@@ -210,12 +209,14 @@ COSTS = {
     Kernel("registers", "sm_90", "fp32", 97, "tanh"): Cost("hmma", 1, overlaps_mma_sync),
     Kernel("registers", "sm_100", "bf16", 201, "tanh_grad"): Cost("hmma", 1, overlaps_mma_sync),
     Kernel("registers", "sm_120", "fp16", 250, "tanh_grad"): Cost("hmma", 1, overlaps_mma_sync),
+    Kernel("registers", "sm_120", "tf32", 64, "relu", "padded"): Cost("hmma", 1, overlaps_mma_sync),
     Kernel("cooperative", "sm_80", "bf16", 1024, "tanh_grad"): Cost("hmma", 20),
     Kernel("cooperative", "sm_86", "fp32", 333, "tanh_grad"): Cost("hmma", 30),
     Kernel("cooperative", "sm_89", "bf16", 1024, "tanh_grad"): Cost("hmma", 12),
     Kernel("cooperative", "sm_89", "tf32", 512, "tanh_grad"): Cost("hmma", 48),
     Kernel("cooperative", "sm_100", "bf16", 1024, "tanh_grad"): Cost("hmma", 12),
-    Kernel("cooperative", "sm_120", "fp16", 1023, "tanh_grad"): Cost("hmma", 72),
+    Kernel("cooperative", "sm_120", "fp16", 201, "relu_grad"): Cost("hmma", 20),
+    Kernel("cooperative", "sm_120", "bf16", 768, "relu_grad"): Cost("hmma", 24),
     Kernel("cooperative", "sm_90", "bf16", 1024, "tanh", "padded"): Cost(
         "hgmma", 16, reads_at_once
     ),
@@ -226,6 +227,7 @@ COSTS = {
     Kernel("cooperative", "sm_90", "fp32", 333, "tanh_grad"): Cost("hgmma", 36),
     Kernel("stepwise", "sm_90", "fp16", 201, "tanh_grad"): Cost("hgmma", 10),
     Kernel("stepwise", "sm_80", "fp32", 100, "tanh_grad"): Cost("hmma", 10),
+    Kernel("stepwise", "sm_86", "fp16", 640, "relu"): Cost("hmma", 26),
 }
 ELSEWHERE = [
     Kernel(plan, "gfx942", dtype, 128 if dtype == "bf16" else 64, "tanh_grad")
@@ -265,44 +267,26 @@ def test_plans_compile_for_devices_without_tests_of_their_own(kernel, rows):
     assert rows[kernel]["shared_bytes"] <= rows[kernel]["planned_bytes"]
 
 
-# Spills in a time loop that are still there: instructions a step, by plan, dtype and H.
-KNOWN_SPILLS: dict[str, dict[tuple[str, str, int], int]] = {
-    "sm_86": {
-        ("cooperative", "fp16", 512): 1,
-        ("stepwise", "fp16", 640): 8,
-        ("stepwise", "fp32", 1023): 2,
-    },
-    "sm_120": {
-        ("registers", "bf16", 50): 1,
-        ("registers", "tf32", 64): 1,
-        ("cooperative", "bf16", 768): 6,
-        ("cooperative", "bf16", 201): 8,
-        ("cooperative", "bf16", 333): 12,
-        ("cooperative", "fp16", 512): 3,
-        ("cooperative", "fp16", 201): 10,
-        ("cooperative", "fp16", 255): 8,
-    },
-}
-
-
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_committed_static_table_is_of_todays_plans(path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         dtype, tf32 = static.DTYPES[row["dtype"]]
         epilogue = row["epilogue"].removesuffix("_approx")
-        problem = Problem(static.T, 16, row["G"], row["H"], launch.DTYPES[dtype], tf32, epilogue)
+        problem = Problem(
+            static.T, static.B, row["G"], row["H"], launch.DTYPES[dtype], tf32, epilogue
+        )
         plan = PLANS[row["plan"]](problem, DEVICES[row["arch"]])
         assert plan is not None
         assert row["planned_bytes"] == plan.shared_bytes
-        assert {name: row[name] for name in KEPT} == {name: vars(plan)[name] for name in KEPT}
+        assert {name: row[name] for name in static.PLAN_COLUMNS} == {
+            name: getattr(plan, name) for name in static.PLAN_COLUMNS
+        }
     # AMD's listing does not say where it spills. What spills before the time loop costs a launch
     # less than a step.
     is_amd = path.stem.startswith("gfx")
-    spilled = [row for row in rows if row["spill_bytes"] if is_amd or row["spills_per_step"]]
-    found = {(row["plan"], row["dtype"], row["H"]): row["spills_per_step"] for row in spilled}
-    assert found == KNOWN_SPILLS.get(path.stem, {})
-    assert [row for row in rows if row["spill_bytes"] > 400] == []
+    assert [row for row in rows if row["spill_bytes" if is_amd else "spills_per_step"]] == []
+    assert max(row["spill_bytes"] for row in rows) <= 448
     assert [row for row in rows if row["shared_bytes"] > row["planned_bytes"]] == []
     # Every plan in every arithmetic, as far as it fits.
     fit = {(case.plan.name, case.dtype) for case in static.compile_cases(path.stem)}

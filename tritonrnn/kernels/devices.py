@@ -74,6 +74,11 @@ class Device:
         return self._compute_capability >= 80
 
     @property
+    def is_blackwell(self) -> bool:
+        """Return whether the device is of NVIDIA's generation after Hopper."""
+        return self._compute_capability >= 100
+
+    @property
     def has_tcgen05(self) -> bool:
         """Return whether there is ``tcgen05``, which Triton prefers to ``mma.sync`` for 64 rows."""
         return 100 <= self._compute_capability < 120

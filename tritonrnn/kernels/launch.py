@@ -15,7 +15,14 @@ from torch import Tensor
 from tritonrnn.kernels.common import Constants
 from tritonrnn.kernels.cooperative import CooperativeConstants, cooperative_kernel
 from tritonrnn.kernels.devices import device_of
-from tritonrnn.kernels.plan import PLANS, LaunchPlan, Problem, plan_named, uses_wgmma
+from tritonrnn.kernels.plan import (
+    PLANS,
+    LaunchPlan,
+    Problem,
+    max_registers,
+    plan_named,
+    uses_wgmma,
+)
 from tritonrnn.kernels.resident import ResidentConstants, resident_kernel
 from tritonrnn.kernels.stepwise import StepwiseConstants, stepwise_kernel
 from tritonrnn.layout import SequenceLayout
@@ -324,16 +331,15 @@ def kernel_arguments(
         "num_warps": plan.num_warps,
         "num_stages": 1 if plan.name == "stepwise" and _LACKS_FENCES else plan.num_stages,
     }
+    registers = max_registers(problem, plan)
+    if registers is not None:
+        arguments["maxnreg"] = registers
     if plan.name == "cooperative":
         arguments["counters_ptr"] = barrier_counters(problem, plan, a.device)
         arguments["max_spins"] = MAX_SPINS if _trial.counters is None else MAX_SPINS_IN_TRIAL
         if not triton.knobs.runtime.interpret:
             # The driver refuses a grid whose programs can't all run at the same time.
             arguments["launch_cooperative_grid"] = True
-            if problem.has_odd_rows and not plan.device.has_wgmma:
-                # Else ptxas spills in the time loop, to have 128 registers or because it loads too
-                # much at once (sm_89, bf16 H 1023 and fp16 H 333).
-                arguments["maxnreg"] = 200
     return arguments
 
 

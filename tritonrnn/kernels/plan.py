@@ -270,6 +270,10 @@ def _cooperative_plan(problem: Problem, device: Device, block_h: int) -> LaunchP
         at_once_bytes = 32 * num_warps * (128 if precision == "tf32x3" else 256)
         most_bytes = {64: 2048, 32: 1536}[block_h] if precision != "tf32x3" else 0
         most_interleaved = most_bytes // problem.item_bytes
+        if device.is_blackwell and problem.epilogue.endswith("_grad"):
+            # For Blackwell ptxas (12.9, 13.1) takes more registers: with aux's tiles besides, it
+            # spills in the time loop from 392 units on (sm_100, bf16), and before it from 264 on.
+            most_interleaved = min(most_interleaved, 256)
     if precision == "tf32x3":
         # Wider products lose accuracy (common.dot_acc).
         block_k = 32
@@ -367,6 +371,24 @@ def plan_named(name: str, problem: Problem, device: Device) -> LaunchPlan:
     if plan is None:
         raise RuntimeError(f"the plan {name} does not fit {problem} on {device.arch}")
     return plan
+
+
+def max_registers(problem: Problem, plan: LaunchPlan) -> int | None:
+    """Return the registers that ptxas is told it may give a thread; None to let it choose.
+
+    Not told, it spills a few, also in the time loop, so that one more program may run at the same
+    time on a multiprocessor; a walk rather wants the shortest step.
+    """
+    device = plan.device
+    if not device.has_mma_sync or device.has_wgmma:
+        # Hopper's kernels don't spill as they are, and do where told (bf16 resident H 201).
+        return None
+    if plan.name == "cooperative" and plan.interleave == 1:
+        # Told, it loads the next tiles beside the product that it makes, even where the registers
+        # for that have to be spilled (bf16 H 1032 on sm_86 and sm_120). Not told, it does so for
+        # odd rows (bf16 H 1023 and fp16 H 333 on sm_89), but not for Blackwell.
+        return 200 if problem.has_odd_rows and not device.is_blackwell else None
+    return min(255, device.register_bytes // (4 * device.warp_size * plan.num_warps))
 
 
 def _most_rows(device: Device) -> int:
