@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +17,10 @@ def existing(device: str) -> str:
     # Imported here, so that --help does not wait for torch.
     import torch
 
-    if not re.fullmatch(r"cuda(:\d+)?", device):
-        raise typer.BadParameter(f"Expected cpu, cuda or cuda:1, got {device!r}")
-    found = torch.cuda.device_count()
-    if int(device.partition(":")[2] or 0) >= found:
-        raise typer.BadParameter(
-            f"There is no {device}: torch {torch.__version__} sees {found} GPUs"
-        )
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if device not in gpus and not (device == "cuda" and gpus):
+        seen = ", ".join(gpus) or "no GPU"
+        raise typer.BadParameter(f"There is no {device}: torch {torch.__version__} sees {seen}")
     return device
 
 

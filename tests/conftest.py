@@ -1,7 +1,9 @@
 """Where there is no GPU, kernels run in Triton's interpreter, on CPU tensors."""
 
+import gc
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,6 +27,9 @@ dispatch.FEWEST_STEPS.update(dict.fromkeys(FEWEST_STEPS, 2))
 # processes that tests start, too.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Little of what torch, Triton and these tests allocate is garbage: it is searched for more rarely.
+gc.set_threshold(100_000)
 
 # The same examples in every run; `--hypothesis-profile=fresh` draws new ones, and many more.
 settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True)
@@ -57,6 +62,9 @@ def speed_up_the_interpreter() -> None:
         return np_dtypes[dtype.name]
 
     interpreter._patch_lang, interpreter._get_np_dtype = patch, np_dtype
+    # Whether integers overflow it computes for an assertion that it makes in debug mode only.
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
 
 
 if find_spec("triton") is not None:

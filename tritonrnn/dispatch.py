@@ -225,13 +225,11 @@ def asked_where_steps_decide(data: Tensor) -> Backend | None:
     """Return the back end asked for where :func:`choose_by_steps` chooses as :func:`choose` does.
 
     So it does in an eager call on a CPU, where no kernel can serve. Else return None.
+
+    Args:
+        data: the input of an eager call.
     """
-    if (
-        not data.is_cpu
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or why_composite(data.dtype) is not None
-    ):
+    if not data.is_cpu or why_composite(data.dtype) is not None:
         return None
     asked = current_backend()
     return asked if asked == "torch" or not _is_interpreted else None

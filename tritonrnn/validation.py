@@ -86,37 +86,20 @@ def check(
     Compute nothing, and choose what serves the call: by trials of plans if ``may_try``, where no
     record of one stands.
     """
-    order = None
-    seq_metadata = lengths
-    layout = "time_major"
-    if isinstance(input, PackedSequence):
-        layout = "packed"
-        data, seq_metadata, order, _ = input
-        _check_form_of_batch_sizes(seq_metadata)
-        # Without the number of rows, which differs from call to call.
-        shape = seq_metadata.shape + data.shape[1:]
-    elif isinstance(input, Tensor) and input.is_nested:
-        layout = "jagged"
-        data, seq_metadata = jagged_parts(input)
-        shape = data.shape
-    else:
-        data = input
-        if data.dim() == 3 and batch_first:
-            layout = "batch_major"
-        shape = data.shape
+    data, shape, seq_metadata, order, layout = _parts(input, batch_first)
+    if lengths is not None:
+        _check_padded_only("lengths", lengths, layout)
+        seq_metadata = lengths
     is_autocast = torch._C._is_any_autocast_enabled()
-    asked = None
-    if (
-        reset is None
+    # Not of a tracer, in whose shapes there may be no numbers.
+    is_eager = (
+        not torch.compiler.is_compiling()
         and type(data) is Tensor
-        and (seq_metadata is None or (type(seq_metadata) is Tensor and seq_metadata.is_cpu))
-        and layout != "jagged"
-        and not is_autocast
+        and torch._C._get_tracing_state() is None
         and not has_torch_function(weights)
-    ):
-        asked = asked_where_steps_decide(data)
+    )
     # Most calls are like one before.
-    check_forms = _check_forms if asked is None else _check_forms_once
+    check_forms = _check_forms_once if is_eager else _check_forms
     check_forms(
         layout,
         (shape, data.dtype, data.device),
@@ -128,10 +111,17 @@ def check(
         dropout,
         is_autocast,
     )
+    asked = None
+    if (
+        is_eager
+        and reset is None
+        and not is_autocast
+        and layout != "jagged"
+        and (seq_metadata is None or (type(seq_metadata) is Tensor and seq_metadata.is_cpu))
+    ):
+        asked = asked_where_steps_decide(data)
     each = len(weights) // num_layers
     layers = [weights[i : i + each] for i in range(0, len(weights), each)]
-    if lengths is not None:
-        _check_padded_only("lengths", lengths, layout)
     if reset is not None:
         _check_padded_only("reset", reset, layout)
     if layout == "time_major" and len(shape) == 2:
@@ -139,18 +129,20 @@ def check(
             raise ValueError("lengths is of a batch of sequences, but the input is unbatched")
         reset = None if reset is None else _unbatched_reset(reset, data)
         data, hx = data.unsqueeze(1), None if hx is None else hx.unsqueeze(1)
-    is_packable = False
     if lengths is not None:
         _check_lengths(lengths, data.shape[1 if layout == "time_major" else 0])
-        is_packable = _is_packable(data, lengths, reset, num_layers, dropout)
     if reset is not None:
         _check_reset(reset, data)
     G, H = 2 if bidirectional else 1, weights[1].shape[0]
     dtype = compute_dtype(data) if is_autocast else data.dtype
     if asked is not None:
         T, parent_B = data.shape[:2] if layout != "batch_major" else (data.shape[1], data.shape[0])
-        is_ragged = lengths is not None and T > 1 and not is_packable
+        is_ragged = False
         if lengths is not None:
+            # Torch's kernels take them packed, but not without a sequence; and masks of dropout
+            # would be drawn for other rows than on the in-place path, where a checkpoint may run
+            # the call again.
+            is_ragged = T > 1 and (parent_B == 0 or (dropout > 0 and num_layers > 1))
             T = longest_of(lengths, T)
         elif layout == "packed":
             T = shape[0]
@@ -174,7 +166,7 @@ def check(
             L=num_layers,
             nonlinearity=nonlinearity,
             mapped=seq_metadata is not None or reset is not None,
-            ragged=is_ragged and not is_packable,
+            ragged=is_ragged,
             hx=hx is not None,
             needs_grad=_needs_grad(data, hx, weights),
             may_try=may_try and not torch.compiler.is_compiling() and not is_traced(data),
@@ -200,6 +192,22 @@ def check(
         dtype,
         choice,
     )
+
+
+def _parts(
+    input: Tensor | PackedSequence, batch_first: bool
+) -> tuple[Tensor, tuple[int, ...], Tensor | None, Tensor | None, str]:
+    """Return the data, its shape by steps, batch_sizes or offsets, the order, and the layout."""
+    if isinstance(input, PackedSequence):
+        data, batch_sizes, order, _ = input
+        _check_form_of_batch_sizes(batch_sizes)
+        # Without the number of rows, which differs from call to call.
+        return data, batch_sizes.shape + data.shape[1:], batch_sizes, order, "packed"
+    if isinstance(input, Tensor) and input.is_nested:
+        data, offsets = jagged_parts(input)
+        return data, data.shape, offsets, None, "jagged"
+    layout = "batch_major" if input.dim() == 3 and batch_first else "time_major"
+    return input, input.shape, None, None, layout
 
 
 # What is checked of a tensor but its values: shape, dtype and device.
@@ -364,24 +372,6 @@ def _check_lengths(lengths: Tensor, B: int) -> None:
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def _is_packable(
-    data: Tensor, lengths: Tensor, reset: Tensor | None, num_layers: int, dropout: float
-) -> bool:
-    """Return whether torch's own kernels can serve a padded batch with lengths, if it is packed.
-
-    Masks of dropout would be drawn for other rows than on the in-place path, and a checkpoint may
-    run a call without a graph on the one and again with a graph on the other.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and data.is_cpu
-        and not is_traced(data)
-        and reset is None
-        and len(lengths) > 0
-        and (dropout == 0 or num_layers == 1)
-    )
 
 
 def _check_reset(reset: Tensor, data: Tensor) -> None:

@@ -85,9 +85,9 @@ class Case:
         """Return the rounding of the case's products."""
         return TF32_EPS if self.precision == "tf32" else torch.finfo(DTYPES[self.dtype]).eps
 
-    def columns(self) -> dict[str, object]:
-        """Return the columns of a row that name this case."""
-        return {"case_id": self.case_id, **asdict(self)}
+    def row(self, peer: str, mode: str) -> dict[str, object]:
+        """Return the columns that name a cell of this case."""
+        return {"case_id": self.case_id, **asdict(self), "peer": peer, "mode": mode}
 
     def make_module(self, seed: int) -> nn.RNNBase:
         """Return an ``nn.RNN`` on the CPU with torch's own initial weights.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
@@ -21,7 +21,7 @@ def new_run_id() -> str:
     return datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
 
 
-def describe(device: torch.device) -> dict[str, object]:
+def describe(device: str) -> dict[str, object]:
     """Return the facts that results on ``device`` depend on, ready for JSON."""
     facts: dict[str, object] = {
         "python": platform.python_version(),
@@ -29,11 +29,11 @@ def describe(device: torch.device) -> dict[str, object]:
         "cpu": _cpu_model(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": str(device),
+        "device": device,
     }
     for package in ("torch", "triton", "tritonrnn", "flashrnn"):
         facts[package] = _version(package)
-    if device.type == "cuda":
+    if device != "cpu":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["driver"] = _driver()
         facts["cuda"] = torch.version.cuda
@@ -49,6 +49,19 @@ def machine(facts: Mapping[str, object]) -> dict[str, object]:
     on_gpu = str(facts["device"]).startswith("cuda")
     names = ("device", "gpu") if on_gpu else ("device", "cpu", "threads")
     return {name: facts.get(name) for name in names}
+
+
+def check_machines(runs: Iterable[Mapping[str, object]]) -> None:
+    """Check that the times of runs on one device can be compared, given the facts of each run.
+
+    Raises:
+        ValueError: a device has been on two machines.
+    """
+    known: dict[object, dict[str, object]] = {}
+    for here in map(machine, runs):
+        there = known.setdefault(here["device"], here)
+        if there != here:
+            raise ValueError(f"Runs of different machines: {there} and {here}")
 
 
 def _driver() -> str | None:

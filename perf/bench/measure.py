@@ -91,7 +91,7 @@ class Measurement:
             if reason is None:
                 able.setdefault(mode, []).append(name)
             else:
-                self._send(self._row(name, mode) | {"status": "unsupported", "error": reason})
+                self._send(self._case.row(name, mode) | {"status": "unsupported", "error": reason})
         if not able:
             return
         drawn = Workload.make(self._case, seed=self._settings.seed)
@@ -101,16 +101,17 @@ class Measurement:
             self._measure(mode, names)
 
     def _measure(self, mode: str, names: Sequence[str]) -> None:
+        trains = mode != "infer"
         self._send(Begun("", mode, "float64"))
-        self._check.tolerance(mode != "infer")
+        self._check.tolerance(trains)
         rows: dict[str, Row] = {}
         clocks: dict[Timed, timing.Clock] = {}
         for name in names:
             try:
                 self._send(Begun(name, mode, "check"))
-                runner, columns = self._checked(name, mode != "infer")
-                row = self._row(name, mode) | columns
-                if runner is None or row["status"] != "ok":
+                runner, columns = self._checked(name, trains)
+                row = self._case.row(name, mode) | columns
+                if row["status"] != "ok":
                     self._send(row)
                     continue
                 self._send(Begun(name, mode, "memory"))
@@ -120,25 +121,20 @@ class Measurement:
                 rows[name] = row
             except Exception as exception:
                 raise_if_gpu_is_lost(exception)
-                self._send(self._row(name, mode) | failure(exception))
+                self._send(self._case.row(name, mode) | failure(exception))
         self._time(mode, rows, clocks)
 
-    def _build_and_check(self, name: str, trains: bool) -> tuple[Runner | None, Row]:
-        """Run a peer once; return it, and the columns of its rows: right, wrong or failed."""
+    def _build_and_check(self, name: str, trains: bool) -> tuple[Runner, Row]:
+        """Run a peer once; return it, and the columns of its rows: right or wrong."""
         module = self._case.make_module(self._settings.seed)
         module = module.to(self._case.device, DTYPES[self._case.dtype])
         started = time.perf_counter()
-        try:
-            runner = peers.find(name).build(self._case, module, self._workload)
-            with runner.context():
-                results = results_of(runner, self._workload, trains)
-                with torch.set_grad_enabled(trains):
-                    plan = runner.plan()
-            error = self._check.error(results, trains)
-        except Exception as exception:
-            raise_if_gpu_is_lost(exception)
-            return None, failure(exception)
-        tolerance = self._check.tolerance(trains)
+        runner = peers.find(name).build(self._case, module, self._workload)
+        with runner.context():
+            results = results_of(runner, self._workload, trains)
+            with torch.set_grad_enabled(trains):
+                plan = runner.plan()
+        error, tolerance = self._check.error(results, trains), self._check.tolerance(trains)
         columns: Row = {
             "status": "ok",
             "max_rel_err": error,
@@ -155,19 +151,16 @@ class Measurement:
         runner = replace(runner, forward=runner.uncaptured or runner.forward)
         job = timing.make_job(runner, self._workload, mode)
         with job.context():
-            called = memory.footprint(job.call, self._device)
+            peak_bytes = memory.footprint(job.call, self._device).peak_bytes
             job.reset()
             forward = timing.make_job(runner, self._workload, "infer" if mode == "infer" else "fwd")
             kept = memory.footprint(forward.call, self._device)
         saved = max(0, kept.alive_bytes - memory.unique_bytes(kept.result))
-        return {"peak_MiB": called.peak_bytes / memory.MIB, "saved_MiB": saved / memory.MIB}
+        return {"peak_MiB": peak_bytes / memory.MIB, "saved_MiB": saved / memory.MIB}
 
     def _clocks(self, name: str, runner: Runner, mode: str, row: Row) -> dict[Timed, timing.Clock]:
         seconds = self._settings.sample_s
-
-        def job() -> timing.Job:
-            return timing.make_job(runner, self._workload, mode)
-
+        job = functools.partial(timing.make_job, runner, self._workload, mode)
         clocks: dict[Timed, timing.Clock] = {(name, "wall_us"): timing.WallClock(job(), seconds)}
         if self._case.on_gpu:
             clocks[name, "event_us"] = timing.EventClock(job(), seconds)
@@ -231,12 +224,8 @@ class Measurement:
             times["speedup_vs_nn"] = times.pop("speedup_vs_nn_p50")
         return times
 
-    def _row(self, name: str, mode: str) -> Row:
-        return {**self._case.columns(), "peer": name, "mode": mode}
-
 
 def quantiles(name: str, values: Sequence[float]) -> dict[str, float]:
     """Return the columns ``name_p10``, ``name_p50`` and ``name_p90``."""
-    return {
-        f"{name}_p{percent}": float(np.quantile(values, percent / 100)) for percent in (10, 50, 90)
-    }
+    columns = (f"{name}_p10", f"{name}_p50", f"{name}_p90")
+    return dict(zip(columns, np.quantile(values, (0.1, 0.5, 0.9)).tolist()))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from perf import peers
@@ -16,7 +15,7 @@ from perf.bench import environment
 from perf.bench.cases import Case
 from perf.bench.failures import Row
 from perf.bench.measure import Begun, Cell, Settings
-from perf.bench.worker import Ended, Message, Request, Worker
+from perf.bench.worker import Ended, Message, Worker
 from perf.report import tables
 from perf.roofline import model as roofline
 
@@ -38,10 +37,6 @@ class Unit:
         return Unit(self.case, tuple(cell for cell in self.cells if cell not in done))
 
 
-class OutOfTimeError(Exception):
-    """The budget of a sweep is spent."""
-
-
 class Sweep:
     """Measure the cells of units on a device, but for those that ``out`` has a row of.
 
@@ -56,20 +51,13 @@ class Sweep:
     def __init__(self, units: Sequence[Unit], out: Path, settings: Settings, device: str) -> None:
         for name in {name for unit in units for name, _ in unit.cells}:
             peers.find(name)
-        facts = environment.describe(torch.device(device))
+        facts = environment.describe(device)
         facts["threads"] = settings.threads or facts["threads"]
-        here = environment.machine(facts)
-        for run_id, before in tables.read_environments(out).items():
-            # A CPU and a GPU of one machine may share a folder.
-            there = environment.machine(before)
-            if there["device"] == here["device"] and there != here:
-                raise ValueError(
-                    f"{out} has rows of {there}, measured in {run_id}; here it is {here}"
-                )
+        environment.check_machines([*tables.read_environments(out).values(), facts])
         self._units, self._out, self._settings = units, out, settings
         self._run_id = environment.new_run_id()
         tables.add_environment(out, self._run_id, facts)
-        self._gpu = roofline.gpu_at(torch.device(device))
+        self._gpu = roofline.gpu_at(device)
         calibration = tables.read_calibration(out)
         if self._gpu is not None and calibration.get("device") == self._gpu.name:
             self._gpu = self._gpu.measured(calibration["measured"])
@@ -91,7 +79,7 @@ class Sweep:
                 for unit in self._units:
                     self._measure(unit, lambda what: progress.update(bar, description=what))
                     progress.advance(bar)
-            except (OutOfTimeError, KeyboardInterrupt):
+            except (TimeoutError, KeyboardInterrupt):
                 stopped = f"Stopped after {time.monotonic() - started:.0f} s"
                 progress.console.print(f"{stopped}; run the same command again to continue.")
             finally:
@@ -110,7 +98,7 @@ class Sweep:
         """Measure what is left of a unit, with as many workers as it takes; log each phase."""
         while (left := unit.left(self._file.rows)).cells:
             if time.monotonic() > self._deadline:
-                raise OutOfTimeError
+                raise TimeoutError
             try:
                 self._attempt(left, log)
             finally:
@@ -128,8 +116,8 @@ class Sweep:
         if self._worker is None or not self._worker.process.is_alive():
             self._end_worker()
             self._worker = Worker()
-        request = Request(left.case, self._with_baseline(left), self._settings, self._gpu)
-        self._worker.pipe.send(request)
+        cells = self._with_baseline(left)
+        self._worker.pipe.send((left.case, cells, self._settings, self._gpu))
         at = Begun("", "", "starting")
         while not isinstance(message := self._receive(self._worker, at.phase), Ended):
             if isinstance(message, Begun):
@@ -143,7 +131,7 @@ class Sweep:
         """Return the next message; from a worker that died or sends nothing, a last one.
 
         Raises:
-            OutOfTimeError: the budget is spent.
+            TimeoutError: the budget is spent.
         """
         remaining_s = self._deadline - time.monotonic()
         try:
@@ -152,7 +140,7 @@ class Sweep:
         except (EOFError, ConnectionResetError):
             return Ended({"status": "error", "error": worker.last_words(phase)})
         if remaining_s <= self._timeout_s:
-            raise OutOfTimeError
+            raise TimeoutError
         error = f"nothing for {self._timeout_s:g} s while in: {phase}"
         return Ended({"status": "timeout", "error": error})
 
@@ -173,15 +161,15 @@ class Sweep:
     def _give_up(self, left: Unit, at: Begun, columns: Row) -> None:
         """Write rows for cells that can't be measured: one peer's, or all of them."""
         if (at.peer, at.mode) in left.cells:
-            self._write({**left.case.columns(), "peer": at.peer, "mode": at.mode, **columns})
+            self._write(left.case.row(at.peer, at.mode) | columns)
             return
         # Where the baseline, which has its row, failed this time, the others have no ratio to it.
         where = f"beside {at.peer}" if at.peer else at.phase
         reason = f"{columns['status']} in {where}: {columns['error']}"
+        skipped = {"status": "skipped", "error": reason}
         for name, mode in left.cells:
             if at.peer or at.mode in ("", mode):
-                cell = {**left.case.columns(), "peer": name, "mode": mode}
-                self._write(cell | {"status": "skipped", "error": reason})
+                self._write(left.case.row(name, mode) | skipped)
 
     def _write(self, row: Row) -> None:
         self._file.add({"run_id": self._run_id, **row})

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -24,15 +25,6 @@ UNSET = ("TRITON_INTERPRET", "TRITONRNN_BACKEND")
 LOG_TAIL = 300
 
 
-class Request(NamedTuple):
-    """Describe the work of a worker: a case, its cells, and how to measure."""
-
-    case: Case
-    cells: tuple[Cell, ...]
-    settings: Settings
-    gpu: GPU | None
-
-
 class Ended(NamedTuple):
     """Report the end, and the columns of every cell that has no row."""
 
@@ -46,7 +38,8 @@ class Worker:
     """Start a process that measures.
 
     Attributes:
-        pipe: Takes requests, one after the other, and returns the messages of each.
+        pipe: Takes a case, its cells, the settings and the constants of the GPU, and returns
+            messages, the last of which is ``Ended``; then it takes the next case.
         process: The process.
     """
 
@@ -90,14 +83,15 @@ def serve(pipe: Connection, output: Path) -> None:
         os.dup2(file, stream.fileno())
     with suppress(EOFError, ConnectionError):
         while True:
-            pipe.send(Ended(_measure(pipe, pipe.recv())))
+            pipe.send(Ended(_measure(pipe, *pipe.recv())))
     # After a fault of the GPU, Python's normal exit can hang.
     os._exit(0)
 
 
-def _measure(pipe: Connection, request: Request) -> Row:
+def _measure(
+    pipe: Connection, case: Case, cells: Sequence[Cell], settings: Settings, gpu: GPU | None
+) -> Row:
     """Measure a case; return the columns of every cell that has no row."""
-    case, cells, settings, gpu = request
     if settings.threads:
         torch.set_num_threads(settings.threads)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 
 from perf.bench import environment
 from perf.report import tables
-from perf.report.schema import KEYS
+from perf.report.schema import KEYS, SHARED_KEYS
 
 VERDICTS = ("SLOWER", "LOST", "UNCLEAR", "SAME", "FASTER", "NEW")
 REGRESSIONS = ("SLOWER", "LOST")
@@ -19,17 +20,7 @@ LEAST_NOISE = 0.02
 # A cell whose samples spread wider than this is not called the same.
 WIDEST_SAME = 0.10
 
-# Sizes and layout, which two cases share that differ in precision only.
-_SIZES = [
-    *("T", "B", "I", "H", "layers", "directions", "nonlinearity", "layout", "lengths", "device")
-]
-_TEXTS = [*KEYS, *_SIZES, "dtype", "fp32_mode", "status"]
-# The cells of all peers, which share their noise.
-_NOISE_KEYS = ["case_id", "device", "mode"]
-
-
-class NotComparableError(Exception):
-    """The times of two runs can't be compared."""
+_TEXTS = [*KEYS, "dtype", "fp32_mode", "status"]
 
 
 def compare(before: Path, after: Path) -> pd.DataFrame:
@@ -43,16 +34,10 @@ def compare(before: Path, after: Path) -> pd.DataFrame:
         ``speedup`` (above 1 if ``after`` is faster), ``noise`` and ``verdict``; the worst first.
 
     Raises:
-        NotComparableError: the machines or the precisions of the runs differ.
+        ValueError: the machines of the runs differ, or they have no precision in common.
     """
-    machines: dict[str, dict[str, object]] = {}
-    for folder in (before, after):
-        for facts in tables.read_environments(folder).values():
-            machine = environment.machine(facts)
-            # A CPU and a GPU of one machine may share a folder.
-            known = machines.setdefault(str(machine.pop("device")).split(":")[0], machine)
-            if known != machine:
-                raise NotComparableError(f"different machines: {known} and {machine}")
+    runs = (tables.read_environments(folder).values() for folder in (before, after))
+    environment.check_machines(itertools.chain(*runs))
     return judge(tables.load(before), tables.load(after))
 
 
@@ -72,7 +57,7 @@ def judge(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     old, new = old.align(new)
     cells = pd.DataFrame({"before_us": old["us_p50"], "after_us": new["us_p50"]})
     cells["speedup"] = cells["before_us"] / cells["after_us"]
-    cells = cells.join(_noise(before, after), on=_NOISE_KEYS)
+    cells = cells.join(_noise(before, after), on=SHARED_KEYS)
     cells["noise"] = cells["noise"].fillna(0.0).clip(lower=LEAST_NOISE)
     in_old, in_new = ((run["status"] == "ok").fillna(False) for run in (old, new))
     old_spread, new_spread = ((run["us_p90"] - run["us_p10"]) / run["us_p50"] for run in (old, new))
@@ -93,21 +78,15 @@ def judge(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
 
 def _noise(*runs: pd.DataFrame) -> pd.Series:
     """Return for each case, device and mode how far ``nn_again`` was from ``nn.RNN`` at most."""
-    again = pd.concat([rows[rows["peer"] == "nn_again"] for rows in runs]).set_index(_NOISE_KEYS)
-    return np.log(again["speedup_vs_nn"]).abs().groupby(_NOISE_KEYS).max().rename("noise")
+    again = pd.concat([rows[rows["peer"] == "nn_again"] for rows in runs]).set_index(SHARED_KEYS)
+    return np.log(again["speedup_vs_nn"]).abs().groupby(SHARED_KEYS).max().rename("noise")
 
 
 def _check_precisions(*runs: pd.DataFrame) -> None:
-    """Raise if both runs have a case, but at no common precision."""
-    before, after = (
-        rows[_SIZES].assign(precision=rows["dtype"] + " " + rows["fp32_mode"]).drop_duplicates()
-        for rows in runs
-    )
-    both = before.merge(after, on=_SIZES, suffixes=("_before", "_after"))
-    both["equal"] = both["precision_before"] == both["precision_after"]
-    unlike = both[~both.groupby(_SIZES)["equal"].transform("any")].drop(columns="equal")
-    if not unlike.empty:
-        raise NotComparableError(f"different precisions: {unlike.iloc[0].to_dict()}")
+    """Raise if no cell of one run can be in the other, because each has precisions of its own."""
+    before, after = (set((rows["dtype"] + " " + rows["fp32_mode"]).dropna()) for rows in runs)
+    if before.isdisjoint(after):
+        raise ValueError(f"Runs of different precisions: {sorted(before)} and {sorted(after)}")
 
 
 def summary(table: pd.DataFrame) -> str:

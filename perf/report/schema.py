@@ -92,6 +92,8 @@ NAMES = tuple(column.name for column in COLUMNS)
 
 # The columns that identify a cell.
 KEYS = ["case_id", "device", "peer", "mode"]
+# Those that the cells of all peers share which are timed in the same rounds.
+SHARED_KEYS = ["case_id", "device", "mode"]
 
 _DTYPES = {"text": "string", "int": "Int64", "float": "float64"}
 

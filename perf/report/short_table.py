@@ -6,12 +6,10 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from perf.bench import presets
-from perf.peers import OURS
+from perf.report import summary
 
 # A cell whose speed-up is at least this is not slower.
 LEAST_SPEEDUP = 0.95
-_CELL = ["case_id", "mode"]
 _LINE = ["layout", "mode", "B", "H", "directions"]
 
 
@@ -19,23 +17,14 @@ def judge(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the cells of the preset ``short`` on the CPU that are among rows.
 
     Returns:
-        Columns of the cell; ``status``; ``speedup_vs_nn``, the median ratio of nn.RNN's time to
-        tritonrnn's; ``noise``, that of nn.RNN against itself; ``slower``: whether the first is
-        below ``LEAST_SPEEDUP`` and below the second.
+        The rows, with ``noise``, the median speed-up of nn.RNN against itself, and ``slower``:
+        whether ``speedup_vs_nn`` is below ``LEAST_SPEEDUP`` and below the noise.
     """
-    units = presets.units("short", {}, (OURS,), "cpu")
-    known = pd.DataFrame(
-        [(unit.case.case_id, mode) for unit in units for _, mode in unit.cells], columns=_CELL
-    )
-    on_cpu = rows[rows["device"] == "cpu"].astype({"mode": "string"})
-    again = on_cpu.loc[on_cpu["peer"] == "nn_again", [*_CELL, "speedup_vs_nn"]]
-    again = again.rename(columns={"speedup_vs_nn": "noise"})
-    cells = on_cpu[on_cpu["peer"] == OURS].merge(known, on=_CELL).merge(again, on=_CELL, how="left")
-    speedup = cells["speedup_vs_nn"]
+    cells, _ = summary.cells_of_preset(rows, "short")
+    cells = summary.with_noise(cells, rows, noise="speedup_vs_nn")
     # Where nn.RNN against itself is not known, there is no noise to hide in.
     limit = cells["noise"].fillna(1.0).clip(upper=LEAST_SPEEDUP)
-    columns = [*_CELL, "T", "B", "H", "directions", "layout", "status", "speedup_vs_nn", "noise"]
-    return cells[columns].assign(slower=speedup < limit)
+    return cells.assign(slower=cells["speedup_vs_nn"] < limit)
 
 
 def paragraphs(rows: pd.DataFrame) -> Iterator[str]:
@@ -43,7 +32,7 @@ def paragraphs(rows: pd.DataFrame) -> Iterator[str]:
 
     The rows of the table are what a call is of; its columns are the steps T.
     """
-    cells = judge(rows)
+    cells = judge(rows).astype({"mode": "string"})
     timed = cells[cells["speedup_vs_nn"].notna()]
     if timed.empty:
         yield "No short sequence was timed beside nn.RNN."
@@ -52,10 +41,11 @@ def paragraphs(rows: pd.DataFrame) -> Iterator[str]:
         "nn.RNN's time (nn.RNNCell's of a cell) by tritonrnn's, median over the rounds, by T. In "
         f"bold where it is slower: below {LEAST_SPEEDUP}, and below nn.RNN's against itself."
     )
-    judged = zip(cells["speedup_vs_nn"], cells["status"], cells["slower"], strict=True)
-    cells = cells.assign(shown=[_shown(*cell) for cell in judged])
-    table = cells.pivot(index=_LINE, columns="T", values="shown").sort_index().fillna("")
-    table.columns = pd.Index([f"T {T}" for T in table.columns])
+    shown = cells["speedup_vs_nn"].map("{:.2f}".format)
+    shown = shown.mask(cells["slower"], "**" + shown + "**")
+    shown = shown.where(cells["speedup_vs_nn"].notna(), cells["status"].astype("string"))
+    table = cells.assign(shown=shown).pivot(index=_LINE, columns="T", values="shown")
+    table = table.sort_index().fillna("").rename(columns="T {}".format)
     yield table.reset_index().to_markdown(index=False, disable_numparse=True)
     noise = timed["noise"]
     yield (
@@ -63,9 +53,3 @@ def paragraphs(rows: pd.DataFrame) -> Iterator[str]:
         f"{timed['speedup_vs_nn'].min():.2f}. nn.RNN against itself is below {LEAST_SPEEDUP} in "
         f"{(noise < LEAST_SPEEDUP).sum()}, from {noise.min():.2f} to {noise.max():.2f}."
     )
-
-
-def _shown(speedup: float, status: str, slower: bool) -> str:
-    if pd.isna(speedup):
-        return status
-    return f"**{speedup:.2f}**" if slower else f"{speedup:.2f}"

@@ -12,6 +12,7 @@ import pandas as pd
 from perf.bench import presets
 from perf.peers import BASELINE, OURS
 from perf.report import plots, tables
+from perf.report.schema import SHARED_KEYS
 from perf.roofline import calibrate
 
 REPORT, PICTURES = "report.md", "plots"
@@ -117,9 +118,9 @@ def speedups(rows: pd.DataFrame) -> Iterator[str]:
     slower = ours[ours["speedup_vs_nn"] < 1]
     yield f"### Where {OURS} is slower: {len(slower)} of {len(ours)} cells"
     if not slower.empty:
-        yield _with_noise(slower, rows)
+        yield _speedup_table(slower, rows)
     yield f"### Where {OURS} is fastest"
-    yield _with_noise(ours.iloc[::-1].head(max(5, len(slower))), rows)
+    yield _speedup_table(ours.iloc[::-1].head(max(5, len(slower))), rows)
     yield from _cpu_targets(rows)
 
 
@@ -128,22 +129,33 @@ def _geometric_mean(speedups: pd.Series) -> float:
     return float(np.exp(np.log(speedups).mean(skipna=False)))
 
 
-def _with_noise(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
+def _speedup_table(cells: pd.DataFrame, rows: pd.DataFrame) -> str:
     """Return a table of cells, each with the p10 of nn.RNN against itself."""
-    keys = ["case_id", "device", "mode"]
-    again = rows.loc[rows["peer"] == "nn_again", [*keys, "speedup_vs_nn_p10"]]
-    noise = again.rename(columns={"speedup_vs_nn_p10": "nn_again_p10"})
+    cells = with_noise(cells, rows, nn_again_p10="speedup_vs_nn_p10")
     columns = ["case_id", "mode", *SPEEDUPS, "nn_again_p10", "us_per_step", "plan"]
-    return cells.merge(noise, on=keys, how="left")[columns].to_markdown(index=False, floatfmt=".2f")
+    return cells[columns].to_markdown(index=False, floatfmt=".2f")
+
+
+def with_noise(cells: pd.DataFrame, rows: pd.DataFrame, **columns: str) -> pd.DataFrame:
+    """Return cells with new columns: of the row of ``nn_again`` beside each, the columns named."""
+    again = rows[rows["peer"] == "nn_again"].set_index(SHARED_KEYS)
+    noise = pd.DataFrame({new: again[name] for new, name in columns.items()})
+    return cells.join(noise, on=SHARED_KEYS)
+
+
+def cells_of_preset(rows: pd.DataFrame, preset: str) -> tuple[pd.DataFrame, int]:
+    """Return tritonrnn's rows of a preset on the CPU, and the number of cells that it has."""
+    units = presets.units(preset, {}, (OURS,), "cpu")
+    known = {(unit.case.case_id, mode) for unit in units for _, mode in unit.cells}
+    ours = rows[(rows["device"] == "cpu") & (rows["peer"] == OURS)]
+    is_known = [cell in known for cell in zip(ours["case_id"], ours["mode"], strict=True)]
+    return ours[is_known], len(known)
 
 
 def _cpu_targets(rows: pd.DataFrame) -> Iterator[str]:
     """Yield whether the targets of the preset ``cpu`` are met, if all of its cases are there."""
-    units = presets.units("cpu", {}, (OURS,), "cpu")
-    known = {(unit.case.case_id, mode) for unit in units for _, mode in unit.cells}
-    ours = rows[(rows["device"] == "cpu") & (rows["peer"] == OURS)]
-    cells = ours[[cell in known for cell in zip(ours["case_id"], ours["mode"], strict=True)]]
-    if len(cells) < len(known):
+    cells, expected = cells_of_preset(rows, "cpu")
+    if len(cells) < expected:
         return
     yield "### Targets of the CPU path"
     kinds = cells.groupby(["mode", "layout"], observed=True)["speedup_vs_nn"]

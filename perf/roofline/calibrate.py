@@ -43,17 +43,17 @@ def time_us(call: Callable[[], object]) -> float:
     return 1e6 * timer.blocked_autorange(min_run_time=SAMPLE_S).median
 
 
-def hbm_TBps(device: torch.device) -> float:
+def hbm_TBps(device: str) -> float:
     """Return the bandwidth of a copy, read and written bytes together; random data."""
-    nbytes = COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES
+    nbytes = COPY_BYTES if device != "cpu" else CPU_COPY_BYTES
     source = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * nbytes / time_us(lambda: target.copy_(source)) / 1e6
 
 
-def matrix_TFLOPps(device: torch.device, dtype: torch.dtype, fp32_mode: str = "ieee") -> float:
+def matrix_TFLOPps(device: str, dtype: torch.dtype, fp32_mode: str = "ieee") -> float:
     """Return the rate of large products of random matrices."""
-    size = MATRIX_SIZE if device.type == "cuda" else CPU_MATRIX_SIZE
+    size = MATRIX_SIZE if device != "cpu" else CPU_MATRIX_SIZE
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     switch = torch.backends.cuda.matmul
     before = switch.fp32_precision
@@ -69,7 +69,7 @@ def slope_us(call: Callable[[int], object], short: int = SHORT, long: int = LONG
     return (time_us(lambda: call(long)) - time_us(lambda: call(short))) / (long - short)
 
 
-def run_chain(device: torch.device, steps: int) -> tuple[float, float]:
+def run_chain(device: str, steps: int) -> tuple[float, float]:
     """Return the clock cycles and the nanoseconds of a chain of steps, by the GPU's counters."""
     from perf.roofline import probes
 
@@ -90,13 +90,13 @@ def run_chain(device: torch.device, steps: int) -> tuple[float, float]:
     return statistics.median(cycles), statistics.median(ns)
 
 
-def clock_GHz(device: torch.device) -> float:
+def clock_GHz(device: str) -> float:
     """Return the clock of the multiprocessors while one of them runs the chain."""
     cycles, ns = run_chain(device, LONG)
     return cycles / ns
 
 
-def chain_clk(device: torch.device) -> float:
+def chain_clk(device: str) -> float:
     """Return the clock cycles of a step of a dependent chain in one multiprocessor.
 
     It is a step of the smallest recurrence, less the cycles that the model counts for its product.
@@ -109,7 +109,7 @@ def chain_clk(device: torch.device) -> float:
     return step_clk - DEVICES["sm_90"].product_clocks(product, "16-bit")
 
 
-def handoff_us(device: torch.device) -> float:
+def handoff_us(device: str) -> float:
     """Return the time of an arrival and of the wait for it in another multiprocessor, one way.
 
     Raises:
@@ -129,7 +129,7 @@ def handoff_us(device: torch.device) -> float:
     return slope_us(hand_off) / 2
 
 
-def launch_us(device: torch.device) -> float:
+def launch_us(device: str) -> float:
     """Return the time from one launch of an empty kernel to the next, in a stream.
 
     Triton launches it from Python, as it launches tritonrnn's kernels; that takes longer than a
@@ -140,43 +140,38 @@ def launch_us(device: torch.device) -> float:
     return time_us(lambda: empty_kernel[(1,)](num_warps=1))
 
 
-def graph_node_us(device: torch.device) -> float:
+def graph_node_us(device: str) -> float:
     """Return the time of one node among many empty kernels of a CUDA graph."""
     from perf.roofline.probes import empty_kernel
 
-    def replay(nodes: int) -> Callable[[], None]:
-        empty_kernel[(1,)](num_warps=1)
-        graph = torch.cuda.CUDAGraph()
+    # The first launch compiles, which can't be captured.
+    empty_kernel[(1,)](num_warps=1)
+    graphs = {nodes: torch.cuda.CUDAGraph() for nodes in (NODES, 2 * NODES)}
+    for nodes, graph in graphs.items():
         with torch.cuda.graph(graph):
             for _ in range(nodes):
                 empty_kernel[(1,)](num_warps=1)
-        return graph.replay
-
-    graphs = {nodes: replay(nodes) for nodes in (NODES, 2 * NODES)}
-    return slope_us(lambda nodes: graphs[nodes](), NODES, 2 * NODES)
+    return slope_us(lambda nodes: graphs[nodes].replay(), NODES, 2 * NODES)
 
 
-# For each constant of :mod:`perf.roofline.model`, in the unit of its name: what measures it on a
-# device, and why that does not apply to a CPU.
-PROBES: dict[str, tuple[Callable[[torch.device], float], str | None]] = {
-    "hbm_TBps": (hbm_TBps, None),
-    "bf16_TFLOPps": (partial(matrix_TFLOPps, dtype=torch.bfloat16), None),
-    "fp16_TFLOPps": (partial(matrix_TFLOPps, dtype=torch.float16), None),
-    "tf32_TFLOPps": (
-        partial(matrix_TFLOPps, dtype=torch.float32, fp32_mode="tf32"),
-        "a CPU has no TF32 to round to",
-    ),
-    "fp32_TFLOPps": (partial(matrix_TFLOPps, dtype=torch.float32), None),
-    "fp64_TFLOPps": (partial(matrix_TFLOPps, dtype=torch.float64), None),
-    "clock_GHz": (clock_GHz, "the model counts the cycles of a GPU's multiprocessors"),
-    "chain_clk": (chain_clk, "a CPU has no multiprocessors"),
-    "handoff_us": (handoff_us, "a CPU has no multiprocessors"),
-    "launch_us": (launch_us, "nothing is launched on a CPU"),
-    "graph_node_us": (graph_node_us, "a CPU has no CUDA graphs"),
+# What measures each constant of :mod:`perf.roofline.model`, in the unit of its name.
+PROBES: dict[str, Callable[[str], float]] = {
+    "hbm_TBps": hbm_TBps,
+    "bf16_TFLOPps": partial(matrix_TFLOPps, dtype=torch.bfloat16),
+    "fp16_TFLOPps": partial(matrix_TFLOPps, dtype=torch.float16),
+    "tf32_TFLOPps": partial(matrix_TFLOPps, dtype=torch.float32, fp32_mode="tf32"),
+    "fp32_TFLOPps": partial(matrix_TFLOPps, dtype=torch.float32),
+    "fp64_TFLOPps": partial(matrix_TFLOPps, dtype=torch.float64),
+    "clock_GHz": clock_GHz,
+    "chain_clk": chain_clk,
+    "handoff_us": handoff_us,
+    "launch_us": launch_us,
+    "graph_node_us": graph_node_us,
 }
+ON_GPU_ONLY = ("tf32_TFLOPps", "clock_GHz", "chain_clk", "handoff_us", "launch_us", "graph_node_us")
 
 
-def run(device: torch.device, out: Path | None) -> pd.DataFrame:
+def run(device: str, out: Path | None) -> pd.DataFrame:
     """Measure every constant that applies; write ``calibration.json`` to ``out``; return the table.
 
     A run with the same ``out`` uses the measured constants if the device is the same.
@@ -185,9 +180,9 @@ def run(device: torch.device, out: Path | None) -> pd.DataFrame:
     gpu = model.gpu_at(device)
     measured: dict[str, float] = {}
     missing: dict[str, str] = {}
-    for constant, (measure, not_on_cpu) in PROBES.items():
-        if device.type != "cuda" and not_on_cpu:
-            missing[constant] = not_on_cpu
+    for constant, measure in PROBES.items():
+        if device == "cpu" and constant in ON_GPU_ONLY:
+            missing[constant] = "a CPU has no TF32, multiprocessors, launches or graphs"
             continue
         try:
             measured[constant] = measure(device)

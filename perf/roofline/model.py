@@ -82,11 +82,11 @@ class GPU:
         return clocks / (1e3 * self["clock_GHz"])
 
 
-def gpu_at(device: torch.device) -> GPU | None:
+def gpu_at(device: str) -> GPU | None:
     """Return the GPU at hand with its published constants, or None on a CPU."""
-    if device.type != "cuda":
+    if device == "cpu":
         return None
-    return GPU(torch.cuda.get_device_name(device), published(device_of(device)))
+    return GPU(torch.cuda.get_device_name(device), published(device_of(torch.device(device))))
 
 
 def published(device: Device) -> dict[str, float]:

@@ -25,7 +25,6 @@ from itertools import groupby, product
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from perf import peers
 from perf.bench import environment
@@ -195,7 +194,7 @@ class Session:
         }
         if device == "cpu":
             self._environment["TRITON_INTERPRET"] = "1"
-        self._machine = environment.machine(environment.describe(torch.device(device)))
+        self._machine = environment.machine(environment.describe(device))
         path = out / STATE
         known = json.loads(path.read_text()) if path.exists() else {}
         if known and known["machine"] != self._machine:
@@ -291,13 +290,7 @@ def accept(
 ) -> dict[str, Record]:
     """Run the steps that are not done in ``out`` yet, report, and pack all into one archive.
 
-    Args:
-        out: Folder for all results, and for the state of the steps.
-        device: Where to run.
-        budget_s: Time for all steps.
-        pieces: The pieces whose steps to run.
-        again: Names of steps to repeat.
-        archive: File of the archive; by default in ``out``.
+    The arguments are the options of the command.
 
     Returns:
         The record of each step of the pieces.

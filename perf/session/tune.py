@@ -58,11 +58,7 @@ def run(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Make the trials that have no record, and write ``trials`` and ``plans`` as tables.
 
-    Args:
-        out: Folder for the tables.
-        preset: Whose cases to try, for inference and for training.
-        device: Where to try.
-        plan: The only plan to try; then the tables have its name.
+    The arguments are the options of the command. With a plan, the tables have its name.
 
     Returns:
         The rows of :func:`tritonrnn.trials` of this device and these kernels, and those of

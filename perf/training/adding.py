@@ -66,13 +66,13 @@ def draw(trainees: Sequence[paired.Trainee], T: int) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     losses = paired.losses_of(trainees)
-    reference, ours, twin = losses
+    reference, candidate, twin = losses
     drift = losses.sub(losses[reference], axis=0).abs().cummax()
-    styles = {reference: ("tab:gray", 4), ours: ("tab:blue", 1.2), twin: ("tab:gray", 1.2)}
+    styles = {reference: ("tab:gray", 4), candidate: ("tab:blue", 1.2), twin: ("tab:gray", 1.2)}
     for ax, names, curves in (
-        (left, (reference, ours), losses.rolling(WINDOW, min_periods=1).mean()),
+        (left, (reference, candidate), losses.rolling(WINDOW, min_periods=1).mean()),
         # A logarithmic axis can't show 0.
-        (right, (ours, twin), drift.where(drift > 0)),
+        (right, (candidate, twin), drift.where(drift > 0)),
     ):
         for name in names:
             colour, width = styles[name]
@@ -89,9 +89,7 @@ def draw(trainees: Sequence[paired.Trainee], T: int) -> Figure:
     return figure
 
 
-def run(
-    *, steps: int, T: int, hidden_size: int, device: torch.device, out: Path | None, seed: int
-) -> bool:
+def run(*, steps: int, T: int, hidden_size: int, device: str, out: Path | None, seed: int) -> bool:
     """Train, print the results, and write and draw them to ``out``: the options of the command.
 
     Returns:

@@ -35,7 +35,7 @@ ALLOWED_DRIFTS = 10.0
 ALLOWED_ULPS = 8.0
 
 REFERENCE = "torch.nn.RNN"
-OURS = "tritonrnn.RNN"
+CANDIDATE = "tritonrnn.RNN"
 TWIN = "torch.nn.RNN, 1 ulp off"
 
 MakeRNN = Callable[..., nn.RNNBase]
@@ -89,7 +89,7 @@ def train(
     learning_rate: float,
     clip_norm: float = float("inf"),
     seed: int,
-    device: torch.device,
+    device: str,
 ) -> list[Trainee]:
     """Train every model on the same batches, chunk by chunk, each chunk in random order.
 
@@ -104,10 +104,10 @@ def train(
         device: Where to train.
 
     Returns:
-        The reference, ours, and the reference's perturbed twin.
+        The reference, the candidate, and the reference's perturbed twin.
     """
     trainees = []
-    for name, rnn_class in ((REFERENCE, nn.RNN), (OURS, tritonrnn.RNN), (TWIN, nn.RNN)):
+    for name, rnn_class in ((REFERENCE, nn.RNN), (CANDIDATE, tritonrnn.RNN), (TWIN, nn.RNN)):
         torch.manual_seed(seed)
         model = build(rnn_class)
         if name == TWIN:
@@ -130,9 +130,9 @@ def train(
     return trainees
 
 
-def rounding_unit(device: torch.device) -> float:
+def rounding_unit(device: str) -> float:
     """Return the relative spacing of the values that ``nn.RNN`` multiplies in float32."""
-    if device.type == "cuda" and torch.backends.cudnn.rnn.fp32_precision == "tf32":  # type: ignore[attr-defined]
+    if device != "cpu" and torch.backends.cudnn.rnn.fp32_precision == "tf32":  # type: ignore[attr-defined]
         return 2.0**-10
     return 2.0**-23
 
@@ -156,15 +156,15 @@ def losses_of(trainees: Sequence[Trainee]) -> pd.DataFrame:
 
 
 def first_departure(losses: pd.DataFrame) -> int | None:
-    """Return the first step at which our loss is further off than rounding explains, if any is.
+    """Return the first step at which the candidate is further off than rounding explains, if any.
 
-    At every step it may be off the reference's by ``ALLOWED_DRIFTS`` times the furthest that the
-    reference's own twin has been so far, plus ``ALLOWED_ULPS`` units in the last place of the loss.
+    At every step its loss may be off the reference's by ``ALLOWED_DRIFTS`` times the furthest that
+    the reference's own twin has been so far, plus ``ALLOWED_ULPS`` units in the last place of it.
     """
     drift = losses.sub(losses[REFERENCE], axis=0).abs()
     ulp = np.spacing(losses[REFERENCE].abs().astype(np.float32)).astype(np.float64)
     # Negated, so that a NaN on either side is a departure.
-    departs = ~(drift[OURS] <= ALLOWED_DRIFTS * drift[TWIN].cummax() + ALLOWED_ULPS * ulp)
+    departs = ~(drift[CANDIDATE] <= ALLOWED_DRIFTS * drift[TWIN].cummax() + ALLOWED_ULPS * ulp)
     return int(departs.idxmax()) if departs.any() else None
 
 
@@ -175,7 +175,7 @@ def conclude(
     formats: Sequence[str],
     *,
     facts: dict[str, Any],
-    device: torch.device,
+    device: str,
     out: Path | None,
 ) -> bool:
     """Print a row for each trainee and whether the loss curves agree; add them to the tables.
@@ -206,8 +206,9 @@ def conclude(
     print(
         f"speedup_vs_nn: median over {seconds.shape[1]} chunks of up to {CHUNK_STEPS} steps; the "
         "models train in random order in each chunk.\n"
-        f"The loss curves {verdict}: {OURS} is at most {drift[OURS]:.1e} from {REFERENCE}, which "
-        f"is at most {drift[TWIN]:.1e} from its twin that starts one unit in the last place away."
+        f"The loss curves {verdict}: {CANDIDATE} is at most {drift[CANDIDATE]:.1e} from "
+        f"{REFERENCE}, which is at most {drift[TWIN]:.1e} from its twin that starts one unit in "
+        "the last place away."
     )
     if out is not None:
         run_id = environment.new_run_id()

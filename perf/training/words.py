@@ -20,7 +20,7 @@ from perf.training.paired_training import Batch, MakeRNN, conclude, train
 
 LANGUAGES = ("cs", "de", "en", "es", "fi", "fr", "hu", "it", "nl", "pl", "pt", "sv", "tr", "ro")
 SHORTEST, LONGEST = 3, 22
-# The index of every letter outside the alphabet; only a user's own words have such letters.
+# The index of every letter outside the alphabet; only words that are held out have such letters.
 UNKNOWN_LETTER = 0
 
 EMBEDDING_SIZE = 32
@@ -91,10 +91,7 @@ def encode(spelling: str, alphabet: Mapping[str, int]) -> Tensor:
 
 
 def batches(
-    words: Sequence[Word],
-    alphabet: Mapping[str, int],
-    device: torch.device,
-    generator: torch.Generator,
+    words: Sequence[Word], alphabet: Mapping[str, int], device: str, generator: torch.Generator
 ) -> Iterator[Batch]:
     """Shuffle words, and yield packed letters and languages; the last batch may be smaller.
 
@@ -107,11 +104,6 @@ def batches(
         labels = torch.tensor([word.label for word in batch])
         # torch declares PackedSequence.to as a function of a tensor's self.
         yield letters.to(device), labels.to(device)  # type: ignore[arg-type]
-
-
-def normalize(word: str) -> str:
-    """Return a word as the lists spell it: composed letters, lower case, ``ss`` for ``ß``."""
-    return unicodedata.normalize("NFC", word.casefold())
 
 
 class WordClassifier(nn.Module):
@@ -154,35 +146,8 @@ def backend_of(model: WordClassifier, letters: PackedSequence) -> str:
     return "cuDNN" if torch.backends.cudnn.is_acceptable(embedded.data) else "ATen"
 
 
-@torch.no_grad()
-def classify(
-    model: WordClassifier, words: Sequence[str], alphabet: Mapping[str, int], device: torch.device
-) -> pd.DataFrame:
-    """Return the two likeliest languages of each word."""
-    letters = [encode(normalize(word), alphabet) for word in words]
-    scores = model(pack_sequence(letters, enforce_sorted=False).to(device))  # type: ignore[arg-type]
-    likelihood, language = (found.T.tolist() for found in scores.softmax(1).topk(2))
-    best, second = ([LANGUAGES[label] for label in labels] for labels in language)
-    return pd.DataFrame(
-        {
-            "word": words,
-            "language": best,
-            "probability": likelihood[0],
-            "or": second,
-            "probability of that": likelihood[1],
-        }
-    )
-
-
 def run(
-    *,
-    epochs: int,
-    hidden_size: int,
-    device: torch.device,
-    out: Path | None,
-    own_words: Sequence[str],
-    seed: int,
-    top: int,
+    *, epochs: int, hidden_size: int, device: str, out: Path | None, seed: int, top: int
 ) -> bool:
     """Train, print the results, and write them to ``out``: the options of the command.
 
@@ -195,12 +160,8 @@ def run(
         f"{len(training) + len(held_out):,} words of {len(LANGUAGES)} languages, "
         f"{len(held_out):,} of them held out; {device}, {torch.get_num_threads()} threads"
     )
-    pack = partial(
-        batches,
-        alphabet=alphabet,
-        device=device,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    generator = torch.Generator().manual_seed(seed)
+    pack = partial(batches, alphabet=alphabet, device=device, generator=generator)
     steps_per_epoch = -(-len(training) // BATCH_SIZE)
     trainees = train(
         lambda rnn_class: WordClassifier(rnn_class, len(alphabet) + 1, hidden_size),
@@ -226,7 +187,7 @@ def run(
         for one in trainees
     )
     print("loss: mean over the last epoch.")
-    agrees = conclude(
+    return conclude(
         "words",
         trainees,
         results,
@@ -235,9 +196,3 @@ def run(
         device=device,
         out=out,
     )
-    if own_words:
-        known = {word.spelling for word in training}
-        table = classify(trainees[1].model, own_words, alphabet, device)
-        table["trained on"] = ["yes" if normalize(word) in known else "no" for word in own_words]
-        print(table.to_markdown(index=False, floatfmt=".2f"))
-    return agrees

@@ -23,6 +23,7 @@ from tests.support.cases import (
     run,
 )
 from tests.support.cudnn import imitated_kernels, through_cudnn
+from tests.support.implementations import slow
 from tritonrnn import dispatch, ops, validation
 from tritonrnn.paths import aten, inplace
 
@@ -58,8 +59,8 @@ def choose_aten(monkeypatch):
 
     for module in (dispatch, ops):
         monkeypatch.setattr(module, "choose_now", by_aten(module.choose_now))
-    remembered = by_aten(validation.choose_by_steps)
-    monkeypatch.setattr(validation, "choose_by_steps", remembered)
+    # Without its memory of other tests, and of this one in others.
+    monkeypatch.setattr(validation, "choose_by_steps", dispatch.choose_by_steps.__wrapped__)
 
 
 @pytest.fixture
@@ -129,6 +130,7 @@ def test_gradcheck_and_gradgradcheck_pass(case, device):
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
+@pytest.mark.slow
 def test_second_derivative_drops_the_same_units(case, device):
     case = replace(case, device=device, dropout=0.5, L=3)
     function, arguments = as_function(case, case.module(tritonrnn.RNN))
@@ -248,9 +250,9 @@ def _compiles_in_this_process():
     ("case", "how", "kernels"),
     [
         *((case, "exported", "_cudnn_rnn") for case in CASES),
-        *((case, "aot_eager", "_cudnn_rnn") for case in (CASES[1], CASES[4])),
-        *((case, "aot_eager", "miopen_rnn") for case in (CASES[1], CASES[3])),
-        pytest.param(CASES[1], "inductor", "_cudnn_rnn", marks=pytest.mark.slow),
+        *(slow(case, "aot_eager", "_cudnn_rnn") for case in (CASES[1], CASES[4])),
+        *(slow(case, "aot_eager", "miopen_rnn") for case in (CASES[1], CASES[3])),
+        slow(CASES[1], "inductor", "_cudnn_rnn"),
     ],
     indirect=["kernels"],
     ids=str,

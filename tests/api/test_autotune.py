@@ -501,6 +501,7 @@ def compile_program():
 
 # torch's compiler and exporter import modules of its own that warn.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.slow
 def test_compiled_program_makes_the_trial_at_its_first_run_outside_of_capture(
     bench, verified, compile_program
 ):
@@ -535,6 +536,7 @@ def test_exported_program_counts_as_training_where_it_is_not_known_better(bench,
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.slow
 def test_backward_of_a_program_takes_the_plan_of_its_forward_pass(
     bench, restart, verified, monkeypatch, compile_program
 ):

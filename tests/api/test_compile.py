@@ -14,11 +14,12 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import tritonrnn
 from tests.support.cases import Case, plain
-from tests.support.implementations import implementations, slow
+from tests.support.implementations import implementations
 from tritonrnn import ops
 from tritonrnn.dispatch import recurrence_of
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("torch_back_end"),
     # torch's compiler imports modules of its own that warn.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -70,9 +71,9 @@ def _fresh_compiler():
     torch=[
         ("time-major", True, "aot_eager"),
         ("batch-first", False, "aot_eager"),
-        slow("unsorted", False, "inductor"),
+        ("unsorted", False, "inductor"),
     ],
-    triton=[slow("packed", False, "aot_eager"), slow("batch-first", True, "inductor")],
+    triton=[("packed", False, "aot_eager"), ("batch-first", True, "inductor")],
 )
 def test_compiled_model_is_one_graph_for_every_length_and_batch(
     layout, hx, compiler, implementation

@@ -13,6 +13,7 @@ from tests.support.implementations import implementations
 from tests.support.operators import OperatorCall
 
 pytestmark = [
+    pytest.mark.slow,
     # The reserve tells of any other back end by a shape that no tracer can know.
     pytest.mark.usefixtures("torch_back_end"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -44,7 +45,6 @@ CALLS = [
 
 
 @pytest.mark.feature("`torch.library.opcheck` of its operators", nn="has none of its own")
-@pytest.mark.slow
 @implementations(
     "call",
     torch=[call for call in CALLS if call.backend == "torch"],
@@ -59,7 +59,6 @@ def test_elman_passes_opcheck_where_nothing_is_trained():
     opcheck(torch.ops.tritonrnn.elman.with_reserve, CALLS[0].forward())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_elman_backward_passes_opcheck(call):
     opcheck(torch.ops.tritonrnn.elman_backward.default, call.backward())

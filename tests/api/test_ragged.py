@@ -464,6 +464,7 @@ def test_composite_path_agrees_under_torch_func(case):
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.slow
 def test_ragged_batches_compile_to_one_graph_for_all_lengths(case):
     torch._dynamo.reset()
     module = case.module()
@@ -592,6 +593,7 @@ def test_jagged_batch_takes_empty_sequences():
     )
 
 
+@pytest.mark.slow
 def test_jagged_batch_compiles_to_one_graph():
     torch._dynamo.reset()
     module = tritonrnn.RNN(4, 4).double()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -15,10 +17,12 @@ pytestmark = pytest.mark.usefixtures("torch_back_end")
 AROUND = pytest.mark.parametrize("beyond", [-1, 0], ids=["below", "from"])
 
 
-def test_limits_are_short(fewest_steps):
-    assert all(1 < steps <= 100 for steps in fewest_steps.values())
-    for mapped in (False, True):
-        assert fewest_steps[mapped, True] <= fewest_steps[mapped, False]
+def test_readme_tells_the_limits(fewest_steps):
+    text = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    inference, training, mapped_inference, mapped_training = fewest_steps.values()
+    assert f"in training fewer than {training} steps, of both directions together, and" in text
+    assert f"fewer than {inference} without a graph; packed or with `lengths=`" in text
+    assert f"get the batch packed, fewer than {mapped_training} and {mapped_inference}." in text
 
 
 @AROUND

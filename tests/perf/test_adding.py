@@ -67,7 +67,7 @@ def test_adding_command_learns_alike_and_draws(tmp_path):
     assert result.exit_code == 0, result.output
     assert "The loss curves agree" in result.output
     rows = pd.read_parquet(tmp_path / "adding.parquet")
-    names = [paired_training.REFERENCE, paired_training.OURS, paired_training.TWIN]
+    names = [paired_training.REFERENCE, paired_training.CANDIDATE, paired_training.TWIN]
     assert list(rows["model"]) == names
     assert (rows["loss"] < 0.8 * adding.BLIND_LOSS).all()
     curves = pd.read_parquet(tmp_path / "adding_curves.parquet")

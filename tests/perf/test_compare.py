@@ -25,9 +25,7 @@ def row(peer: str = "tritonrnn", us: float = 100.0, case: Case = CASE, **more: o
     assert isinstance(spread, float)
     clock = "event_us" if case.on_gpu else "wall_us"
     return {
-        **case.columns(),
-        "peer": peer,
-        "mode": "fwdbwd",
+        **case.row(peer, "fwdbwd"),
         "status": "ok",
         f"{clock}_p10": us * (1 - spread),
         f"{clock}_p50": us,
@@ -53,7 +51,7 @@ def verdict_of(before: dict, after: dict, *others: dict) -> str:
 
 
 AGAIN = row("nn_again", speedup_vs_nn=0.8)
-FAILED = {**CASE.columns(), "peer": "tritonrnn", "mode": "fwdbwd", "status": "oom", "error": "big"}
+FAILED = CASE.row("tritonrnn", "fwdbwd") | {"status": "oom", "error": "big"}
 
 
 @pytest.mark.parametrize(

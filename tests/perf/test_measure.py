@@ -457,6 +457,7 @@ def test_long_loops_are_not_compiled():
     assert "unrolls" in (PEERS["loop_compiled"].supports(Case(T=65, B=1, I=1, H=1)) or "")
 
 
+@pytest.mark.slow
 def test_loop_compiles_whole():
     case = Case(T=3, B=2, I=2, H=4, layers=2, directions=2)
     module, workload = case.make_module(0), Workload.make(case, seed=0)

@@ -179,7 +179,7 @@ def test_peaks_are_those_of_the_datasheet():
 
 
 def test_cpu_has_no_limit():
-    assert roofline.gpu_at(torch.device("cpu")) is None
+    assert roofline.gpu_at("cpu") is None
 
 
 def test_measured_constants_replace_the_published():
@@ -194,7 +194,7 @@ def test_calibration_on_a_cpu_names_what_does_not_apply(monkeypatch, tmp_path):
     monkeypatch.setattr(calibrate, "CPU_COPY_BYTES", 2**12)
     monkeypatch.setattr(calibrate, "CPU_MATRIX_SIZE", 16)
     monkeypatch.setattr(calibrate, "SAMPLE_S", 0.0)
-    table = calibrate.run(torch.device("cpu"), tmp_path).set_index("constant")
+    table = calibrate.run("cpu", tmp_path).set_index("constant")
     for constant in ("hbm_TBps", "bf16_TFLOPps", "fp32_TFLOPps"):
         assert table["measured"][constant] > 0
     for constant in ("chain_clk", "handoff_us", "launch_us", "graph_node_us", "tf32_TFLOPps"):
@@ -297,7 +297,6 @@ def test_measured_chain_leaves_out_what_the_model_counts_beside_it(monkeypatch):
     # 300 cycles a step at 1.5 GHz, and a launch.
     run_chain = lambda device, steps: (5000 + 300 * steps, (5000 + 300 * steps) / 1.5)  # noqa: E731
     monkeypatch.setattr(calibrate, "run_chain", run_chain)
-    device = torch.device("cuda")
     # 16 sequences by 64 x 64: 2 * 16 * 64 * 64 / 4096.
-    assert calibrate.chain_clk(device) == pytest.approx(300 - 32)
-    assert calibrate.clock_GHz(device) == pytest.approx(1.5)
+    assert calibrate.chain_clk("cuda") == pytest.approx(300 - 32)
+    assert calibrate.clock_GHz("cuda") == pytest.approx(1.5)

@@ -18,9 +18,7 @@ def rows_of(case: Case, speedup: float | None, again: float | None = 1.0, mode: 
     found = {"tritonrnn": speedup, "nn_again": again, "nn_aten": 1.0}
     return [
         {
-            **case.columns(),
-            "peer": peer,
-            "mode": mode,
+            **case.row(peer, mode),
             "status": "wrong" if ratio is None else "ok",
             "speedup_vs_nn": ratio,
         }

@@ -269,7 +269,7 @@ def test_unit_without_the_cells_that_have_rows():
     [unit, *_] = presets.units("smoke", {}, ("loop", "nn_aten"), "cpu")
     left = [("nn_aten", "infer"), ("nn_aten", "fwd"), ("loop", "bwd"), ("nn_aten", "fwdbwd")]
     done = set(unit.cells) - set(left)
-    rows = [unit.case.columns() | {"peer": peer, "mode": mode} for peer, mode in done]
+    rows = [unit.case.row(peer, mode) for peer, mode in done]
     other = rows[0] | {"device": "cuda", "peer": "nn_aten"}
     assert unit.left([*rows, other]) == Unit(unit.case, tuple(left))
 

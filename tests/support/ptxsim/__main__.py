@@ -141,6 +141,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     # What torch and Triton have allocated need not be searched for garbage again and again.
     gc.freeze()
+    gc.set_threshold(100_000)
     commands = {"sweep": sweep_command, "mutations": mutations_command, "serve": serve_command}
     command = commands.get(arguments[0]) if arguments else None
     with tempfile.TemporaryDirectory() as cache:
