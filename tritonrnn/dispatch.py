@@ -300,8 +300,8 @@ def _by_first_plan(
 
 # Steps of all directions from which the in-place path is faster on a CPU than torch's own kernels,
 # by whether there is a row map, which takes time to make, and whether a gradient may be wanted: a
-# step costs the path less, and a call more. Measured on a core of an AMD EPYC with torch 2.13, from
-# B 1, H 32 to B 32, H 128 (python -m perf cpu --short).
+# step costs the path less, and a call more. Measured on an AMD EPYC with torch 2.13, from B 1, H 32
+# to B 32, H 128 (python -m perf cpu --short; rows in perf/results/cpu-short-2026-11-26).
 FEWEST_STEPS = {
     (False, False): 32,
     (False, True): 10,

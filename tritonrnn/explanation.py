@@ -86,6 +86,7 @@ def explain(
         module.bidirectional,
         module.batch_first,
         module.dropout,
+        module.training,
         lengths,
         reset,
         may_try=False,

@@ -145,6 +145,7 @@ def rnn(
         bidirectional,
         batch_first,
         dropout,
+        training,
         lengths,
         reset,
     )
@@ -204,7 +205,7 @@ def rnn_cell(
     return _step(input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity)
 
 
-def is_torchs_cell() -> bool:
+def _is_torchs_cell() -> bool:
     """Return whether torch's own cell serves a step here.
 
     For one step it is as fast as any, and a compiler fuses its operations with what is around them.
@@ -228,7 +229,7 @@ def _step(
     # Not len(), which a tracer takes for a constant.
     h_0 = input.new_zeros(input.shape[0], w_hh.shape[0]) if hx is None else hx
     step = torch.rnn_tanh_cell if nonlinearity == "tanh" else torch.rnn_relu_cell
-    if is_torchs_cell():
+    if _is_torchs_cell():
         return step(input, h_0, w_ih, w_hh, b_ih, b_hh)
     weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
     try:
@@ -241,6 +242,7 @@ def _step(
             bidirectional=False,
             batch_first=False,
             dropout=0.0,
+            training=False,
             lengths=None,
             reset=None,
         )
@@ -292,14 +294,15 @@ def _run_with_lengths(call: Call, dropout: float) -> tuple[Tensor, Tensor]:
     # Of one step, each sequence has it or none: no need to wait for lengths on a GPU.
     if not is_single_step and bool(call.seq_metadata.all()):
         return _run_packed(call, dropout)
-    # A sequence without a token gets one, of zeros, and what comes of that is dropped.
+    # A sequence without a token gets one, of zeros like its hx, and what comes of that is dropped.
     absent = (call.seq_metadata.to(call.data.device) == 0)[:, None]
     rows = absent if call.layout == "time_major" else absent[:, None]
-    call = call._replace(
+    alive = call._replace(
         data=call.data.masked_fill(rows, 0),
+        hx=None if call.hx is None else call.hx.masked_fill(absent, 0),
         seq_metadata=None if is_single_step else call.seq_metadata.clamp(min=1),
     )
-    output, h_n = _run(call, dropout)
+    output, h_n = _run(alive, dropout)
     h_0 = h_n.new_zeros(()) if call.hx is None else call.hx.to(h_n.dtype)
     return output.masked_fill(rows, 0), torch.where(absent, h_0, h_n)
 

@@ -2,7 +2,8 @@
 
 NumPy, another process, a kernel or a graph that is replayed may write to a caller's tensor at any
 time, unnoticed by torch. So a call takes a copy, and reads nothing but that: its forward and its
-backward pass see the same values.
+backward pass see the same values. (Only torch's own kernels on a CPU need none: their backward pass
+reads no sizes.)
 """
 
 from __future__ import annotations

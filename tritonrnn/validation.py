@@ -37,7 +37,7 @@ class Call(NamedTuple):
         seq_metadata, reset: as :func:`tritonrnn.ragged.layout_of` takes them: copies, which nobody
             changes between the forward and the backward pass, unless torch's own kernels serve on
             a CPU, which have read them when the call returns.
-        B: how many sequences the caller has, or None if nobody knows yet.
+        B: how many sequences the caller has, of an eager call on a CPU; else None.
         layout: "time_major", "batch_major", "packed" or "jagged".
         nonlinearity: "tanh" or "relu".
         bidirectional: whether G is 2.
@@ -76,6 +76,7 @@ def check(
     bidirectional: bool,
     batch_first: bool,
     dropout: float,
+    training: bool,
     lengths: Tensor | None,
     reset: Tensor | None,
     *,
@@ -91,7 +92,7 @@ def check(
         _check_padded_only("lengths", lengths, layout)
         seq_metadata = lengths
     is_autocast = torch._C._is_any_autocast_enabled()
-    # Not of a tracer, in whose shapes there may be no numbers.
+    # Not of a tracer, in whose shapes there may be tensors.
     is_eager = (
         not torch.compiler.is_compiling()
         and type(data) is Tensor
@@ -142,7 +143,8 @@ def check(
             # Torch's kernels take them packed, but not without a sequence; and masks of dropout
             # would be drawn for other rows than on the in-place path, where a checkpoint may run
             # the call again.
-            is_ragged = T > 1 and (parent_B == 0 or (dropout > 0 and num_layers > 1))
+            drops = training and dropout > 0 and num_layers > 1
+            is_ragged = T > 1 and (parent_B == 0 or drops)
             T = longest_of(lengths, T)
         elif layout == "packed":
             T = shape[0]
@@ -151,10 +153,15 @@ def check(
         choice = choose_by_steps(asked, data.device, dtype, T, G, is_mapped, is_ragged, needs_grad)
         if seq_metadata is not None:
             seq_metadata, parent_B = _read(layout, data, seq_metadata, choice)
+        if hx is not None:
+            _check_hx(hx, (num_layers * G, parent_B, H), data, is_autocast)
     else:
         seq_metadata = None if seq_metadata is None else _taken(seq_metadata)
         reset = None if reset is None else _taken(reset)
         T, B, parent_B, is_ragged = _sizes(layout, data, seq_metadata, reset, hx)
+        # Before any trial.
+        if hx is not None:
+            _check_hx(hx, (num_layers * G, parent_B, H), data, is_autocast)
         choice = choose(
             data.device,
             dtype,
@@ -176,8 +183,6 @@ def check(
             if current_backend() == "triton":
                 raise RuntimeError(f"the triton back end can't serve this call: {reason}")
             choice = Choice("torch", "aten", reason)
-    if hx is not None:
-        _check_hx(hx, (num_layers * G, parent_B, H), data, is_autocast)
     return Call(
         data,
         hx,
@@ -412,18 +417,20 @@ def _sizes(
     operator checks the real ones, and hx against them, when it runs.
     """
     is_padded = layout in ("time_major", "batch_major")
-    is_compiling = torch.compiler.is_compiling() or isinstance(seq_metadata, FakeTensor)
+    is_hidden = torch.compiler.is_compiling() or isinstance(seq_metadata, FakeTensor)
     if is_padded:
         T, B = data.shape[:2] if layout == "time_major" else (data.shape[1], data.shape[0])
         is_known = seq_metadata is None and reset is None
-        if is_known or is_compiling or isinstance(reset, FakeTensor):
+        if is_known or torch.compiler.is_compiling():
             return T, B, B, False
+        if is_hidden or isinstance(reset, FakeTensor):
+            return T, B, B, T != 1
         if T == 1:
             # Where a sequence has no token, or starts anew, is a matter of its hx.
             layout_of(layout, data.shape[:2], seq_metadata, None)
             return T, B, B, False
-    if is_compiling:
-        return 0, 0, 0 if hx is None else hx.shape[-2], False
+    if is_hidden:
+        return 0, 0, 0 if hx is None else hx.shape[-2], layout == "jagged"
     where = layout_of(layout, data.shape[:-1], seq_metadata, reset)
     return where.T, where.B, where.parent.B, where.is_ragged
 

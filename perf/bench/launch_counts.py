@@ -158,13 +158,13 @@ def launches(layout: str, hx: bool, D: int) -> dict[str, list[str]]:
     In bfloat16, by the plan that comes first. Biases are there, and all weights and both results
     have a gradient; the input and hx have none.
     """
-    kind, numbers, is_on_gpu = LAYOUTS[layout]
+    kind, values, is_on_gpu = LAYOUTS[layout]
     shape = {"time_major": (T, B), "batch_major": (B, T)}.get(kind, (sum(LENGTHS),))
 
     def zeros(*shape: int) -> Tensor:
         return on_gpu(torch.zeros(shape, dtype=torch.bfloat16))
 
-    metadata = None if numbers is None else torch.tensor(numbers)
+    metadata = None if values is None else torch.tensor(values)
     if is_on_gpu:
         metadata = on_gpu(metadata)
     reset = on_gpu(torch.eye(T, B, dtype=torch.bool)) if layout == "reset" else None

@@ -733,7 +733,7 @@ def test_second_thread_waits_for_the_trial_of_the_first(bench, verified):
     def plan(_):
         everybody.wait()
         return validation.check(x, None, list(module.parameters()), "tanh", 1, *[False] * 2, 0.0,
-                                None, None).choice.plan.name  # fmt: skip
+                                True, None, None).choice.plan.name  # fmt: skip
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(plan, range(4))) == ["resident"] * 4

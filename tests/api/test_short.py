@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import tritonrnn
 from tests.support.cases import Case, assert_same_results, pair, run
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("torch_back_end")
 AROUND = pytest.mark.parametrize("beyond", [-1, 0], ids=["below", "from"])
 
 
-def test_readme_tells_the_limits(fewest_steps):
+def test_readme_states_the_limits(fewest_steps):
     text = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
     inference, training, mapped_inference, mapped_training = fewest_steps.values()
     assert f"in training fewer than {training} steps, of both directions together, and" in text
@@ -95,17 +96,46 @@ def test_dropout_draws_torchs_masks_on_both_sides(beyond, batch_first, fewest_st
     torch.testing.assert_close(outputs[1], outputs[0])
 
 
-@pytest.mark.parametrize("beyond", [False, True], ids=["below", "from"])
-def test_masks_with_lengths_are_the_same_with_and_without_a_graph(beyond, fewest_steps):
+@pytest.mark.parametrize("training", [True, False])
+def test_masks_with_lengths_are_the_same_with_and_without_a_graph(training, fewest_steps):
     """A checkpoint runs a call without a graph, and then again with one."""
-    T = fewest_steps[True, True] + beyond - 1
-    module, x = tritonrnn.RNN(3, 5, 2, dropout=0.5), torch.randn(T, 2, 3)
-    outputs = []
+    # With a graph in place. Without, and with no masks to draw, by torch's kernels.
+    T = fewest_steps[True, True]
+    module, x = tritonrnn.RNN(3, 5, 2, dropout=0.5).train(training), torch.randn(T, 2, 3)
+    lengths, outputs = torch.tensor([T, 1]), []
     for wants in (False, True):
         torch.manual_seed(1)
         with torch.set_grad_enabled(wants):
-            outputs.append(module(x, lengths=torch.tensor([T, 1]))[0])
+            plan = tritonrnn.explain(module, x, lengths=lengths).plan
+            assert plan == ("in-place" if wants or training else "aten")
+            outputs.append(module(x, lengths=lengths)[0])
     torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_hx_of_a_sequence_without_a_token_spoils_no_gradient(T, fewest_steps):
+    module, hx = tritonrnn.RNN(3, 5), torch.zeros(1, 2, 5)
+    hx[0, 1] = torch.nan
+    output, h_n = module(torch.randn(T, 2, 3), hx, lengths=torch.tensor([T, 0]))
+    assert h_n[0, 1].isnan().all()
+    gradients = torch.autograd.grad(output.sum() + h_n[0, 0].sum(), list(module.parameters()))
+    assert not any(gradient.isnan().any() for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    "given", [{"reset": torch.eye(4, 2).bool()}, {"lengths": torch.ones(2).long()}]
+)
+def test_tracer_of_fake_tensors_takes_no_short_path(given, fewest_steps):
+    module, x = tritonrnn.RNN(3, 5), torch.randn(4, 2, 3)
+    weights = dict(module.named_parameters())
+
+    def run(weights, x, **given):
+        return torch.func.functional_call(module, weights, (x,), given)[0]
+
+    [(name, value)] = given.items()
+    traced = make_fx(lambda w, x, v: run(w, x, **{name: v}), tracing_mode="fake")
+    graph = traced(weights, x, value)
+    torch.testing.assert_close(graph(weights, x, value), module(x, **given)[0])
 
 
 # One step: whether a sequence has it, or starts anew in it, is a matter of its hx.
@@ -176,7 +206,7 @@ def test_one_step_is_judged_by_the_kernel_that_it_would_launch(given, monkeypatc
 
     choose = validation.choose
     monkeypatch.setattr(validation, "choose", recorded)
-    # Where kernels may serve.
-    with tritonrnn.backend("auto"):
-        tritonrnn.explain(tritonrnn.RNN(3, 5), torch.randn(1, 3, 3), **STEPS[given])
+    # As where kernels may serve.
+    monkeypatch.setattr(validation, "asked_where_steps_decide", lambda data: None)
+    tritonrnn.RNN(3, 5)(torch.randn(1, 3, 3), **STEPS[given])
     assert asked == [True]
