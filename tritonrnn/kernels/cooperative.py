@@ -32,6 +32,7 @@ from tritonrnn.kernels.common import (
     UNSPECIALIZED,
     Batch,
     Constants,
+    Operand,
     clear_padding,
     compute_state,
     convert_layout_like,
@@ -255,7 +256,8 @@ def dot_previous(step, batch, block, row, tiles, z, C: tl.constexpr):
     state_ptrs = batch.a_ptr + row + block.base + offs_k[:, None]
     previous = has_previous(step, block)
     # A product of mma.sync waits for the one whose sum it adds to: so every other tile may have a
-    # sum of its own.
+    # sum of its own. Those of fp32 accuracy are added up apart from z (common.dot_acc).
+    IS_APART: tl.constexpr = C.PRECISION == "tf32x3"
     other = tl.zeros(z.shape, tl.float32)
     # As many reads at once as shared memory has room for: each takes a round trip to L2.
     for first in tl.static_range(0, H, BLOCK_READ):
@@ -270,16 +272,19 @@ def dot_previous(step, batch, block, row, tiles, z, C: tl.constexpr):
         # All reads are issued before any is waited for. Otherwise ptxas, though it has registers
         # enough, uses a few of them in turn, and a step takes several round trips.
         tl.debug_barrier()
-        arrived = ()
+        # And all are in shared memory before the first product: with one barrier for all of them.
+        large = ()
+        small = ()
         for i in tl.static_range(len(loaded)):
-            s = optimization_barrier(loaded[i], C)
-            arrived = arrived + (s,)  # type: ignore[assignment]  # noqa: RUF005
-        for i in tl.static_range(len(arrived)):
-            s = split_tf32(arrived[i], C)
-            if i % C.NUM_SUMS == 0:
+            s = split_tf32(optimization_barrier(loaded[i], C), C)
+            large = large + (s.large,)  # type: ignore[assignment]  # noqa: RUF005
+            small = small + (s.small,)  # type: ignore[assignment]  # noqa: RUF005
+        for i in tl.static_range(len(loaded)):
+            s = Operand(large=large[i], small=small[i])
+            if i % C.NUM_SUMS == 0 and not IS_APART:
                 z = dot_tile(tiles, first // BLOCK_K + i, s, z, C)
             else:
                 other = dot_tile(tiles, first // BLOCK_K + i, s, other, C)
-    if C.NUM_SUMS == 2:
+    if C.NUM_SUMS == 2 or IS_APART:
         z += other
     return z
