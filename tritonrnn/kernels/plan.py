@@ -116,7 +116,7 @@ class LaunchPlan:
         Each ``mma.sync`` waits for the one whose sum it adds to: so two, where several tiles are at
         hand. Products of fp32 accuracy begin from zero, so they wait for none.
         """
-        waits = not self.device.has_wgmma and self.precision != "tf32x3"
+        waits = not _has_wgmma(self.device, self.block_h) and self.precision != "tf32x3"
         return 2 if waits and self.block_read > self.block_k else 1
 
     @property
@@ -237,8 +237,12 @@ def cooperative_plan(problem: Problem, device: Device) -> LaunchPlan | None:
     if not device.has_mma_sync:
         return None
     # With 64 rows, which wgmma wants, a step reads the fewest bytes from shared memory. For
-    # mma.sync 32 will do where there is no room for 64.
-    rows = [64] if device.has_wgmma else [64, 32]
+    # mma.sync 32 will do where there is no room for 64. For fp32 accuracy, where W_hh counts twice,
+    # also 16; and not wgmma, as products are many and narrow (common.dot_acc), and each wgmma is
+    # waited for by itself.
+    rows = [64, 32]
+    if _precision(problem, device) == "tf32x3":
+        rows = [32, 16] if device.has_wgmma else [64, 32, 16]
     plans = (
         _cooperative_plan(problem, device, block_h)
         for block_h in rows
@@ -249,8 +253,10 @@ def cooperative_plan(problem: Problem, device: Device) -> LaunchPlan | None:
 
 def _cooperative_plan(problem: Problem, device: Device, block_h: int) -> LaunchPlan | None:
     precision = _precision(problem, device)
-    num_warps = _num_warps(problem, block_h, device)
-    if device.has_wgmma or device.is_interpreter:
+    # Of 16 rows two warps make the same product, but each reads and splits half of the state.
+    num_warps = max(2, _num_warps(problem, block_h, device))
+    by_wgmma = _has_wgmma(device, block_h) or device.is_interpreter
+    if by_wgmma:
         # 16 sequences make the most of the weights that a step reads, and are the fewest for which
         # Triton chooses wgmma.
         block_b = 16
@@ -263,12 +269,12 @@ def _cooperative_plan(problem: Problem, device: Device, block_h: int) -> LaunchP
         most_interleaved = MAX_INTERLEAVED_UNITS if problem.dtype != "fp32" else 0
     else:
         # Both operands go through registers: so tiles are small, and what is read at once is 256
-        # bytes a thread, or half of that where it is split in two parts.
+        # bytes a thread; more for TF32, whose products take the fewest registers beside it.
         block_b = 16 if problem.dtype != "fp32" else 8
         block_k = 128 if problem.dtype != "fp32" and block_h == 64 else 64
         block_k = block_h if problem.has_odd_rows else block_k
-        at_once_bytes = 32 * num_warps * (128 if precision == "tf32x3" else 256)
-        if precision != "tf32x3" and block_b * problem.H * problem.item_bytes > 2 * at_once_bytes:
+        at_once_bytes = 32 * num_warps * (512 if precision == "tf32" else 256)
+        if precision == "ieee" and block_b * problem.H * problem.item_bytes > 2 * at_once_bytes:
             # A state of several reads: each on its way beside the product of the one before, whose
             # operands take registers, too (sm_80, bf16 H 1280, fp16 H 1728).
             at_once_bytes = at_once_bytes * 3 // 4
@@ -279,16 +285,18 @@ def _cooperative_plan(problem: Problem, device: Device, block_h: int) -> LaunchP
             # spills in the time loop from 392 units on (sm_100, bf16), and before it from 264 on.
             most_interleaved = min(most_interleaved, 256)
     if precision == "tf32x3":
-        # Wider products lose accuracy (common.dot_acc).
-        block_k = 32
+        # Wider products lose accuracy (common.dot_acc), and 16 columns are the fewest. Of many
+        # hidden units torch's own error is larger, and Triton takes half a minute over 64 tiles.
+        block_k = 16 if problem.H <= 512 else 32
     tiles = cdiv(problem.H, block_k)
     tile_bytes = block_k * problem.item_bytes * (2 if precision == "tf32x3" else 1)
     weight_bytes = block_h * tiles * tile_bytes
     # All of the state that there is room for beside the weights is read at once, for each read
-    # takes a round trip to L2.
+    # takes a round trip to L2. But 16-bit elements of odd rows take a register each, as what is
+    # loaded for wgmma does.
     spare_bytes = max(0, device.shared_bytes - weight_bytes - RESERVED_BYTES)
     at_once = min(
-        1 if problem.has_odd_rows else tiles,
+        1 if problem.has_odd_rows and (by_wgmma or problem.dtype != "fp32") else tiles,
         spare_bytes // (block_b * tile_bytes),
         at_once_bytes // (block_b * block_k * problem.item_bytes),
     )
@@ -393,6 +401,11 @@ def max_registers(problem: Problem, plan: LaunchPlan) -> int | None:
         # odd rows (bf16 H 1023 and fp16 H 333 on sm_89), but not for Blackwell.
         return 200 if problem.has_odd_rows and not device.is_blackwell else None
     return min(255, device.register_bytes // (4 * device.warp_size * plan.num_warps))
+
+
+def _has_wgmma(device: Device, block_h: int) -> bool:
+    # Its rows, of which Triton makes mma.sync where there are fewer.
+    return device.has_wgmma and block_h >= 64
 
 
 def _most_rows(device: Device) -> int:
