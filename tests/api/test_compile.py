@@ -127,6 +127,28 @@ def test_compiled_model_runs_as_cuda_graphs(layout, implementation):
     assert layout == "packed" or not is_ours or counters["inductor"]["cudagraph_skips"] == 0
 
 
+class OtherLengths(Case):
+    """As many sequences, steps and rows as a packed case has by default."""
+
+    def lengths(self) -> torch.Tensor:
+        return torch.tensor([7, 6, 3, 2, 1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["torch", "triton"], indirect=True)
+def test_replayed_program_reads_batch_sizes_anew(implementation):
+    case, other = (
+        implementation.of(kind(layout="packed", L=2, D=2)) for kind in (Case, OtherLengths)
+    )
+    assert case.lengths().sum() == other.lengths().sum()
+    model = Tagger(case, implementation.rnn)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for given in (case, case, case, other, case):
+        torch.compiler.cudagraph_mark_step_begin()
+        got = [result.clone() for result in model.results(compiled, given)]
+        torch.testing.assert_close(got, model.results(model, given), rtol=1e-3, atol=1e-4)
+
+
 def test_compiled_model_checks_its_input():
     module = Case().module(tritonrnn.RNN)
     compiled = torch.compile(module, backend="aot_eager")
