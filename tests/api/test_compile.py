@@ -122,7 +122,7 @@ def test_compiled_model_runs_as_cuda_graphs(layout, implementation):
         torch.compiler.cudagraph_mark_step_begin()
         got = [result.clone() for result in model.results(compiled, other)]
         torch.testing.assert_close(got, model.results(model, other), rtol=1e-3, atol=1e-4)
-    # batch_sizes lie on the CPU, which keeps a graph that takes them out.
+    # batch_sizes lie on the CPU, which keeps the layers of packed batches out.
     is_ours = implementation.rnn is not torch.nn.RNN
     assert layout == "packed" or not is_ours or counters["inductor"]["cudagraph_skips"] == 0
 
