@@ -97,7 +97,8 @@ def arguments_of(chance: random.Random) -> tuple[dict[str, Any], Any]:
         M = M.mT
     if chance.random() < 0.2:
         # A view into a larger matrix, whose first element is not aligned.
-        M = rows(G, H + 1, 2 * H)[:, 1:, chance.choice([0, 1, 8]) :][..., :H]
+        width = chance.choice([H + 8, H + 16])
+        M = rows(G, H + 1, width)[:, 1:, chance.choice([0, 1, 8]) :][..., :H]
     v_0 = None
     if chance.random() < 0.5:
         v_0 = torch.zeros(G * B * H + 1)[chance.choice([0, 1]) :][: G * B * H].view(G, B, H)
