@@ -324,6 +324,12 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
         if not _is_interpreted:
             return "the tensors are on the CPU."
-    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    elif _is_too_old(device):
         return "the kernels need a GPU of compute capability 8.0 or later."
     return None
+
+
+# Every call asks, and torch makes a new object of the device's properties each time.
+@functools.cache
+def _is_too_old(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
