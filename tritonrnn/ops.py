@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from tritonrnn import flops, layer
-from tritonrnn.dispatch import Backend, choose_now, current_backend, recurrence_of
+from tritonrnn.dispatch import choose_now, current_backend, recurrence_of
+from tritonrnn.environment import Backend
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.memo import is_traced, take, take_anew
 from tritonrnn.paths import aten

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -19,12 +19,11 @@ from tritonrnn.autotune.bench import Bench, is_of_capture, is_traced
 from tritonrnn.autotune.calls import Call
 from tritonrnn.autotune.records import UNTIMED, Kernel, Key, Record, one_line
 from tritonrnn.autotune.store import Store, log
+from tritonrnn.environment import Mode
 from tritonrnn.kernels.cost import rank_plans
 from tritonrnn.kernels.devices import device_of
 from tritonrnn.kernels.launch import is_plan_forced
 from tritonrnn.kernels.plan import LaunchPlan
-
-Mode = Literal["on", "verify", "off"]
 
 # Plans of a ranking that are tried at most: the first call of a class waits for them.
 MAX_TRIALS = 3
