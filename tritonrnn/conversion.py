@@ -41,7 +41,12 @@ def convert(model: Model) -> Model:
 
     Returns:
         The model.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected model to be a torch.nn.Module, got {type(model).__qualname__}")
     for module in model.modules():
         target = _target(module)
         if target is not None:

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from tritonrnn.environment import BACKEND, Backend, checked
 from tritonrnn.layer import Recurrence
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.paths import inplace, onnx
@@ -23,8 +24,6 @@ from tritonrnn.precision import rounds_to_tf32
 if TYPE_CHECKING:
     from tritonrnn.autotune.records import Record
     from tritonrnn.kernels.plan import LaunchPlan
-
-Backend = Literal["auto", "triton", "torch"]
 
 _chosen: ContextVar[Backend | None] = ContextVar("tritonrnn_backend", default=None)
 
@@ -45,7 +44,7 @@ def backend(name: Backend) -> Iterator[None]:
         ValueError: ``name`` is none of the three.
         RuntimeError: in a call inside, if the named back end can't serve it.
     """
-    token = _chosen.set(_checked(name, "backend"))
+    token = _chosen.set(checked(name, "backend", Backend))
     try:
         yield
     finally:
@@ -57,14 +56,7 @@ def current_backend() -> Backend:
     return _chosen.get() or _default
 
 
-def _checked(name: str, source: str) -> Backend:
-    if name not in get_args(Backend):
-        raise ValueError(f"{source}: expected one of {get_args(Backend)}, got {name!r}")
-    return name  # type: ignore[return-value]
-
-
-# Read once: every call asks, and to read a variable takes most of a microsecond.
-_default = _checked(os.environ.get("TRITONRNN_BACKEND") or "auto", "TRITONRNN_BACKEND")
+_default = BACKEND
 
 
 @dataclass(frozen=True)
@@ -332,6 +324,12 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
         if not _is_interpreted:
             return "the tensors are on the CPU."
-    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    elif _is_too_old(device):
         return "the kernels need a GPU of compute capability 8.0 or later."
     return None
+
+
+# Every call asks, and torch makes a new object of the device's properties each time.
+@functools.cache
+def _is_too_old(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)

@@ -137,16 +137,22 @@ def backward(
         # Padding of the input may hold NaN.
         input = _zero_unless(live, input)
     grad_biases = _grad_biases(dz, needs, each)
-    pairs = zip(dz.chunk(len(groups), 1), output.chunk(len(groups), 1))
+    pairs = [(dz, output)]
+    if len(groups) == 2:
+        pairs = list(zip(dz.chunk(2, 1), output.chunk(2, 1)))
+    grads_w_ih = [
+        dz_g.t() @ input if need else None for (dz_g, _), need in zip(pairs, needs[::each])
+    ]
+    may_overflow = nonlinearity == "relu"
+    if not may_overflow and any(needs[1::each]):
+        # Nobody but the gradients of w_hh reads dz from here on.
+        _drop_crossing(dz, len(groups), layout)
     for g, (dz_g, output_g) in enumerate(pairs):
-        needs_w_ih, needs_w_hh = needs[g * each : g * each + 2]
-        grads.append(dz_g.t() @ input if needs_w_ih else None)
         grad = None
-        if needs_w_hh:
+        if needs[g * each + 1]:
             initial = None if dz_first is None or hx is None else dz_first[g].t() @ hx[g]
-            # Last, because it may overwrite rows of dz_g.
-            grad = _grad_w_hh(dz_g, output_g, initial, layout, g == 1, nonlinearity == "relu")
-        grads += [grad, *(grad_biases.get(g * each + i) for i in range(2, each))]
+            grad = _grad_w_hh(dz_g, output_g, initial, layout, g == 1, may_overflow)
+        grads += [grads_w_ih[g], grad, *(grad_biases.get(g * each + i) for i in range(2, each))]
     return grads
 
 
@@ -212,6 +218,31 @@ def _grad_biases(dz: Tensor, needs: Sequence[bool], each: int) -> dict[int, Tens
     return grads
 
 
+def _drop_crossing(dz: Tensor, G: int, layout: SequenceLayout) -> None:
+    """Overwrite dz_t with 0 where the row before it in its direction is of another sequence.
+
+    So it drops out of ``Σ dz_tᵀ output_{t-1}``. The dz of padding is 0 already.
+
+    Args:
+        dz: ``[N, G * H]``, contiguous.
+        G: directions; the second one goes from the last row to the first.
+        layout: where the N rows lie.
+    """
+    crossing = layout.crossing_pairs(dz.device)
+    if crossing is None or layout.N == 0:
+        return
+    stride = layout.strides[0]
+    after = dz[stride:]
+    if G == 2:
+        # One operation for both directions. Of a pair of rows, the second direction takes the last
+        # half of the earlier one, and the first direction takes the first half of the later one.
+        width = dz.shape[1]
+        H = width // 2
+        shape, strides = (len(after), 2, H), (width, stride * width - H, 1)
+        after = dz.view(-1)[H:].as_strided(shape, strides)
+    _drop(after, crossing)
+
+
 def _grad_w_hh(
     dz: Tensor,
     output: Tensor,
@@ -220,10 +251,10 @@ def _grad_w_hh(
     backwards: bool,
     may_overflow: bool,
 ) -> Tensor:
-    """Return ``Σ dz_tᵀ output_{t-1}`` of one direction. May overwrite rows of ``dz``.
+    """Return ``Σ dz_tᵀ output_{t-1}`` of one direction.
 
     Args:
-        dz, output: ``[N, H]``.
+        dz, output: ``[N, H]``. Unless ``may_overflow``, dz went through :func:`_drop_crossing`.
         initial: the terms of first steps, ``[H, H]``, or None for zero. Overwritten.
         layout: where the N rows lie.
         backwards: whether the direction goes from the last token to the first.
@@ -232,23 +263,21 @@ def _grad_w_hh(
     earlier, later = layout.adjacent_rows(dz.device)
     before, after = (later, earlier) if backwards else (earlier, later)
     dz, states = dz[after], output[before]
-    live, crossing = layout.live_rows(dz.device), layout.crossing_pairs(dz.device)
-    # Some pairs are of no two steps of one sequence: zeros drop them. The dz of padding is 0.
-    if not may_overflow:
-        _drop(dz, crossing)
-    elif live is not None or crossing is not None:
-        # A dz of 0 would make NaN of infinity.
-        states = states.clone() if live is None else _zero_unless(live[after], states)
-        _drop(states, crossing)
+    if may_overflow:
+        live, crossing = layout.live_rows(dz.device), layout.crossing_pairs(dz.device)
+        if live is not None or crossing is not None:
+            # These zeros drop the same pairs. A dz of 0 would make NaN of infinity.
+            states = states.clone() if live is None else _zero_unless(live[after], states)
+            _drop(states, crossing)
     return dz.t() @ states if initial is None else initial.addmm_(dz.t(), states)
 
 
 def _drop(matrix: Tensor, rows: Rows | None) -> None:
-    """Overwrite rows of a matrix with 0."""
+    """Overwrite rows of a matrix, or of a tensor of more dimensions, with 0."""
     if isinstance(rows, slice):
         matrix[rows].zero_()
     elif rows is not None:
-        matrix.masked_fill_(rows[:, None], 0)
+        matrix.masked_fill_(rows.view(-1, *[1] * (matrix.dim() - 1)), 0)
 
 
 def _zero_unless(live: Tensor, matrix: Tensor) -> Tensor:

@@ -17,13 +17,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritonrnn import flops, layer
-from tritonrnn.dispatch import Backend, choose_now, current_backend, recurrence_of
+from tritonrnn.dispatch import choose_now, current_backend, recurrence_of
+from tritonrnn.environment import Backend
 from tritonrnn.layout import SequenceLayout
 from tritonrnn.memo import is_traced, take, take_anew
 from tritonrnn.paths import aten
@@ -38,19 +40,38 @@ _library.define(
     "elman(Tensor input, Tensor? hx, Tensor[] weights, Tensor? extents, Tensor? reset, str layout, "
     "str nonlinearity, bool bidirectional, str backend) -> (Tensor, Tensor)"
 )
-_library.define(
-    "elman.with_reserve(Tensor input, Tensor? hx, Tensor[] weights, Tensor? extents, "
+_FORWARD = (
+    "(Tensor input, Tensor? hx, Tensor[] weights, Tensor? extents, "
     "Tensor? reset, str layout, str nonlinearity, bool bidirectional, str backend, "
     "bool needs_grad) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define(
-    "elman_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor? hx, "
+_BACKWARD = (
+    "(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor? hx, "
     "Tensor[] weights, Tensor output, Tensor? extents, Tensor? reset, str layout, "
     "str nonlinearity, bool bidirectional, str backend, bool[] needs, Tensor? reserve=None, "
     "Tensor? weight_buf=None) -> Tensor[]"
 )
-_elman = torch.ops.tritonrnn.elman.with_reserve
-_elman_backward = torch.ops.tritonrnn.elman_backward.default
+_library.define(f"elman.with_reserve{_FORWARD}")
+_library.define(f"elman_backward{_BACKWARD}")
+# A CUDA graph that is replayed does not read what lies on the CPU. The compiler leaves these out of
+# its graphs.
+_library.define(f"elman.sizes_on_cpu{_FORWARD}", tags=(torch.Tag.cudagraph_unsafe,))
+_library.define(f"elman_backward.sizes_on_cpu{_BACKWARD}", tags=(torch.Tag.cudagraph_unsafe,))
+
+
+class _Operators(NamedTuple):
+    """The operators of both passes."""
+
+    forward: Any
+    backward: Any
+
+
+_usual = _Operators(
+    torch.ops.tritonrnn.elman.with_reserve, torch.ops.tritonrnn.elman_backward.default
+)
+_sizes_on_cpu = _Operators(
+    torch.ops.tritonrnn.elman.sizes_on_cpu, torch.ops.tritonrnn.elman_backward.sizes_on_cpu
+)
 # Where `needs` stands among the arguments of elman_backward.
 _NEEDS = 12
 # For programs that are compiled. torch would compute a plain copy again in the backward pass.
@@ -95,9 +116,19 @@ def elman(
         if torch.jit.is_tracing():
             # torch.jit.trace compares a trace with another one, made without gradients.
             return _elman_of_trace(*sources, *settings, True)[:2]
-        return _elman(*sources, *settings, backend != "auto" or needs_grad)[:2]
+        run = _usual.forward
+        # Not of an exported program, which any runtime is to know.
+        if (
+            input.is_cuda
+            and seq_metadata is not None
+            and seq_metadata.is_cpu
+            and torch.compiler.is_compiling()
+            and not torch.compiler._is_exporting_flag
+        ):
+            run = _sizes_on_cpu.forward
+        return run(*sources, *settings, backend != "auto" or needs_grad)[:2]
     if needs_grad and any(x is not None and x.requires_grad for x in (input, hx, *weights)):
-        return _Elman.apply(*settings, input, hx, seq_metadata, reset, *weights)[:2]
+        return _Elman.apply(_usual, *settings, input, hx, seq_metadata, reset, *weights)[:2]
     return _elman_kernel(*sources, *settings, needs_grad)[:2]
 
 
@@ -105,7 +136,7 @@ def _elman_of_trace(*arguments: Any) -> Any:
     """Run while ``torch.jit.trace`` records, which the operator's kernel can't see."""
     token = _is_of_trace.set(True)
     try:
-        return _elman(*arguments)
+        return _usual.forward(*arguments)
     finally:
         _is_of_trace.reset(token)
 
@@ -360,17 +391,21 @@ class _Elman(torch.autograd.Function):
     # it, torch binds the arguments by inspection at each call, which takes 40 us.
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        settings, (input, hx, seq_metadata, reset, *weights) = args[:4], args[4:]
+        operators, settings, (input, hx, seq_metadata, reset, *weights) = (
+            args[0],
+            args[1:5],
+            args[5:],
+        )
         # What was true where a program was traced may be so no more.
         needs_grad = True in ctx.needs_input_grad
-        run: Callable[..., Sequence[Tensor]] = _elman
+        run: Callable[..., Sequence[Tensor]] = operators.forward
         if _is_eager(input, hx, *weights):
             run = _elman_kernel
         with torch._C._AutoDispatchBelowAutograd():
             output, h_n, *reserve = run(
                 input, hx, weights, seq_metadata, reset, *settings, needs_grad
             )
-        ctx.settings = settings
+        ctx.operators, ctx.settings = operators, settings
         ctx.set_materialize_grads(False)
         if settings[-1] != "auto":
             ctx.save_for_backward(output, input, hx, seq_metadata, reset, *weights)
@@ -384,13 +419,13 @@ class _Elman(torch.autograd.Function):
         ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         output, input, hx, seq_metadata, reset, *weights = ctx.saved_tensors
-        needs_input, needs_hx, _, _, *needs_weights = ctx.needs_input_grad[4:]
+        needs_input, needs_hx, _, _, *needs_weights = ctx.needs_input_grad[5:]
         needs = [needs_input, needs_hx, *needs_weights]
         weights, reserve = weights[: len(needs_weights)], weights[len(needs_weights) :]
         if grad_output is None and grad_h_n is None:
             return (None,) * len(ctx.needs_input_grad)
         cotangents = grad_output, grad_h_n
-        run: Callable[..., list[Tensor]] = _elman_backward
+        run: Callable[..., list[Tensor]] = ctx.operators.backward
         if is_batched(cotangents):
             run = _backward_composite
         elif not torch.is_grad_enabled() and _is_eager(*cotangents, input, hx, *weights):
@@ -398,11 +433,11 @@ class _Elman(torch.autograd.Function):
         sources = input, hx, weights, output, seq_metadata, reset
         found = iter(run(*cotangents, *sources, *ctx.settings, needs, *reserve))
         grads = [next(found) if need else None for need in needs]
-        return (*[None] * 4, grads[0], grads[1], None, None, *grads[2:])
+        return (*[None] * 5, grads[0], grads[1], None, None, *grads[2:])
 
 
 def _elman_autograd(
-    input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], *args: Any
+    operators: _Operators, input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], *args: Any
 ) -> tuple[Tensor, ...]:
     seq_metadata, reset, *settings, needs_grad = args
     seq_metadata = None if seq_metadata is None else take(seq_metadata)
@@ -411,14 +446,14 @@ def _elman_autograd(
         results = elman_composite(input, hx, weights, seq_metadata, reset, *settings[:-1])
         return *results, *_empty_reserve(input)
     if torch.is_grad_enabled():
-        results = _Elman.apply(*settings, input, hx, seq_metadata, reset, *weights)
+        results = _Elman.apply(operators, *settings, input, hx, seq_metadata, reset, *weights)
         return results if settings[-1] == "auto" else (*results, *_unused_reserve(input))
     with torch._C._AutoDispatchBelowAutograd():
         # The forward pass of a compiled program runs here, and its gradient may be needed.
-        return _elman(input, hx, weights, seq_metadata, reset, *settings, needs_grad)
+        return operators.forward(input, hx, weights, seq_metadata, reset, *settings, needs_grad)
 
 
-def _elman_backward_autograd(*args: Any) -> list[Tensor]:
+def _elman_backward_autograd(operators: _Operators, *args: Any) -> list[Tensor]:
     """Take the composite path where the result is to be differentiated again.
 
     Within a backward pass, grad mode is on in that case only.
@@ -431,7 +466,7 @@ def _elman_backward_autograd(*args: Any) -> list[Tensor]:
     if differentiated or why_composite(input.dtype):
         return _backward_composite(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        return _elman_backward(*args)
+        return operators.backward(*args)
 
 
 def _backward_composite(*args: Any) -> list[Tensor]:
@@ -460,13 +495,19 @@ def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _library.impl("elman", _uncompiled(elman), "CompositeImplicitAutograd")
-for _name, _kernel, _autograd, _fake in (
-    ("elman.with_reserve", _elman_kernel, _elman_autograd, _elman_fake),
-    ("elman_backward", _elman_backward_kernel, _elman_backward_autograd, _elman_backward_fake),
-):
-    _library.impl(_name, _uncompiled(_kernel), "CompositeExplicitAutograd")
-    _library.impl(_name, _uncompiled(_autograd), "Autograd")
-    torch.library.register_fake(f"tritonrnn::{_name}", _fake, lib=_library)
+for _operators in (_usual, _sizes_on_cpu):
+    for _operator, _kernel, _autograd, _fake in (
+        (_operators.forward, _elman_kernel, _elman_autograd, _elman_fake),
+        (
+            _operators.backward,
+            _elman_backward_kernel,
+            _elman_backward_autograd,
+            _elman_backward_fake,
+        ),
+    ):
+        _library.impl(_operator, _uncompiled(_kernel), "CompositeExplicitAutograd")
+        _library.impl(_operator, _uncompiled(partial(_autograd, _operators)), "Autograd")
+        torch.library.register_fake(_operator, _fake, lib=_library)
 
 _library.impl("take", _uncompiled(take_anew), "CompositeExplicitAutograd")
 torch.library.register_fake("tritonrnn::take", torch.empty_like, lib=_library)

@@ -140,6 +140,7 @@ def counting() -> Iterator[list[str]]:
         mock.patch.multiple(
             torch.cuda,
             device=lambda device: contextlib.nullcontext(),
+            current_device=lambda: 0,
             current_stream=lambda device=None: 0,
             is_current_stream_capturing=lambda: False,
         ),

@@ -164,8 +164,8 @@ class Measurement:
         clocks: dict[Timed, timing.Clock] = {(name, "wall_us"): timing.WallClock(job(), seconds)}
         if self._case.on_gpu:
             clocks[name, "event_us"] = timing.EventClock(job(), seconds)
-            if runner.uncaptured is not None:
-                row["note"] = "no CUDA graph: it replays some of its own"
+            if runner.no_graph:
+                row["note"] = f"no CUDA graph: {runner.no_graph}"
                 return clocks
             try:
                 clocks[name, "graph_us"] = timing.GraphClock(job(), seconds)

@@ -96,7 +96,8 @@ def _measure(
         torch.set_num_threads(settings.threads)
     try:
         if case.on_gpu:
-            torch.cuda.set_device(torch.device(case.device))
+            # "cuda" names the current one, and has no index, which this function asks for.
+            torch.cuda.set_device(torch.device(case.device).index or 0)
             # CUDA graphs can't be captured on the default stream, nor while work waits for it.
             torch.cuda.set_stream(torch.cuda.Stream())
         Measurement(case, settings, gpu, pipe.send).run(cells)

@@ -81,7 +81,9 @@ class FlashRNN(Peer):
             shape = (-1, case.B, case.H)
             return output.reshape(shape), final.reshape(shape)
 
-        return Runner(forward, parameters, plan=lambda: self._backend)
+        # After an attempt to capture it, its process can't use the GPU any more.
+        why = "it waits for the GPU"
+        return Runner(forward, parameters, plan=lambda: self._backend, no_graph=why)
 
 
 def gpu_info(device_id: int) -> dict[str, int]:

@@ -61,7 +61,12 @@ class GraphedLoop(Loop):
         sample = workload.tokens.detach().clone().requires_grad_()
         # Capturing replaces the forward of the module, so it gets a module of its own.
         graphed: Any = torch.cuda.make_graphed_callables(WrittenOut(module, case), (sample,))
-        return Runner(graphed, list(module.parameters()), uncaptured=loop)
+        return Runner(
+            graphed,
+            list(module.parameters()),
+            uncaptured=loop,
+            no_graph="it replays some of its own",
+        )
 
 
 class WrittenOut(nn.Module):

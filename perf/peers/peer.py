@@ -28,6 +28,7 @@ class Runner:
         context: Switches that are set during the calls, forward and backward. It is entered for
             each sample, not for each call, because entering takes time.
         uncaptured: Does the same as ``forward``, if that replays a CUDA graph.
+        no_graph: Why its calls can't be captured in a CUDA graph; empty if they can.
     """
 
     forward: Forward
@@ -35,6 +36,7 @@ class Runner:
     plan: Callable[[], str] = str
     context: Context = nullcontext
     uncaptured: Forward | None = None
+    no_graph: str = ""
 
 
 class Peer(ABC):

@@ -12,6 +12,7 @@ import glob
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -127,7 +128,7 @@ def steps(out: Path, device: str) -> list[Step]:
     for plan in (*PLANS, f"not ({' or '.join(PLANS)})"):
         test(f"tests {plan if plan in PLANS else 'of all plans'}", f"{KERNEL_TESTS} -k '{plan}'")
     for path in sorted((environment.CHECKOUT / "tests").glob("*/test_*.py")):
-        if "mark.gpu" in path.read_text():
+        if re.search(r"mark\.gpu|on_gpu", path.read_text()):
             arguments = f"{path.relative_to(environment.CHECKOUT)} -m gpu"
             test(f"gpu {path.stem.removeprefix('test_')}", arguments, needs_gpu)
 

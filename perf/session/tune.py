@@ -103,7 +103,8 @@ def read(folder: Path) -> pd.DataFrame:
     if not found:
         return pd.DataFrame()
     rows = pd.concat(found).sort_values("when")
-    return rows.drop_duplicates([name for name in KEY if name in rows], keep="last")
+    key = [name for name in KEY if name in rows]
+    return rows.drop_duplicates(key, keep="last", ignore_index=True)
 
 
 def side_by_side(trials: pd.DataFrame, serving: pd.DataFrame) -> pd.DataFrame:

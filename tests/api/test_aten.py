@@ -276,6 +276,31 @@ def test_program_on_a_gpu_walks_in_no_pass(case, walks):
     assert_same_results(named_as_in_module(got), run(case, theirs, *case.tensors()))
 
 
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("error:RNN module weights are not part of single")
+@pytest.mark.parametrize("how", ["eager", "exported", "trial"])
+@pytest.mark.parametrize("layout", ["batch-first", "packed"])
+def test_users_are_not_warned_of_where_weights_lie(layout, how, capfd):
+    """torch.nn.RNN keeps those in bfloat16 in no buffer, and is warned of it in each call."""
+    case = Case(L=2, D=2, layout=layout, dtype=torch.bfloat16, device="cuda")
+    module = case.module(tritonrnn.RNN)
+    data, hx = case.tensors()
+    if how == "trial":
+        sizes = case.input(data).batch_sizes if case.is_packed else None
+        settings = sizes, "packed" if case.is_packed else "batch_major", "tanh", True
+        weights = list(module.parameters())
+        with torch.no_grad():
+            aten.forward_with_reserve(data, hx, weights, *settings, num_layers=2)
+    else:
+        with tritonrnn.backend("torch"):
+            called = program_of(module, case, how) if how == "exported" else module
+            run(case, called, data, hx)
+            with torch.no_grad():
+                called(case.input(data), hx)
+    # Where torch can't hand a warning to Python, it prints it.
+    assert "RNN module weights" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("how", ["exported", "aot_eager"])
 def test_program_that_needs_no_gradient_reserves_nothing(how, mode, kernels):
@@ -328,7 +353,7 @@ def test_what_is_longer_than_cudnn_takes_is_walked():
     assert plans == ["aten", "in-place"]
 
 
-@pytest.mark.feature("more than 65,535 steps")
+@pytest.mark.feature("more than 65,535 steps", nn_on_gpu="no")
 @pytest.mark.gpu
 def test_65536_steps_run_and_train(implementation):
     case = implementation.of(Case(T=65536, B=1, H=4, dtype=torch.bfloat16))

@@ -85,10 +85,9 @@ ON_CUDA = [
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=DTYPE_NAMES.get)
 @pytest.mark.parametrize("case", ON_CUDA, ids=str)
-def test_autocast_on_cuda_follows_torchs_rules(case, dtype):
+def test_autocast_on_cuda_returns_its_dtype_as_accurately_as_torch(case, dtype):
     """With 33 hidden units the kernels serve the call, with 512 perhaps torch."""
     with tritonrnn.backend("auto"):
         assert_autocast_as_accurate(case, dtype, torch.float32)

@@ -614,22 +614,13 @@ def test_off_makes_no_trial(bench, verified, monkeypatch):
 
 
 @pytest.mark.slow
-def test_environment_is_read_once_and_checked(tmp_path):
+def test_environment_says_whether_trials_are_made():
     program = """
-        import os
-        os.environ["TRITON_INTERPRET"] = "1"
-        os.environ["TRITONRNN_AUTOTUNE"] = {value!r}
-        import torch, tritonrnn
-        try:
-            tritonrnn.RNN(3, 5)(torch.ones(4, 2, 3))
-            from tritonrnn import autotune
-            print(autotune.mode())
-        except ValueError as error:
-            print(error)
+        from tritonrnn import autotune
+        print(autotune.mode())
     """
-    assert run_alone(program.format(value="off")).strip() == "off"
-    assert run_alone(program.format(value="")).strip() == "on"
-    assert "TRITONRNN_AUTOTUNE: expected one of" in run_alone(program.format(value="maybe"))
+    for value, mode in {"off": "off", "": "on"}.items():
+        assert run_alone(program, TRITONRNN_AUTOTUNE=value).strip() == mode
 
 
 def test_forced_triton_takes_the_first_plan_that_is_not_known_to_be_wrong(bench, monkeypatch):

@@ -17,7 +17,16 @@ from tritonrnn.precision import rounds_to_tf32
 
 pytestmark = pytest.mark.gpu
 
-SIZES = [(16, 64), (64, 128), (200, 256), (64, 512), (33, 1024), (8, 1999)]
+# On an H100 every plan has every dtype, both nonlinearities and both layouts, cooperative and
+# stepwise at more sizes than the others fit. Not their product: each compiles for some seconds.
+CALLS = [
+    (200, 256, torch.bfloat16, "tanh", "padded"),
+    (64, 128, torch.float16, "relu", "packed"),
+    (16, 64, torch.float32, "tanh", "packed"),
+    (64, 512, torch.float32, "relu", "packed"),
+    (33, 1024, torch.float16, "tanh", "padded"),
+    (8, 1999, torch.bfloat16, "relu", "packed"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -31,17 +40,14 @@ def _no_records(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mapped", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 @pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=DTYPE_NAMES.get
+    ("B", "H", "dtype", "nonlinearity", "layout"), CALLS, ids=lambda x: DTYPE_NAMES.get(x, str(x))
 )
-@pytest.mark.parametrize(("B", "H"), SIZES, ids=str)
-def test_every_plan_is_right_on_this_device(B, H, dtype, nonlinearity, mapped):
+def test_every_plan_is_right_on_this_device(B, H, dtype, nonlinearity, layout):
     device = torch.device("cuda", torch.cuda.current_device())
     call = autotune.Call(
         device, dtype, rounds_to_tf32(device, dtype), T=100, B=B, I=H, G=2, H=H, L=1,
-        nonlinearity=nonlinearity, mapped=mapped, ragged=False, hx=True, training=True,
+        nonlinearity=nonlinearity, mapped=layout == "packed", ragged=False, hx=True, training=True,
         torch_path="aten",
     )  # fmt: skip
     tuner = autotune.tuner_of(device)

@@ -23,6 +23,8 @@ pytestmark = [
     pytest.mark.usefixtures("torch_back_end"),
     # torch's compiler imports modules of its own that warn.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    # Nor do its hints for GPUs matter here: of TF32, of a softmax that it splits.
+    pytest.mark.filterwarnings("ignore::UserWarning:torch._inductor"),
 ]
 
 
@@ -106,7 +108,7 @@ def test_compiled_model_is_one_graph_for_every_length_and_batch(
         assert {"tanh", "log_softmax", "square"} <= set(calls)
 
 
-@pytest.mark.feature('`torch.compile(mode="reduce-overhead")`')
+@pytest.mark.feature('`torch.compile(mode="reduce-overhead")`', nn_on_gpu="no")
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["time-major", "packed"])
 def test_compiled_model_runs_as_cuda_graphs(layout, implementation):
@@ -120,9 +122,31 @@ def test_compiled_model_runs_as_cuda_graphs(layout, implementation):
         torch.compiler.cudagraph_mark_step_begin()
         got = [result.clone() for result in model.results(compiled, other)]
         torch.testing.assert_close(got, model.results(model, other), rtol=1e-3, atol=1e-4)
-    # batch_sizes lie on the CPU, which keeps a graph that takes them out.
+    # batch_sizes lie on the CPU, which keeps the layers of packed batches out.
     is_ours = implementation.rnn is not torch.nn.RNN
     assert layout == "packed" or not is_ours or counters["inductor"]["cudagraph_skips"] == 0
+
+
+class OtherLengths(Case):
+    """As many sequences, steps and rows as a packed case has by default."""
+
+    def lengths(self) -> torch.Tensor:
+        return torch.tensor([7, 6, 3, 2, 1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["torch", "triton"], indirect=True)
+def test_replayed_program_reads_batch_sizes_anew(implementation):
+    case, other = (
+        implementation.of(kind(layout="packed", L=2, D=2)) for kind in (Case, OtherLengths)
+    )
+    assert case.lengths().sum() == other.lengths().sum()
+    model = Tagger(case, implementation.rnn)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for given in (case, case, case, other, case):
+        torch.compiler.cudagraph_mark_step_begin()
+        got = [result.clone() for result in model.results(compiled, given)]
+        torch.testing.assert_close(got, model.results(model, given), rtol=1e-3, atol=1e-4)
 
 
 def test_compiled_model_checks_its_input():

@@ -116,6 +116,12 @@ def test_model_without_an_rnn_is_left_alone():
     assert [type(module) for module in model] == [nn.Linear, nn.Tanh]
 
 
+@pytest.mark.parametrize(("model", "name"), [(3, "int"), (nn.RNN, "type")], ids=["int", "class"])
+def test_what_is_no_module_is_a_type_error(model, name):
+    with pytest.raises(TypeError, match=rf"^Expected model to be a torch\.nn\.Module, got {name}$"):
+        tritonrnn.convert(model)
+
+
 def test_optimizer_built_before_still_trains():
     curves = []
     for converted in (False, True):

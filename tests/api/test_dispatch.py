@@ -190,15 +190,16 @@ def test_environment_sets_the_default_and_the_context_wins():
 
 
 @pytest.mark.slow
-def test_environment_that_names_no_back_end_raises():
+@pytest.mark.parametrize("variable", ["TRITONRNN_BACKEND", "TRITONRNN_AUTOTUNE"])
+def test_misspelt_environment_raises_at_import(variable):
     program = """
         try:
             import tritonrnn
         except ValueError as error:
             print(error)
     """
-    printed = run_alone(program, TRITONRNN_BACKEND="cudnn")
-    assert re.match(r"TRITONRNN_BACKEND: .* got 'cudnn'", printed)
+    printed = run_alone(program, **{variable: "cudnn"})
+    assert re.match(rf"{variable}: expected one of .* got 'cudnn'", printed)
 
 
 def test_forced_triton_refuses_cpu_tensors_outside_the_interpreter(monkeypatch):

@@ -37,7 +37,7 @@ LEVELS = [
     {"paths.__init__"},
     {"ragged"},
     {"layout"},
-    {"memo", "nested", "precision"},
+    {"environment", "memo", "nested", "precision"},
 ]
 # Only where Triton is to be used.
 WITH_TRITON = ("kernels", "autotune")

@@ -59,6 +59,16 @@ def test_elman_passes_opcheck_where_nothing_is_trained():
     opcheck(torch.ops.tritonrnn.elman.with_reserve, CALLS[0].forward())
 
 
+def test_operators_of_sizes_on_the_cpu_pass_opcheck_and_stay_out_of_cuda_graphs():
+    operators, call = torch.ops.tritonrnn, CALLS[8]
+    for operator, arguments in (
+        (operators.elman.sizes_on_cpu, call.forward(requires_grad=True)),
+        (operators.elman_backward.sizes_on_cpu, call.backward()),
+    ):
+        assert torch.Tag.cudagraph_unsafe in operator.tags
+        opcheck(operator, arguments)
+
+
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_elman_backward_passes_opcheck(call):
     opcheck(torch.ops.tritonrnn.elman_backward.default, call.backward())

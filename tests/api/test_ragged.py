@@ -422,6 +422,15 @@ def test_unbatched_sequence_can_be_reset():
     torch.testing.assert_close(h_n, last)
 
 
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time-major", "batch-first"])
+def test_empty_batch_can_be_reset(batch_first):
+    module = tritonrnn.RNN(I, 4, batch_first=batch_first, bidirectional=True)
+    grid = (0, T) if batch_first else (T, 0)
+    output, h_n = module(torch.zeros(*grid, I), reset=torch.zeros(grid, dtype=torch.bool))
+    (output.sum() + h_n.sum()).backward()
+    assert all(torch.count_nonzero(weight.grad) == 0 for weight in module.parameters())
+
+
 SMALL = [Ragged("zeros", D=2, H=2), Ragged("short", reset=True, L=2, D=2, H=2, batch_first=True)]
 
 

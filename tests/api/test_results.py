@@ -81,7 +81,9 @@ FEWER = [
 def test_results_are_as_accurate_as_torch(case, implementation):
     case = implementation.of(case)
     kinks = case.nonlinearity == "relu" and case.dtype in (torch.bfloat16, torch.float16)
-    draws = [replace(case, seed=seed) for seed in range(5 if kinks else 1)]
+    # The error of what has a few elements, as hx and the biases of one sequence, is luck in one.
+    count = 5 if kinks else 3 if case.layout == "unbatched" else 1
+    draws = [replace(case, seed=seed) for seed in range(count)]
     assert_accurate_over(draws, module_class=implementation.rnn)
 
 
@@ -242,11 +244,12 @@ def test_one_result_alone_can_be_differentiated(which, layout):
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.feature("backward in eval mode")
+@pytest.mark.feature("backward in eval mode", nn_on_gpu="no")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @here_and_on_gpu
 def test_backward_works_in_eval_mode(layout, where, implementation):
-    dtype = torch.bfloat16 if where == "on-gpu" else torch.float64
+    # On a GPU float32 may round to TF32, which a CPU does not know.
+    dtype = torch.bfloat16 if implementation.device == "cuda" else torch.float64
     case = implementation.of(Case(layout=layout, L=2, D=2, dropout=0.5, dtype=dtype))
     got = run(case, case.module(implementation.rnn).eval(), *case.tensors())
     assert_as_accurate_as_on_cpu(case, got)

@@ -17,12 +17,8 @@ from tests.support.cases import DTYPE_NAMES, Case, assert_same_results, plain, r
 from tests.support.implementations import implementations
 from tests.support.oracle import assert_as_accurate
 
-pytestmark = [
-    # cuDNN warns of weights that torch.nn.RNN no longer keeps in one buffer.
-    pytest.mark.filterwarnings("ignore:RNN module weights are not part of single"),
-    # In the interpreter NumPy warns where IEEE arithmetic is meant to give infinity or NaN.
-    pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),
-]
+# In the interpreter NumPy warns where IEEE arithmetic is meant to give infinity or NaN.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 
 STEPS = 2
 SMALLEST = Case(T=2, B=2, I=3, H=5, L=2, device="cuda" if torch.cuda.is_available() else "cpu")

@@ -16,7 +16,7 @@ copies.set_forkserver_preload(["torch"])
 
 def run_alone(program: str, **variables: str) -> str:
     """Return what a program prints, run with no variable that tritonrnn reads but these."""
-    unset = ("TRITON_INTERPRET", "TRITONRNN_BACKEND")
+    unset = ("TRITON_INTERPRET", "TRITONRNN_AUTOTUNE", "TRITONRNN_BACKEND")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     with tempfile.TemporaryDirectory() as folder:
         arguments = textwrap.dedent(program), environment | variables, folder

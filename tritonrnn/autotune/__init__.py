@@ -9,9 +9,8 @@ Import this package only where Triton is to be used: the rest of tritonrnn works
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -19,8 +18,9 @@ from tritonrnn.autotune.bench import Bench
 from tritonrnn.autotune.calls import Call
 from tritonrnn.autotune.records import Kernel
 from tritonrnn.autotune.store import stored_rows
-from tritonrnn.autotune.tuner import SERVING, Decision, Mode, Tuner
+from tritonrnn.autotune.tuner import SERVING, Decision, Tuner
 from tritonrnn.autotune.tuner import standing as standing
+from tritonrnn.environment import AUTOTUNE, Mode
 from tritonrnn.kernels.cost import rank_plans
 from tritonrnn.kernels.devices import device_of
 from tritonrnn.kernels.plan import LaunchPlan, Problem
@@ -28,11 +28,7 @@ from tritonrnn.kernels.plan import LaunchPlan, Problem
 # The devices on which trials run, by torch's type. The interpreter's is added by tests only.
 BENCHES: dict[str, Callable[[torch.device], Bench]] = {"cuda": Bench}
 
-
-# Read once: every call asks for it.
-_asked = os.environ.get("TRITONRNN_AUTOTUNE") or "on"
-if _asked not in get_args(Mode):
-    raise ValueError(f"TRITONRNN_AUTOTUNE: expected one of {get_args(Mode)}, got {_asked!r}")
+_asked = AUTOTUNE
 
 
 def mode() -> Mode:
@@ -43,7 +39,7 @@ def mode() -> Mode:
     is_repeatable = (
         torch.are_deterministic_algorithms_enabled() or torch._C._get_cudnn_deterministic()
     )
-    return "verify" if is_repeatable and _asked == "on" else _asked  # type: ignore[return-value]
+    return "verify" if is_repeatable and _asked == "on" else _asked
 
 
 def decide(call: Call, asked: Mode, *, forced: bool = False, may_try: bool = False) -> Decision:

@@ -6,11 +6,10 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -19,12 +18,11 @@ from tritonrnn.autotune.bench import Bench, is_of_capture, is_traced
 from tritonrnn.autotune.calls import Call
 from tritonrnn.autotune.records import UNTIMED, Kernel, Key, Record, one_line
 from tritonrnn.autotune.store import Store, log
+from tritonrnn.environment import Mode
 from tritonrnn.kernels.cost import rank_plans
 from tritonrnn.kernels.devices import device_of
 from tritonrnn.kernels.launch import is_plan_forced
 from tritonrnn.kernels.plan import LaunchPlan
-
-Mode = Literal["on", "verify", "off"]
 
 # Plans of a ranking that are tried at most: the first call of a class waits for them.
 MAX_TRIALS = 3
@@ -133,14 +131,14 @@ class Tuner:
                         if is_of_capture(error):
                             return decision
                         raise
-                    with self._compiling(call, candidates) as compiled:
-                        while decision.missing is not None:
-                            record = self._try(decision.missing, call, plans, compiled)
-                            if record is None:
-                                break
-                            if record.verdict == "wrong":
-                                wrong.append(record)
-                            decision = self._look(call, plans, candidates, asked)
+                    compiled: dict[Kernel, Future[None]] = {}
+                    while decision.missing is not None:
+                        record = self._try(decision.missing, call, plans, compiled)
+                        if record is None:
+                            break
+                        if record.verdict == "wrong":
+                            wrong.append(record)
+                        decision = self._look(call, plans, candidates, asked)
         finally:
             self._lock.release()
             # What was decided before there were these records.
@@ -212,13 +210,15 @@ class Tuner:
         key: Key,
         call: Call,
         plans: Sequence[LaunchPlan],
-        compiled: Mapping[Kernel, Future[None]],
+        compiled: dict[Kernel, Future[None]],
     ) -> Record | None:
         """Make the trial of a key, and remember what it finds; None if a capture hinders it."""
         started = time.perf_counter()
         mark = None
         try:
-            if isinstance(key, Kernel) and key in compiled:
+            if isinstance(key, Kernel):
+                if key not in compiled:
+                    compiled |= self._compile(call, key.plan)
                 compiled[key].result()
             # From here on, a fault may end the process.
             mark = self.store.start(key)
@@ -258,22 +258,18 @@ class Tuner:
         log.info("%s (%s, %.2f s)", found.cause, key, found.seconds)
         return found
 
-    @contextmanager
-    def _compiling(
-        self, call: Call, plans: Sequence[LaunchPlan]
-    ) -> Iterator[Mapping[Kernel, Future[None]]]:
-        """Compile the kernels of all plans in parallel, those of the first plan first."""
-        kernels = [kernel for plan in plans for kernel in call.kernels(plan.name)]
-        pool = ThreadPoolExecutor(min(MOST_COMPILERS, os.cpu_count() or 1))
-        try:
-            yield {
+    def _compile(self, call: Call, plan: str) -> dict[Kernel, Future[None]]:
+        """Compile the kernels of a plan in parallel, and wait for them.
+
+        Not those of the next plan, which is rarely tried: Python's part of the work would go on
+        beside the caller's first steps, and take time from them.
+        """
+        kernels = [kernel for kernel in call.kernels(plan) if self.store.get(kernel) is None]
+        with ThreadPoolExecutor(min(MOST_COMPILERS, os.cpu_count() or 1)) as pool:
+            return {
                 kernel: pool.submit(verification.precompile(kernel, self.bench))
                 for kernel in kernels
-                if self.store.get(kernel) is None
             }
-        finally:
-            # Nobody waits for those that are not needed any more.
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _why(record: Record) -> str:

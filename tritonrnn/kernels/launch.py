@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from tritonrnn.kernels.common import Constants
 from tritonrnn.kernels.cooperative import CooperativeConstants, cooperative_kernel
 from tritonrnn.kernels.devices import device_of
+from tritonrnn.kernels.launcher import launcher
 from tritonrnn.kernels.plan import (
     PLANS,
     LaunchPlan,
@@ -27,9 +29,10 @@ from tritonrnn.kernels.resident import ResidentConstants, resident_kernel
 from tritonrnn.kernels.stepwise import StepwiseConstants, stepwise_kernel
 from tritonrnn.layout import SequenceLayout
 
+_INTERPRETED = triton.knobs.runtime.interpret
 # Polls until a program gives up waiting: some seconds on a GPU, where a poll is a round trip to L2,
 # and as long in the interpreter, at 50 microseconds a poll.
-MAX_SPINS = 200_000 if triton.knobs.runtime.interpret else 20_000_000
+MAX_SPINS = 200_000 if _INTERPRETED else 20_000_000
 # In a trial 0.2 s at most, were a poll to take a microsecond.
 MAX_SPINS_IN_TRIAL = MAX_SPINS // 100
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -117,25 +120,33 @@ def recurrence(
     ends = None
     if with_ends and not is_split:
         ends = _empty_ends(a, layout, problem, otherwise)
-    kernel, programs = kernel_of(plan), grid(problem, plan)
     arguments = kernel_arguments(a, v_0, M, aux, ends, layout, problem, reverse, plan)
-    with torch.cuda.device(a.device) if a.is_cuda else nullcontext():
+    kernel, programs = kernel_of(plan), grid(problem, plan)
+    _, compiled_for = _compiled_for(problem, plan)
+    with _current_device(a):
         if compile_only:
             first_step = {"step": 0} if plan.name == "stepwise" else {}
             kernel.warmup(grid=programs, **first_step, **arguments)
             return ends
-        run = kernel[programs]
         if plan.name == "stepwise":
+            launch = launcher(kernel, programs, arguments | {"step": 0}, compiled_for)
             for step in range(max(layout.T, 1)):
-                run(step=step, **arguments)
+                launch(step=step)
         else:
-            run(**arguments)
+            launcher(kernel, programs, arguments, compiled_for)()
         if plan.waits:
             if _trial.counters is None:
                 check_barrier(arguments["counters_ptr"], plan)
             else:
                 _trial.counters.append(arguments["counters_ptr"])
     return layout.final_states(a, reverse, otherwise) if with_ends and is_split else ends
+
+
+def _current_device(a: Tensor) -> AbstractContextManager[object]:
+    """Make the device of a tensor the current one; to enter a context costs more than to ask."""
+    if not a.is_cuda or a.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(a.device)
 
 
 def _empty_ends(
@@ -327,6 +338,23 @@ def kernel_arguments(
         "stride_m_row": M.stride(1),
         "stride_m_column": M.stride(2),
         "reverse_groups": sum(1 << group for group, backwards in enumerate(reverse) if backwards),
+        **_compiled_for(problem, plan)[0],
+    }
+    if plan.name == "cooperative":
+        arguments["counters_ptr"] = barrier_counters(problem, plan, a.device)
+        arguments["max_spins"] = MAX_SPINS if _trial.counters is None else MAX_SPINS_IN_TRIAL
+    return arguments
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled_for(
+    problem: Problem, plan: LaunchPlan
+) -> tuple[dict[str, Any], tuple[Hashable, ...]]:
+    """Return the arguments that a kernel is compiled for, and what stands for them.
+
+    They are its constants and the compiler's options.
+    """
+    arguments: dict[str, Any] = {
         "C": _constants(problem, plan),
         "num_warps": plan.num_warps,
         "num_stages": 1 if plan.name == "stepwise" and _LACKS_FENCES else plan.num_stages,
@@ -334,13 +362,10 @@ def kernel_arguments(
     registers = max_registers(problem, plan)
     if registers is not None:
         arguments["maxnreg"] = registers
-    if plan.name == "cooperative":
-        arguments["counters_ptr"] = barrier_counters(problem, plan, a.device)
-        arguments["max_spins"] = MAX_SPINS if _trial.counters is None else MAX_SPINS_IN_TRIAL
-        if not triton.knobs.runtime.interpret:
-            # The driver refuses a grid whose programs can't all run at the same time.
-            arguments["launch_cooperative_grid"] = True
-    return arguments
+    if plan.name == "cooperative" and not _INTERPRETED:
+        # The driver refuses a grid whose programs can't all run at the same time.
+        arguments["launch_cooperative_grid"] = True
+    return arguments, (plan.name, *arguments.values())
 
 
 def _constants(problem: Problem, plan: LaunchPlan) -> Constants:
@@ -349,7 +374,7 @@ def _constants(problem: Problem, plan: LaunchPlan) -> Constants:
         "H": problem.H,
         "EPILOGUE": plan.epilogue,
         "PRECISION": plan.precision,
-        "INTERPRETED": triton.knobs.runtime.interpret,
+        "INTERPRETED": _INTERPRETED,
         "BLOCK_H": plan.block_h,
         "BLOCK_B": plan.block_b,
     }

@@ -109,12 +109,12 @@ def forward_with_reserve(
         ``output``, ``h_n``, the reserve, and the buffer in which the kernels have the weights.
     """
     arguments, is_transposed = _arguments(input, hx, weights, num_layers, *settings)
+    # Not by torch.ops, which hands no warning to Python: it would be printed, or raised later.
+    run: Any = torch._cudnn_rnn if torch.version.hip is None else torch.miopen_rnn
+    if torch.version.hip is None:
+        arguments["weight_buf"] = None
     with _ignoring_scattered_weights():
-        if torch.version.hip is None:
-            results = torch.ops.aten._cudnn_rnn(**arguments, weight_buf=None)
-        else:
-            results = torch.ops.aten.miopen_rnn(**arguments)
-    output, h_n, _, reserve, weight_buf = results
+        output, h_n, _, reserve, weight_buf = run(**arguments)
     if is_transposed:
         output = output.transpose(0, 1).contiguous()
     return output, h_n, reserve, weight_buf
