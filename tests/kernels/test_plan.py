@@ -115,12 +115,12 @@ def test_cooperative_interleaves_where_registers_allow(arch, H, dtype, epilogue,
 @pytest.mark.parametrize(
     ("arch", "dtype", "tf32", "H", "block_h", "block_b"),
     [
-        # wgmma takes 64 rows and 16 sequences.
+        # By wgmma, of 64 rows and 16 sequences.
         ("sm_90", "bf16", False, 1667, 64, 16),
         ("sm_90", "bf16", False, 1668, 32, 16),
         ("sm_90", "fp32", True, 769, 64, 16),
         ("sm_90", "fp32", True, 1024, 32, 8),
-        # mma.sync, also where wgmma would fit.
+        # By mma.sync, also where wgmma would fit, but be waited for.
         ("sm_90", "fp32", False, 129, 32, 8),
         ("sm_90", "fp32", False, 832, 32, 8),
         ("sm_90", "fp32", False, 1024, 16, 8),

@@ -248,7 +248,9 @@ def cooperative_plan(problem: Problem, device: Device) -> LaunchPlan | None:
         for block_h in rows
         if block_h <= _most_rows(device)
     )
-    return next((plan for plan in plans if plan is not None), None)
+    fitting = [plan for plan in plans if plan is not None]
+    # The first one that reads the state in four parts, or fewer; else the one of the fewest.
+    return max(fitting, key=lambda plan: min(4 * plan.block_read, problem.H), default=None)
 
 
 def _cooperative_plan(problem: Problem, device: Device, block_h: int) -> LaunchPlan | None:
@@ -288,15 +290,19 @@ def _cooperative_plan(problem: Problem, device: Device, block_h: int) -> LaunchP
         # Wider products lose accuracy (common.dot_acc), and 16 columns are the fewest. Of many
         # hidden units torch's own error is larger, and Triton takes half a minute over 64 tiles.
         block_k = 16 if problem.H <= 512 else 32
+    if problem.has_odd_rows and by_wgmma:
+        # Their elements are loaded one by one, to a register each: 32 a thread.
+        at_once_bytes = 32 * num_warps * 32 * problem.item_bytes
+    elif problem.has_odd_rows and problem.dtype != "fp32":
+        at_once_bytes = block_b * block_k * problem.item_bytes
     tiles = cdiv(problem.H, block_k)
     tile_bytes = block_k * problem.item_bytes * (2 if precision == "tf32x3" else 1)
     weight_bytes = block_h * tiles * tile_bytes
     # All of the state that there is room for beside the weights is read at once, for each read
-    # takes a round trip to L2. But 16-bit elements of odd rows take a register each, as what is
-    # loaded for wgmma does.
+    # takes a round trip to L2.
     spare_bytes = max(0, device.shared_bytes - weight_bytes - RESERVED_BYTES)
     at_once = min(
-        1 if problem.has_odd_rows and (by_wgmma or problem.dtype != "fp32") else tiles,
+        tiles,
         spare_bytes // (block_b * tile_bytes),
         at_once_bytes // (block_b * block_k * problem.item_bytes),
     )
@@ -399,7 +405,8 @@ def max_registers(problem: Problem, plan: LaunchPlan) -> int | None:
         # Told, it loads the next tiles beside the product that it makes, even where the registers
         # for that have to be spilled (bf16 H 1032 on sm_86 and sm_120). Not told, it does so for
         # odd rows (bf16 H 1023 and fp16 H 333 on sm_89), but not for Blackwell.
-        return 200 if problem.has_odd_rows and not device.is_blackwell else None
+        is_told = problem.has_odd_rows and problem.dtype != "fp32" and not device.is_blackwell
+        return 200 if is_told else None
     return min(255, device.register_bytes // (4 * device.warp_size * plan.num_warps))
 
 
