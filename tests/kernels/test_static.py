@@ -196,11 +196,11 @@ COSTS = {
     Kernel("resident", "sm_90", "fp16", 64, "tanh", "padded"): Cost(
         "hgmma", 2, one_instruction_for_tanh
     ),
-    Kernel("registers", "sm_90", "fp16", 252, "tanh"): Cost("hgmma", 1, overlaps),
-    Kernel("registers", "sm_90", "bf16", 256, "tanh_grad"): Cost("hgmma", 1, overlaps),
+    Kernel("registers", "sm_90", "fp16", 128, "tanh"): Cost("hgmma", 1, overlaps),
+    Kernel("registers", "sm_90", "bf16", 256, "tanh_grad"): Cost("hmma", 1, overlaps_mma_sync),
     Kernel("registers", "sm_90", "bf16", 98, "tanh_grad"): Cost("hgmma", 1, overlaps),
     Kernel("registers", "sm_90", "fp16", 64, "relu_grad"): Cost("hgmma", 1, overlaps),
-    Kernel("registers", "sm_90", "tf32", 128, "tanh_grad"): Cost("hgmma", 1, overlaps),
+    Kernel("registers", "sm_90", "tf32", 128, "tanh_grad"): Cost("hmma", 1, overlaps_mma_sync),
     Kernel("registers", "sm_80", "bf16", 256, "tanh_grad"): Cost("hmma", 1, overlaps_mma_sync),
     Kernel("registers", "sm_80", "fp16", 64, "tanh", "padded"): Cost("hmma", 1, overlaps_mma_sync),
     Kernel("registers", "sm_86", "bf16", 255, "relu_grad"): Cost("hmma", 1, overlaps_mma_sync),

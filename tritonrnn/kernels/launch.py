@@ -21,6 +21,7 @@ from tritonrnn.kernels.plan import (
     PLANS,
     LaunchPlan,
     Problem,
+    cdiv,
     max_registers,
     plan_named,
     uses_wgmma,
@@ -244,7 +245,7 @@ def kernel_of(plan: LaunchPlan) -> Any:
 
 def grid(problem: Problem, plan: LaunchPlan) -> tuple[int, int, int]:
     """Return the programs by batch block (or CTA group), block of hidden units and group."""
-    blocks_b, blocks_h = triton.cdiv(problem.B, plan.block_b), triton.cdiv(problem.H, plan.block_h)
+    blocks_b, blocks_h = cdiv(problem.B, plan.block_b), cdiv(problem.H, plan.block_h)
     if plan.name == "cooperative":
         blocks_b = plan.programs // (blocks_h * problem.G)
     return blocks_b, blocks_h, problem.G
@@ -299,15 +300,24 @@ def kernel_arguments(
     """
     B, G, H = problem.B, problem.G, problem.H
     assert a.shape == (layout.N, G * H)
+    assert a.is_contiguous()
+    assert a.data_ptr() % 16 == 0
     assert M.shape == (G, H, H)
-    assert v_0 is None or v_0.shape == (G, B, H)
-    assert aux is None or aux.shape == a.shape
+    assert M.dtype == a.dtype
     assert (aux is not None) == problem.epilogue.endswith("_grad")
-    assert v_0 is None or v_0.dtype in (torch.float32, a.dtype)
-    assert ends is None or ends.shape == (G, B, H)
-    assert all(matrix is None or matrix.dtype == a.dtype for matrix in (M, aux, ends))
-    assert all(rows is None or rows.is_contiguous() for rows in (a, v_0, aux, ends))
-    assert all(rows is None or rows.data_ptr() % 16 == 0 for rows in (a, aux))
+    if v_0 is not None:
+        assert v_0.shape == (G, B, H)
+        assert v_0.is_contiguous()
+        assert v_0.dtype in (torch.float32, a.dtype)
+    if aux is not None:
+        assert aux.shape == a.shape
+        assert aux.is_contiguous()
+        assert aux.data_ptr() % 16 == 0
+        assert aux.dtype == a.dtype
+    if ends is not None:
+        assert ends.shape == (G, B, H)
+        assert ends.is_contiguous()
+        assert ends.dtype == a.dtype
     assert plan.epilogue in (problem.epilogue, f"{problem.epilogue}_approx")
     # One bit a group, in an argument of 32 bits.
     assert G < 32
@@ -337,13 +347,19 @@ def kernel_arguments(
         "stride_m_group": M.stride(0),
         "stride_m_row": M.stride(1),
         "stride_m_column": M.stride(2),
-        "reverse_groups": sum(1 << group for group, backwards in enumerate(reverse) if backwards),
+        "reverse_groups": _bits(reverse),
         **_compiled_for(problem, plan)[0],
     }
     if plan.name == "cooperative":
         arguments["counters_ptr"] = barrier_counters(problem, plan, a.device)
         arguments["max_spins"] = MAX_SPINS if _trial.counters is None else MAX_SPINS_IN_TRIAL
     return arguments
+
+
+@functools.cache
+def _bits(reverse: tuple[bool, ...]) -> int:
+    """Return a number that has the bit of each group that walks backwards."""
+    return sum(1 << group for group, backwards in enumerate(reverse) if backwards)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -178,7 +178,7 @@ def resident_plan(problem: Problem, device: Device) -> LaunchPlan | None:
 def registers_plan(problem: Problem, device: Device) -> LaunchPlan | None:
     """Keep W_hh in one multiprocessor's registers. Return None if it does not fit.
 
-    On Hopper by ``wgmma``, elsewhere, and where that does not serve, by ``mma.sync``.
+    By ``mma.sync``, or on Hopper by ``wgmma`` where :func:`uses_wgmma`.
     """
     # Of the interpreter neither: it does not know Gluon.
     if not device.has_mma_sync:
@@ -221,12 +221,11 @@ def registers_plan(problem: Problem, device: Device) -> LaunchPlan | None:
 
 def uses_wgmma(problem: Problem, device: Device) -> bool:
     """Return whether the registers plan makes its products by Hopper's ``wgmma``."""
-    # Not for what the kernel loads to registers, nor for products of fp32 accuracy, which begin
-    # from zero and are narrow (common.dot_acc): one wgmma has all of W_hh. And of 256 odd rows 512
-    # threads have too few registers.
-    most = 128 if problem.has_odd_rows else 256
-    narrow = _precision(problem, device) == "tf32x3"
-    return device.has_wgmma and not problem.has_odd_words and not narrow and problem.H <= most
+    # Up to 128 units of 16 bits: on an H100 a step takes 0.25 us there, and 0.28 by mma.sync. But
+    # 0.67 of 256 units, whose wgmma of 8 columns take as long as of more, and 0.53 by mma.sync;
+    # and 0.43 and 0.39 in TF32. Not for what the kernel loads to registers.
+    is_small = problem.dtype != "fp32" and problem.H <= 128
+    return device.has_wgmma and is_small and not problem.has_odd_words
 
 
 def cooperative_plan(problem: Problem, device: Device) -> LaunchPlan | None:
