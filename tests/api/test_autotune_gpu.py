@@ -125,7 +125,7 @@ FIRST_CALL = """
 
 
 @pytest.mark.slow
-def test_first_call_takes_30_seconds_at_most_and_1_once_kernels_are_compiled(tmp_path):
+def test_first_call_takes_30_seconds_at_most_and_3_once_kernels_are_compiled(tmp_path):
     """The only limits on time here, as wide as a user's patience."""
     seconds = []
     for _ in range(2):
@@ -138,4 +138,4 @@ def test_first_call_takes_30_seconds_at_most_and_1_once_kernels_are_compiled(tmp
         for path in (tmp_path / "tritonrnn").glob("*/*"):
             path.unlink()
     assert seconds[0] < 30
-    assert seconds[1] < 1
+    assert seconds[1] < 3

@@ -25,6 +25,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     # Nor do its hints for GPUs matter here: of TF32, of a softmax that it splits.
     pytest.mark.filterwarnings("ignore::UserWarning:torch._inductor"),
+    # It captures one graph to hold the memory of the others.
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),
 ]
 
 
