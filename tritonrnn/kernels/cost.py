@@ -1,8 +1,9 @@
 """Estimate what a step takes, and rank the plans that fit a problem by it.
 
-A step is a chain of dependent latencies. The device gives its rates; the rest are published figures
-that nobody has measured here. They compare Triton's plans with each other only: whether a plan is
-faster than torch's own path is measured, by ``../autotune``.
+A step is a chain of dependent latencies. The device gives its rates; the rest was measured on an
+H100 (``python -m perf calibrate``, perf/results/h100-2026-11-26), or is published. These figures
+compare Triton's plans with each other only: whether a plan is faster than torch's own path is
+measured, by ``../autotune``.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from tritonrnn.kernels.plan import PLANS, LaunchPlan, Problem, cdiv
 # What a launch costs the host, in microseconds, from Python. An estimate.
 LAUNCH_US = 8.0
 
-# The parts of a step on its chain (NVIDIA's and others' published figures): clocks of shared
-# memory, MMA, epilogue and barrier; a counter passed from one multiprocessor to the others through
-# L2; bytes a clock that a multiprocessor reads.
-STEP_CLOCKS = 160
-HANDOFF_US = 0.16
+# The parts of a step on its chain: clocks of shared memory, MMA, epilogue and barrier; a counter
+# passed from one multiprocessor to the others through L2, two block barriers included; and, as
+# published, bytes a clock that a multiprocessor reads.
+STEP_CLOCKS = 266
+HANDOFF_US = 0.62
 L2_BYTES_PER_CLOCK = 64
 SHARED_BYTES_PER_CLOCK = 128
 
