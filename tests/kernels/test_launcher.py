@@ -127,11 +127,12 @@ def test_launches_of_one_kind_are_one_kernel_to_triton(monkeypatch):
     backend = make_backend(GPUTarget("cuda", 90, 32))
     bind = jit.create_function_from_signature(of_triton.signature, of_triton.params, backend)
     found: dict[Any, Any] = {}
-    repeated = 0
+    repeated = refused = 0
     for seed in range(4000):
         given, compiled_for = arguments_of(random.Random(seed))
         kind = launcher._kind(given, compiled_for)
         if kind is None:
+            refused += 1
             continue
         _, specialization, options = bind(**given, step=3)
         looked_up = str((specialization, options))
@@ -139,3 +140,6 @@ def test_launches_of_one_kind_are_one_kernel_to_triton(monkeypatch):
         assert found.setdefault(kind, looked_up) == looked_up
     assert repeated > 500
     assert len(found) > 100
+    # Of pointers that are not aligned.
+    assert refused > 100
+    assert launcher._kind(given | {"T": 2**31}, compiled_for) is None

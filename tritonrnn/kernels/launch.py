@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import re
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -365,7 +366,7 @@ def _bits(reverse: tuple[bool, ...]) -> int:
 @functools.lru_cache(maxsize=1024)
 def _compiled_for(
     problem: Problem, plan: LaunchPlan
-) -> tuple[dict[str, Any], tuple[Hashable, ...]]:
+) -> tuple[Mapping[str, Any], tuple[Hashable, ...]]:
     """Return the arguments that a kernel is compiled for, and what stands for them.
 
     They are its constants and the compiler's options.
@@ -381,7 +382,7 @@ def _compiled_for(
     if plan.name == "cooperative" and not _INTERPRETED:
         # The driver refuses a grid whose programs can't all run at the same time.
         arguments["launch_cooperative_grid"] = True
-    return arguments, (plan.name, *arguments.values())
+    return MappingProxyType(arguments), (plan.name, *arguments.values())
 
 
 def _constants(problem: Problem, plan: LaunchPlan) -> Constants:

@@ -38,7 +38,9 @@ def launcher(
     Returns:
         A function that takes the arguments that have changed since.
     """
-    kind = _kind(arguments, compiled_for) if isinstance(kernel, JITFunction) else None
+    # Triton's interpreter compiles nothing. For AMD, Triton looks at the size of each storage, too.
+    is_known = isinstance(kernel, JITFunction) and torch.version.hip is None
+    kind = _kind(arguments, compiled_for) if is_known else None
     of, known = _known.get(kind, (None, None))
 
     def launch_first(**changed: Any) -> None:
