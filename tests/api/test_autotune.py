@@ -24,7 +24,7 @@ from tests.support.processes import run_alone
 from tritonrnn import autotune, validation
 from tritonrnn.autotune import calls, timing, tuner, verification
 from tritonrnn.autotune.bench import neutral
-from tritonrnn.autotune.records import Shapes
+from tritonrnn.autotune.records import Record, Shapes
 from tritonrnn.kernels import launch
 from tritonrnn.paths import aten, inplace
 
@@ -133,6 +133,18 @@ def test_a_tie_is_tritons_in_this_process_only(bench, restart, verified):
     assert rows(kind="fast") == []
     served(module, x)
     assert again.timed
+
+
+@pytest.mark.parametrize(
+    ("T", "B", "steps"), [(5000, 16, 1024), (300, 16, 512), (5000, 512, 256), (5000, 8192, 128)]
+)
+def test_steps_of_a_class_are_fewer_of_many_sequences(T, B, steps):
+    call = calls.Call(
+        torch.device("cpu"), torch.float32, False, T=T, B=B, I=4, G=1, H=8, L=1,
+        nonlinearity="tanh", mapped=False, ragged=False, hx=False, training=False,
+        torch_path="aten",
+    )  # fmt: skip
+    assert call.shapes("resident").T == steps
 
 
 def test_one_class_of_shapes_is_timed_once(bench, verified, monkeypatch):
@@ -269,6 +281,35 @@ def test_compiler_that_raises_leads_to_the_next_plan(bench, monkeypatch):
     monkeypatch.setattr(launch, "recurrence", compiling)
     assert served(*a_call()) == "cooperative"
     assert rows(verdict="failed")[0]["reason"] == "ValueError: ptxas: fatal"
+
+
+def test_plans_that_are_not_tried_are_not_compiled(bench, monkeypatch):
+    recurrence, compiled = launch.recurrence, set()
+
+    def compiling(*arguments, compile_only=False, plan, **options):
+        if compile_only:
+            compiled.add(plan)
+        return recurrence(*arguments, compile_only=compile_only, plan=plan, **options)
+
+    monkeypatch.setattr(launch, "recurrence", compiling)
+    bench.us["resident"] = 50.0
+    assert served(*a_call()) == "resident"
+    assert compiled == {"resident"}
+
+
+def test_record_of_another_process_is_no_failure_of_a_plan(bench, monkeypatch):
+    """It is written between the look at the records and the trial."""
+    compile_it = tuner.Tuner._compile
+
+    def late(self, key, call):
+        for kernel in call.kernels(key.plan):
+            self.store.put(Record(kernel, "right", "as accurate as torch", 0.0))
+        return compile_it(self, key, call)
+
+    monkeypatch.setattr(tuner.Tuner, "_compile", late)
+    bench.us["resident"] = 50.0
+    assert served(*a_call()) == "resident"
+    assert rows(verdict="failed") == []
 
 
 def test_exhausted_memory_counts_for_this_process_only(bench, restart, monkeypatch):

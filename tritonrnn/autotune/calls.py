@@ -11,8 +11,9 @@ from tritonrnn.kernels.launch import DTYPES
 from tritonrnn.kernels.plan import Problem
 
 # Of a call of more steps, no more are timed: a step costs what it costs. Fewer decide nothing, as
-# the host decides the time of a short call: on an H100 at fp32 H 64, B 16, cuDNN takes 0.3 us a
-# step and the registers plan 0.45, and over 128 steps both take what they cost the host.
+# the host decides the time of a short call: on an H100 at fp32 H 64, B 16 cuDNN takes 0.3 us a step
+# and the registers plan 0.47, and a call of 128 steps by either what it costs the host
+# (perf/results/h100-2026-11-26 and -before).
 MOST_STEPS = 1024
 # Nor do more rows decide, of many sequences; and they take memory that the caller may have taken.
 MOST_ROWS, LEAST_STEPS = 2**17, 128

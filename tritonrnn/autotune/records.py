@@ -62,7 +62,8 @@ class Shapes:
         hx: whether initial states are given.
         ragged: whether torch's own kernels don't take the layout.
         training: whether the backward pass counts.
-        T, B, I: steps, sequences and input size, rounded up to a power of two; T is 1024 at most.
+        T, B, I: steps, sequences and input size, rounded up to a power of two; T is 1024 at most,
+            of many sequences fewer (``calls.py``).
         L: layers, 2 at most.
     """
 

@@ -218,7 +218,7 @@ class Tuner:
         try:
             if isinstance(key, Kernel):
                 if key not in compiled:
-                    compiled |= self._compile(call, key.plan)
+                    compiled |= self._compile(key, call)
                 compiled[key].result()
             # From here on, a fault may end the process.
             mark = self.store.start(key)
@@ -258,13 +258,14 @@ class Tuner:
         log.info("%s (%s, %.2f s)", found.cause, key, found.seconds)
         return found
 
-    def _compile(self, call: Call, plan: str) -> dict[Kernel, Future[None]]:
-        """Compile the kernels of a plan in parallel, and wait for them.
+    def _compile(self, key: Kernel, call: Call) -> dict[Kernel, Future[None]]:
+        """Compile a kernel, and those of its plan that have no record, in parallel; wait for them.
 
         Not those of the next plan, which is rarely tried: Python's part of the work would go on
         beside the caller's first steps, and take time from them.
         """
-        kernels = [kernel for kernel in call.kernels(plan) if self.store.get(kernel) is None]
+        # Another process may have written the record of the first one meanwhile.
+        kernels = [key, *(k for k in call.kernels(key.plan) if k != key and not self.store.get(k))]
         with ThreadPoolExecutor(min(MOST_COMPILERS, os.cpu_count() or 1)) as pool:
             return {
                 kernel: pool.submit(verification.precompile(kernel, self.bench))
