@@ -148,18 +148,18 @@ def test_serial_part_outweighs_the_others():
     assert least == pytest.approx(
         {
             # Eight sequences: 2 * 8 * 256 * 256 / 4096.
-            "multiprocessor": (266 + 256) / 1980,
+            "multiprocessor": (160 + 256) / 1980,
             # A sixteenth of that; the state exchanged, and a barrier.
-            "cluster": (266 + 16 + 195 + 180) / 1980,
+            "cluster": (160 + 16 + 195 + 180) / 1980,
             # Slices of two sequences, padded to eight, on 16 multiprocessors each: a sixteenth of
             # the product, and 2 * 256 * 2 / 64 to read the state.
-            "grid": 0.62 + (266 + 16 + 16) / 1980,
+            "grid": 0.16 + (160 + 16 + 16) / 1980,
             # The whole device: 2 * 16 * 256 * 256 / (132 * 4096).
             "launches": 1.3 + 2 * 16 * 256 * 256 / (132 * 4096) / 1980,
         }
     )
     assert limit.limit_strategy == "multiprocessor"
-    assert limit.serial_us == pytest.approx(1024 * (266 + 256) / 1980)
+    assert limit.serial_us == pytest.approx(1024 * (160 + 256) / 1980)
 
 
 @pytest.mark.parametrize("arch", DEVICES)
