@@ -403,8 +403,9 @@ def dot_acc(m, s, z, C: tl.constexpr):
     A tensor core truncates the sum of each instruction (Fasi et al., Numerical behavior of NVIDIA
     tensor cores, 2021) by up to a unit in the last place of what it has added up, and a product is
     many instructions. So products of fp32 accuracy begin with the smallest, from zero, and are
-    narrow: 16 columns, two instructions. They are added in fp32, where many are to be added at
-    first to each other, whose sum is smaller than the drive, and so are the roundings of it.
+    narrow: 16 or 32 columns. They are added in fp32. Where they are many, they are added to each
+    other first, and to the drive last: their sum is smaller than the drive, and so are its
+    roundings.
     """
     if C.PRECISION == "tf32x3":
         product = tl.dot(m.small, s.large, input_precision="tf32")

@@ -404,8 +404,8 @@ def max_registers(problem: Problem, plan: LaunchPlan) -> int | None:
         # Told, it loads the next tiles beside the product that it makes, even where the registers
         # for that have to be spilled (bf16 H 1032 on sm_86 and sm_120). Not told, it does so for
         # odd rows (bf16 H 1023 and fp16 H 333 on sm_89), but not for Blackwell.
-        is_told = problem.has_odd_rows and problem.dtype != "fp32" and not device.is_blackwell
-        return 200 if is_told else None
+        is_limited = problem.has_odd_rows and problem.dtype != "fp32" and not device.is_blackwell
+        return 200 if is_limited else None
     return min(255, device.register_bytes // (4 * device.warp_size * plan.num_warps))
 
 

@@ -21,12 +21,13 @@ product reads, converts the next step's tiles to the product's layout, and issue
 of the step four ahead. From product to product there is nothing but the epilogue, the state's way
 to shared memory, a wait for copies of two steps before, and the barrier.
 
-Two instructions make the product. ``wgmma`` (Hopper's) reads the state in shared memory, runs
-beside all else until it is waited for, and wants a fence before it. ``mma.sync`` (NVIDIA's since
-sm_80) takes the state from registers, where each warp loads the whole of it by ``ldmatrix``; ptxas
-puts the rest between its instructions. By ``mma.sync`` there are products of fp32 accuracy, too,
-of M and state in two parts each, and rows that are no whole number of 32-bit words: no async copy
-takes them, so they are loaded to registers, two or three steps ahead.
+Two instructions make the product; ``plan.uses_wgmma`` says which. ``wgmma`` (Hopper's) reads the
+state in shared memory, runs beside all else until it is waited for, and wants a fence before it.
+``mma.sync`` (NVIDIA's since sm_80) takes the state from registers, where each warp loads the whole
+of it by ``ldmatrix``; ptxas puts the rest between its instructions. By ``mma.sync`` there are
+products of fp32 accuracy, too, of M and state in two parts each, and rows that are no whole number
+of 32-bit words: no async copy takes them, so they are loaded to registers, two or three steps
+ahead.
 
 Elsewhere such loads would be waited for in the iteration that sends them; see ``resident.py``. Here
 an iteration is four steps, in which a tile keeps its registers.
@@ -107,9 +108,7 @@ class RegistersConstants(Constants):
         """Return the layout of products: a warp has 16 hidden units of all sequences, or more."""
         warps = [self.NUM_WARPS, 1]
         if self.USES_WGMMA:
-            return gl.NVMMADistributedLayout(
-                [3, 0], warps, [16, self.BLOCK_B, 256 // self.ITEM_BITS]
-            )
+            return gl.NVMMADistributedLayout([3, 0], warps, [16, self.BLOCK_B, 16])
         return gl.NVMMADistributedLayout([2, 0], warps, [16, 8])
 
     @property
