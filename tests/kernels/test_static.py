@@ -287,8 +287,12 @@ def test_committed_static_table_is_of_todays_plans(path):
     # AMD's listing does not say where it spills. What spills before the time loop costs a launch
     # less than a step.
     is_amd = path.stem.startswith("gfx")
-    assert [row for row in rows if row["spill_bytes" if is_amd else "spills_per_step"]] == []
-    assert max(row["spill_bytes"] for row in rows) <= 448
+    spilling = [row for row in rows if row["spill_bytes" if is_amd else "spills_per_step"]]
+    for row in spilling:
+        # Few, and where a step is thousands of instructions, or a launch.
+        assert row["plan"] == "stepwise" or (row["plan"], row["block_h"]) == ("cooperative", 16)
+        assert row["spills_per_step"] <= row["sass_per_step"] / 50
+    assert max(row["spill_bytes"] for row in rows) <= 296
     assert [row for row in rows if row["shared_bytes"] > row["planned_bytes"]] == []
     # Every plan in every arithmetic, as far as it fits.
     fit = {(case.plan.name, case.dtype) for case in static.compile_cases(path.stem)}
