@@ -102,16 +102,21 @@ def stepwise_kernel(
         z, aux = load_and_prepare_step(step, row, batch, block, C)
         state_ptrs = a_ptr + row_offset(step - 1, batch, block, C) + block.base + offs_k[:, None]
         previous = has_previous(step, block)
-        # Apart from z, for the sake of fp32 accuracy (common.dot_acc).
-        product = tl.zeros(z.shape, tl.float32)
+        # Products of fp32 accuracy are added up apart from z (common.dot_acc).
+        IS_APART: tl.constexpr = C.PRECISION == "tf32x3"
+        total = z
+        if IS_APART:
+            total = tl.zeros(z.shape, tl.float32)
         # LLVM would hoist the descriptor of every wgmma out of the loop.
         for k in tl.range(0, C.H, C.BLOCK_K, disable_licm=True):
             mask_k = k + offs_k < C.H
             m_k_ptrs = m_ptrs + tl.cast(k, tl.int64) * stride_m_column
             m = tl.load(m_k_ptrs, mask=block.mask_h & mask_k[None, :], other=0.0)
             s = tl.load(state_ptrs + k, mask=mask_k[:, None] & previous, other=0.0)
-            product = dot_acc(split_tf32(m, C), split_tf32(s, C), product, C)
-        s = compute_state(step, z + product, aux, batch, block, C)
+            total = dot_acc(split_tf32(m, C), split_tf32(s, C), total, C)
+        if IS_APART:
+            total += z
+        s = compute_state(step, total, aux, batch, block, C)
         store_step(step, row, s, batch, block)
     if step == tl.maximum(block.num_steps - 1, 0):
         store_ends(index, range_h, range_b, block, batch, C)
