@@ -289,9 +289,9 @@ def test_committed_static_table_is_of_todays_plans(path):
     is_amd = path.stem.startswith("gfx")
     spilling = [row for row in rows if row["spill_bytes" if is_amd else "spills_per_step"]]
     for row in spilling:
-        # Few, and where a step is thousands of instructions, or a launch.
-        assert row["plan"] == "stepwise" or (row["plan"], row["block_h"]) == ("cooperative", 16)
-        assert row["spills_per_step"] <= row["sass_per_step"] / 50
+        # Few, where a step is thousands of instructions.
+        assert (row["plan"], row["block_h"]) == ("cooperative", 16)
+        assert row["spills_per_step"] <= row["sass_per_step"] / 500
     assert max(row["spill_bytes"] for row in rows) <= 296
     assert [row for row in rows if row["shared_bytes"] > row["planned_bytes"]] == []
     # Every plan in every arithmetic, as far as it fits.
