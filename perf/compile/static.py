@@ -39,7 +39,7 @@ HIDDEN_SIZES = (
     *(16, 32, 64, 128, 256, 384, 512, 768, 1024, 1272, 1536, 2048),
     *(50, 97, 100, 201, 255, 333, 1023),
     # What a CTA group holds at most, on one device or another.
-    *(656, 768, 864, 1056, 1184, 1280, 1312, 1475, 1728, 1792, 2112, 2368),
+    *(656, 864, 1056, 1184, 1280, 1312, 1475, 1728, 1792, 2112, 2368),
 )
 # The simplest kernel and the one with everything: a layout, groups, and whether v_0 is given.
 BATCHES = (("padded", 1, False), ("packed", 2, True))

@@ -27,7 +27,7 @@ def launcher(
 
     The first launch of a kind is Triton's: it looks up what is compiled for the types, the
     alignment and the constants of all arguments, and compiles it where there is nothing. That takes
-    the host some 40 us each time, so a launch of the same kind goes to what was found at once.
+    the host longer than the launch, each time; so one of the same kind goes to what was found.
 
     Args:
         kernel: of ``triton.jit``.

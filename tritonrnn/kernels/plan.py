@@ -221,9 +221,9 @@ def registers_plan(problem: Problem, device: Device) -> LaunchPlan | None:
 
 def uses_wgmma(problem: Problem, device: Device) -> bool:
     """Return whether the registers plan makes its products by Hopper's ``wgmma``."""
-    # Up to 128 units of 16 bits: on an H100 a step takes 0.25 us there, and 0.28 by mma.sync. But
-    # 0.67 of 256 units, whose wgmma of 8 columns take as long as of more, and 0.53 by mma.sync;
-    # and 0.43 and 0.39 in TF32. Not for what the kernel loads to registers.
+    # Up to 128 units of 16 bits: on an H100 a step of 128 takes 0.25 us, and 0.28 by mma.sync. But
+    # one of 256 takes 0.67, and 0.53 by mma.sync; in TF32 one of 128 takes 0.43, and 0.39
+    # (perf/results/h100-2026-11-26/kernel_steps.jsonl). Not for what the kernel loads to registers.
     is_small = problem.dtype != "fp32" and problem.H <= 128
     return device.has_wgmma and is_small and not problem.has_odd_words
 
