@@ -76,6 +76,7 @@ def forward(
 
 
 def backward(
+    grad_output: Tensor,
     dz: Tensor,
     grad_h_n: Tensor | None,
     input: Tensor,
@@ -97,7 +98,8 @@ def backward(
         d_w_hh = Σ dz_tᵀ output_{t-1}.
 
     Args:
-        dz: the gradient of the output, ``[N, G * H]``. Overwritten.
+        grad_output: ``[N, G * H]``, contiguous.
+        dz: as grad_output, overwritten; may be the same.
         grad_h_n: ``[G, B, H]``, or None for zero.
         input, hx, weights, layout, nonlinearity, bidirectional: as given to :func:`forward`.
         output: what :func:`forward` returned.
@@ -118,13 +120,14 @@ def backward(
         v_0 = layout.initial_states(grad_h_n, back).contiguous()
     # This walk ends where that of the forward pass began.
     dz_first = recurrence(
-        dz,
+        grad_output,
         v_0,
         M.mT,
         output,
         layout,
         epilogue=f"{nonlinearity}_grad",
         reverse=back,
+        s=dz,
         with_ends=hx is not None,
     )
     grads = [dz @ _cat([group.w_ih for group in groups]) if needs[0] else None, None]

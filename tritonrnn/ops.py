@@ -322,18 +322,22 @@ def _elman_backward_kernel(
             # for the forward pass and may have changed since.
             backend = _choose("auto", weights, hx, where, nonlinearity, bidirectional)
             backend = "torch" if backend == "aten" else backend
-        # The walk overwrites dz, so it gets a copy: one copy also where strides are unusual.
+        shape = len(rows), output.shape[-1]
         if grad_output is None:
-            dz = output.new_zeros(output.shape)
+            contiguous = output.new_zeros(output.shape)
         else:
-            dz = grad_output.clone(memory_format=torch.contiguous_format)
+            contiguous = grad_output.resolve_neg().contiguous()
+        given = contiguous.view(shape)
+        # The walk may overwrite a copy, which unusual strides need, but not what is autograd's.
+        dz = torch.empty_like(given) if contiguous is grad_output else given
         grad_input, *grads = layer.backward(
-            dz.view(len(rows), output.shape[-1]),
+            given,
+            dz,
             grad_h_n,
             rows,
             hx,
             weights,
-            output.reshape(len(rows), output.shape[-1]),
+            output.reshape(shape),
             where,
             nonlinearity,
             bidirectional,

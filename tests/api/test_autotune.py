@@ -178,7 +178,7 @@ def test_inference_and_training_are_judged_apart(bench, verified):
 def test_a_plan_serves_both_passes_or_none(bench, monkeypatch):
     def fault(plan, arguments):
         if plan.name == "resident" and plan.epilogue == "tanh_grad":
-            arguments["a_ptr"].neg_()
+            arguments["s_ptr"].neg_()
 
     launched = on_launch(monkeypatch, fault)
     module, x = a_call()
@@ -227,17 +227,17 @@ def test_warning_that_is_an_error_comes_after_the_record(bench, monkeypatch):
 @pytest.mark.parametrize(
     ("fault", "why"),
     [
-        (lambda a, ends: a.add_(torch.rand(()) * 1e-3), "two runs of it differ"),
-        (lambda a, ends: a.as_strided((1,), (1,), 0).zero_(), "it writes where no token is"),
-        (lambda a, ends: a[0, 0].fill_(torch.nan), "times the error that is allowed, in 3 of 3"),
-        (lambda a, ends: ends[0, 0].neg_(), "the final states it stores are wrong"),
+        (lambda s, ends: s.add_(torch.rand(()) * 1e-3), "two runs of it differ"),
+        (lambda s, ends: s.as_strided((1,), (1,), 0).zero_(), "it writes where no token is"),
+        (lambda s, ends: s[0, 0].fill_(torch.nan), "times the error that is allowed, in 3 of 3"),
+        (lambda s, ends: ends[0, 0].neg_(), "the final states it stores are wrong"),
     ],
     ids=["racy", "out of bounds", "nan", "ends"],
 )
 def test_faults_of_every_kind_are_found(fault, why, bench, monkeypatch):
     def spoil(plan, arguments):
         if plan.name == "resident":
-            fault(arguments["a_ptr"], arguments["ends_ptr"])
+            fault(arguments["s_ptr"], arguments["ends_ptr"])
 
     on_launch(monkeypatch, spoil)
     with pytest.warns(RuntimeWarning, match=why):
@@ -669,7 +669,7 @@ def test_forced_triton_takes_the_first_plan_that_is_not_known_to_be_wrong(bench,
     with tritonrnn.backend("triton"):
         assert served(module, x) == "resident"
         assert rows() == []
-    on_launch(monkeypatch, lambda plan, arguments: arguments["a_ptr"].add_(1))
+    on_launch(monkeypatch, lambda plan, arguments: arguments["s_ptr"].add_(1))
     with pytest.warns(RuntimeWarning):
         module(x)
     with tritonrnn.backend("triton"), pytest.raises(RuntimeError) as caught:

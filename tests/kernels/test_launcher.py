@@ -108,6 +108,7 @@ def arguments_of(chance: random.Random) -> tuple[dict[str, Any], Any]:
     plan = plan_named(chance.choice(["resident", "stepwise"]), problem, DEVICES["interpreter"])
     given = launch.kernel_arguments(
         a,
+        a if epilogue == "tanh" else torch.empty_like(a),
         v_0,
         M,
         rows(layout.N, G * H) if epilogue == "tanh_grad" else None,

@@ -319,7 +319,7 @@ def test_recurrence_walks_past_step_65536():
     plan = plan_of(case, "stepwise")
     problem = launch.problem_of(case.a, case.layout, G=1, epilogue="tanh", tf32=False)
     arguments = launch.kernel_arguments(
-        case.a, case.v_0, case.M, None, None, case.layout, problem, (False,), plan
+        case.a, case.a, case.v_0, case.M, None, None, case.layout, problem, (False,), plan
     )
     last = T - 3
     tail = SequenceLayout.time_major(3, 1)

@@ -60,7 +60,7 @@ def test_tuning_tries_every_plan_once_and_shows_what_the_choice_loses(tmp_path, 
 
 def test_plan_that_is_wrong_is_named_and_fails_the_command(tmp_path, monkeypatch):
     imitation.imitate(tmp_path / "cache", monkeypatch)
-    imitation.on_launch(monkeypatch, lambda plan, arguments: arguments["a_ptr"].zero_())
+    imitation.on_launch(monkeypatch, lambda plan, arguments: arguments["s_ptr"].zero_())
     monkeypatch.setattr(autotune, "_asked", "verify")
     with pytest.warns(RuntimeWarning, match="wrong numbers"):
         result = invoke("--out", tmp_path, "--plan", "resident")

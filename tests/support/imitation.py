@@ -117,6 +117,6 @@ def spoiled(name: str) -> Callable[[Any, dict[str, Any]], None]:
 
     def fault(plan: Any, arguments: dict[str, Any]) -> None:
         if plan.name == name:
-            arguments["a_ptr"][-1, -1] += 1
+            arguments["s_ptr"][-1, -1] += 1
 
     return fault

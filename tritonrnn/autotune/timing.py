@@ -201,7 +201,7 @@ class Stack:
                 _, h_0, weights, _ = sources
                 assert grad is not None
                 needs = [True, h_0 is not None, *[True] * len(weights)]
-                dz = grad.clone()
-                grad, *_ = layer.backward(dz, grad_h_n, *sources, where, *settings, needs)
+                dz = torch.empty_like(grad)
+                grad, *_ = layer.backward(grad, dz, grad_h_n, *sources, where, *settings, needs)
             assert grad is not None
             return rows.unflatten(0, leading), grad.unflatten(0, leading)

@@ -12,8 +12,8 @@ side of the product,
     v[BLOCK_H, BLOCK_B] = M[BLOCK_H, H] s[H, BLOCK_B],
 
 because Hopper's MMA (``wgmma``) takes 64 rows or more there, and as few as 8 columns. Sequences are
-columns, so that a NaN stays in its own. The state overwrites ``a`` row by row: nobody else reads a
-program's slice of a row before the program has replaced it.
+columns, so that a NaN stays in its own. The state may overwrite ``a``: nobody but a program reads
+its slice of a row of ``a``, and it does so before it stores the state there.
 
 A sequence is live in a step between its own first and its own last one. A dead sequence loads and
 stores nothing. Before its first step its state is a true zero, chosen and never multiplied; after
@@ -63,7 +63,8 @@ class Constants:
 class Batch(NamedTuple):
     """The arguments that every kernel has.
 
-    a_ptr           [N, G * H], overwritten by s
+    a_ptr           [N, G * H]
+    s_ptr           [N, G * H], overwritten by s; may be a_ptr
     v_0_ptr         [G, B, H], fp32 or as a, or None for zero
     aux_ptr         [N, G * H], or None where the epilogue takes none
     ends_ptr        [G, B, H], overwritten by the s that each sequence's walk ends with, or None
@@ -77,6 +78,7 @@ class Batch(NamedTuple):
     """
 
     a_ptr: Any
+    s_ptr: Any
     v_0_ptr: Any
     aux_ptr: Any
     ends_ptr: Any
@@ -303,8 +305,8 @@ def compute_state(step, z, aux, batch, block, C: tl.constexpr):
 
 @triton.jit
 def store_step(step, row, s, batch, block):
-    """Overwrite a by the state of a step of the walk."""
-    tl.store(batch.a_ptr + row + block.offs_tile, s, mask=block.mask_h & is_live(step, block))
+    """Store the state of a step of the walk."""
+    tl.store(batch.s_ptr + row + block.offs_tile, s, mask=block.mask_h & is_live(step, block))
 
 
 @triton.jit
@@ -323,7 +325,7 @@ def clear_padding(index, range_b, block, batch, C: tl.constexpr):
         for t in tl.range(first, batch.T, num_stages=1):
             row = tl.cast(t, tl.int64) * batch.stride_time * C.WIDTH
             mask = block.mask_h & ((t >= block.lengths) & mask_b)[None, :]
-            tl.store(batch.a_ptr + row + block.offs_tile, 0.0, mask=mask)
+            tl.store(batch.s_ptr + row + block.offs_tile, 0.0, mask=mask)
 
 
 @triton.jit
@@ -342,7 +344,7 @@ def store_ends(index, range_h, range_b, block, batch, C: tl.constexpr):
         else:
             row = tl.load(batch.time_base_ptr + t, mask=has_token, other=0)
         mask = block.mask_h & has_token[None, :]
-        s_ptrs = batch.a_ptr + (row * C.WIDTH)[None, :] + block.offs_tile
+        s_ptrs = batch.s_ptr + (row * C.WIDTH)[None, :] + block.offs_tile
         s = tl.load(s_ptrs, mask=mask, other=0.0)
         if batch.aux_ptr is not None:
             mask = block.mask_h & (index * C.BLOCK_B + range_b < batch.B)[None, :]

@@ -100,6 +100,7 @@ class PipelineState(NamedTuple):
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "max_spins"])
 def cooperative_kernel(
     a_ptr,
+    s_ptr,
     v_0_ptr,
     m_ptr,
     aux_ptr,
@@ -131,6 +132,7 @@ def cooperative_kernel(
     """
     batch = Batch(
         a_ptr=a_ptr,
+        s_ptr=s_ptr,
         v_0_ptr=v_0_ptr,
         aux_ptr=aux_ptr,
         ends_ptr=ends_ptr,
@@ -253,7 +255,7 @@ def dot_previous(step, batch, block, row, tiles, z, C: tl.constexpr):
     BLOCK_READ: tl.constexpr = C.BLOCK_READ
     # One address and constant distances from it: an address a tile costs registers.
     offs_k = tl.arange(0, BLOCK_K)
-    state_ptrs = batch.a_ptr + row + block.base + offs_k[:, None]
+    state_ptrs = batch.s_ptr + row + block.base + offs_k[:, None]
     previous = has_previous(step, block)
     # A product of mma.sync waits for the one whose sum it adds to: so every other tile may have a
     # sum of its own. Those of fp32 accuracy are added up apart from z (common.dot_acc).

@@ -58,15 +58,15 @@ def recurrence(
     reverse: tuple[bool, ...],
     tf32: bool,
     plan: LaunchPlan | str,
+    s: Tensor | None = None,
     with_ends: bool = True,
     otherwise: Tensor | None = None,
     compile_only: bool = False,
 ) -> Tensor | None:
-    """Overwrite ``a`` by ``s_t = E(a_t + v_t, aux_t)``, ``v_t = M s_{t-1}``.
+    """Compute ``s_t = E(a_t + v_t, aux_t)``, ``v_t = M s_{t-1}``.
 
     Args:
-        a: ``[N, G * H]``, contiguous: the drive, or the gradient of the output. Padding rows
-            become 0.
+        a: ``[N, G * H]``, contiguous: the drive, or the gradient of the output.
         v_0: ``[G, B, H]``, fp32 or as a, contiguous: v at each sequence's own first step of the
             walk, in a reverse group its last token. None for zero.
         M: ``[G, H, H]`` in the dtype of a, of any strides.
@@ -76,6 +76,7 @@ def recurrence(
         reverse: for each group, whether it walks from a sequence's last step to its first.
         tf32: whether fp32 products may round their operands to TF32.
         plan: the plan to launch, or the name of one.
+        s: as a, overwritten, padding rows by 0; None to overwrite a.
         with_ends: whether to return the s that each sequence's walk ends with.
         otherwise: ``[G, B, H]``, what to return for sequences without a token, in the forward pass
             only; None for zero.
@@ -88,9 +89,10 @@ def recurrence(
     Raises:
         RuntimeError: the named plan does not fit.
     """
+    s = a if s is None else s
     if a.numel() == 0:
-        return layout.final_states(a, reverse, otherwise) if with_ends else None
-    if a.data_ptr() % 16 != 0:
+        return layout.final_states(s, reverse, otherwise) if with_ends else None
+    if (a.data_ptr() | s.data_ptr()) % 16 != 0:
         # Kernels access memory by vectors of 16 bytes. What the package allocates is aligned so.
         aligned = a.clone()
         ends = recurrence(
@@ -107,7 +109,7 @@ def recurrence(
             plan=plan,
             compile_only=compile_only,
         )
-        a.copy_(aligned)
+        s.copy_(aligned)
         return ends
     if aux is not None and aux.data_ptr() % 16 != 0:
         aux = aux.clone()
@@ -118,11 +120,11 @@ def recurrence(
     is_split = layout.parent is not layout
     live = layout.live_rows(a.device) if is_split else None
     if live is not None:
-        a.masked_fill_(~live[:, None], 0)
+        s.masked_fill_(~live[:, None], 0)
     ends = None
     if with_ends and not is_split:
         ends = _empty_ends(a, layout, problem, otherwise)
-    arguments = kernel_arguments(a, v_0, M, aux, ends, layout, problem, reverse, plan)
+    arguments = kernel_arguments(a, s, v_0, M, aux, ends, layout, problem, reverse, plan)
     kernel, programs = kernel_of(plan), grid(problem, plan)
     _, compiled_for = _compiled_for(problem, plan)
     with _current_device(a):
@@ -141,7 +143,7 @@ def recurrence(
                 check_barrier(arguments["counters_ptr"], plan)
             else:
                 _trial.counters.append(arguments["counters_ptr"])
-    return layout.final_states(a, reverse, otherwise) if with_ends and is_split else ends
+    return layout.final_states(s, reverse, otherwise) if with_ends and is_split else ends
 
 
 def _current_device(a: Tensor) -> AbstractContextManager[object]:
@@ -286,6 +288,7 @@ def check_barrier(counters: Tensor, plan: LaunchPlan) -> None:
 
 def kernel_arguments(
     a: Tensor,
+    s: Tensor,
     v_0: Tensor | None,
     M: Tensor,
     aux: Tensor | None,
@@ -300,9 +303,11 @@ def kernel_arguments(
     Of a stepwise plan all but ``step``, the one to walk.
     """
     B, G, H = problem.B, problem.G, problem.H
-    assert a.shape == (layout.N, G * H)
-    assert a.is_contiguous()
-    assert a.data_ptr() % 16 == 0
+    for rows in (a, s) if aux is None else (a, s, aux):
+        assert rows.shape == (layout.N, G * H)
+        assert rows.is_contiguous()
+        assert rows.data_ptr() % 16 == 0
+        assert rows.dtype == a.dtype
     assert M.shape == (G, H, H)
     assert M.dtype == a.dtype
     assert (aux is not None) == problem.epilogue.endswith("_grad")
@@ -310,11 +315,6 @@ def kernel_arguments(
         assert v_0.shape == (G, B, H)
         assert v_0.is_contiguous()
         assert v_0.dtype in (torch.float32, a.dtype)
-    if aux is not None:
-        assert aux.shape == a.shape
-        assert aux.is_contiguous()
-        assert aux.data_ptr() % 16 == 0
-        assert aux.dtype == a.dtype
     if ends is not None:
         assert ends.shape == (G, B, H)
         assert ends.is_contiguous()
@@ -334,6 +334,7 @@ def kernel_arguments(
     stride_time, stride_batch = layout.strides
     arguments: dict[str, Any] = {
         "a_ptr": a,
+        "s_ptr": s,
         "v_0_ptr": v_0,
         "m_ptr": M,
         "aux_ptr": aux,

@@ -14,7 +14,7 @@ _known: dict[tuple[Any, ...] | None, tuple[Any, Any]] = {}
 _MOST_KNOWN = 4096
 
 _ROW_MAP = ["time_base_ptr", "batch_base_ptr", "lengths_ptr"]
-_POINTERS = ["a_ptr", "v_0_ptr", "m_ptr", "aux_ptr", "ends_ptr", *_ROW_MAP]
+_POINTERS = ["a_ptr", "s_ptr", "v_0_ptr", "m_ptr", "aux_ptr", "ends_ptr", *_ROW_MAP]
 # Integers that Triton looks at, and those that it only needs to know the width of.
 _SPECIALIZED = ["stride_m_group", "stride_m_row", "stride_m_column"]
 _UNSPECIALIZED = ["T", "B", "stride_time", "stride_batch"]
@@ -59,8 +59,8 @@ def launcher(
 
 def _kind(arguments: dict[str, Any], compiled_for: object) -> tuple[Any, ...] | None:
     """Return what Triton tells launches apart by; None for one that is rare."""
-    a, v_0, M, aux, ends, *row_map = [arguments[name] for name in _POINTERS]
-    pointers = a.data_ptr() | M.data_ptr()
+    a, s, v_0, M, aux, ends, *row_map = [arguments[name] for name in _POINTERS]
+    pointers = a.data_ptr() | s.data_ptr() | M.data_ptr()
     for one in (v_0, aux, ends, *row_map):
         if one is not None:
             pointers |= one.data_ptr()

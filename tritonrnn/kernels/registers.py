@@ -200,6 +200,7 @@ class PipelineState(NamedTuple):
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def registers_kernel(
     a_ptr,
+    s_ptr,
     v_0_ptr,
     m_ptr,
     aux_ptr,
@@ -224,6 +225,7 @@ def registers_kernel(
     """
     batch = Batch(
         a_ptr=a_ptr,
+        s_ptr=s_ptr,
         v_0_ptr=v_0_ptr,
         aux_ptr=aux_ptr,
         ends_ptr=ends_ptr,
@@ -420,13 +422,13 @@ def prefetch_step(step, row, shared, STAGE: gl.constexpr, batch, in_rows):
 
 @gluon.jit
 def store_state(step, row, s, tile, batch, block, in_pairs, C: gl.constexpr):
-    """Overwrite a by the state of a step, if the walk has that step."""
+    """Store the state of a step, if the walk has that step."""
     if C.ITEM_BITS == 32:
         # From registers: eight elements of a sequence are a whole sector of memory.
-        tl.store(batch.a_ptr + row + block.offs_tile, s, mask=tile_mask(step, block))
+        tl.store(batch.s_ptr + row + block.offs_tile, s, mask=tile_mask(step, block))
     else:
         s = tile.load(C.PAIRS)
-        tl.store(batch.a_ptr + row + in_pairs.offs_tile, s, mask=tile_mask(step, in_pairs))
+        tl.store(batch.s_ptr + row + in_pairs.offs_tile, s, mask=tile_mask(step, in_pairs))
 
 
 @gluon.jit

@@ -86,6 +86,7 @@ class ResidentConstants(Constants):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def resident_kernel(
     a_ptr,
+    s_ptr,
     v_0_ptr,
     m_ptr,
     aux_ptr,
@@ -110,6 +111,7 @@ def resident_kernel(
     """
     batch = Batch(
         a_ptr=a_ptr,
+        s_ptr=s_ptr,
         v_0_ptr=v_0_ptr,
         aux_ptr=aux_ptr,
         ends_ptr=ends_ptr,

@@ -50,6 +50,7 @@ class StepwiseConstants(Constants):
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "step"])
 def stepwise_kernel(
     a_ptr,
+    s_ptr,
     v_0_ptr,
     m_ptr,
     aux_ptr,
@@ -74,6 +75,7 @@ def stepwise_kernel(
     """
     batch = Batch(
         a_ptr=a_ptr,
+        s_ptr=s_ptr,
         v_0_ptr=v_0_ptr,
         aux_ptr=aux_ptr,
         ends_ptr=ends_ptr,
@@ -100,7 +102,7 @@ def stepwise_kernel(
     if step < block.num_steps:
         row = row_offset(step, batch, block, C)
         z, aux = load_and_prepare_step(step, row, batch, block, C)
-        state_ptrs = a_ptr + row_offset(step - 1, batch, block, C) + block.base + offs_k[:, None]
+        state_ptrs = s_ptr + row_offset(step - 1, batch, block, C) + block.base + offs_k[:, None]
         previous = has_previous(step, block)
         # Products of fp32 accuracy are added up apart from z (common.dot_acc).
         IS_APART: tl.constexpr = C.PRECISION == "tf32x3"

@@ -28,16 +28,17 @@ def recurrence(
     *,
     epilogue: str,
     reverse: Sequence[bool],
+    s: Tensor | None = None,
     with_ends: bool = True,
     otherwise: Tensor | None = None,
 ) -> Tensor | None:
-    """Run every step of every sequence and group, and overwrite ``a`` with the result.
+    """Run every step of every sequence and group.
 
         s_t = E(a_t + v_t, aux_t),    v_t = M s_{t-1},    v at a sequence's first step is v_0
 
     Args:
         a: ``[N, G * H]``; the drive in the forward pass, the gradient of the output in the
-            backward pass. Overwritten with s, and with 0 in padding rows.
+            backward pass.
         v_0: ``[G, B, H]``, or None for zero.
         M: ``[G, H, H]``; ``weight_hh`` in the forward pass, its transpose in the backward pass.
         aux: ``[N, G * H]``, the layer's output; read by the two gradients only.
@@ -45,24 +46,28 @@ def recurrence(
         epilogue: E, one of "tanh", "relu", "tanh_grad" ``z (1 - aux²)``, "relu_grad"
             ``z [aux > 0]``.
         reverse: for each group whether it walks from a sequence's last token to its first.
+        s: as a, overwritten, padding rows by 0; None to overwrite a.
         with_ends: whether to return the s that each sequence's walk ends with.
         otherwise: ``[G, B, H]``, what to return for sequences without a token; None for zero.
 
     Returns:
         ``[G, B, H]``, or None; B counts the sequences of ``layout.parent``.
     """
+    s = a if s is None else s
     if layout.packed_form is None:
-        _walk_all(a, v_0, M, aux, layout, epilogue, reverse)
+        if s is not a:
+            s.copy_(a)
+        _walk_all(s, v_0, M, aux, layout, epilogue, reverse)
     else:
         rows, order, packed = layout.packed_form
         tokens = a[rows]
         packed_v_0 = None if v_0 is None else v_0[:, order]
         packed_aux = None if aux is None else aux[rows]
         _walk_all(tokens, packed_v_0, M, packed_aux, packed, epilogue, reverse)
-        if len(rows) < len(a):
-            a.zero_()
-        a[rows] = tokens
-    return layout.final_states(a, reverse, otherwise) if with_ends else None
+        if len(rows) < len(s):
+            s.zero_()
+        s[rows] = tokens
+    return layout.final_states(s, reverse, otherwise) if with_ends else None
 
 
 def _walk_all(

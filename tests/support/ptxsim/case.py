@@ -302,8 +302,10 @@ class Prepared:
         for tensor in (self.drive, self.aux):
             if tensor is not None:
                 tensor[self.dead] = torch.nan
-        # Pages that nobody touches are never backed by memory.
+        # Pages that nobody touches are never backed by memory. As in a layer, only a forward pass
+        # overwrites a.
         self.a = _place((case.rows.N, G * H), dtype)
+        self.s = _place((case.rows.N, G * H), dtype) if is_gradient else self.a
         self.place: Any = slice(None)
         if case.far:
             starts = zip(case.rows.time_base.tolist(), self.dense.batch_sizes or (), strict=True)
@@ -316,7 +318,7 @@ class Prepared:
         case, plan = self.case, self.plan
         triton.runtime.driver.set_active(TargetDriver(plan.device))
         triton.knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
-        tensors = self.a, self.v_0, self.M, self.aux, self.ends
+        tensors = self.a, self.s, self.v_0, self.M, self.aux, self.ends
         spins, launch.MAX_SPINS = launch.MAX_SPINS, case.max_spins or launch.MAX_SPINS
         try:
             arguments = launch.kernel_arguments(
@@ -364,6 +366,7 @@ class Prepared:
     def _run(self, text: str, faults: Faults, result: Result) -> Tensor:
         """Return the rows that the kernel leaves."""
         case = self.case
+        self.s[self.place] = torch.nan
         self.a[self.place] = self.drive
         if self.ends is not None:
             self.ends.fill_(torch.nan)
@@ -372,14 +375,18 @@ class Prepared:
         kernel = _kernel(text, case.truncates)
         kernel.executed.clear()
         for step in range(max(case.rows.T, 1) if self.plan.name == "stepwise" else 1):
-            memory, values = GlobalMemory(), []
+            memory = GlobalMemory()
+            values: list[Any] = []
             for name, value in (self.arguments | {"step": step}).items():
                 if name not in self.arguments:
                     continue
                 if isinstance(value, Tensor):
-                    writable = any(value is x for x in (self.a, self.ends, self.counters))
+                    writable = any(value is x for x in (self.s, self.ends, self.counters))
                     residue = value.data_ptr() % 256
-                    value = memory.add(name, _memory_of(value), residue, writable)
+                    if name == "s_ptr" and value is self.a:
+                        value = values[0]
+                    else:
+                        value = memory.add(name, _memory_of(value), residue, writable)
                 values.append(value)
             # Triton's scratch memory, which these kernels have none of.
             values += [0] * (len(kernel.program.parameters) - len(values))
@@ -399,7 +406,7 @@ class Prepared:
             result.instructions += grid.count
         result.static = len(kernel.lines)
         result.unexecuted = tuple(sorted(kernel.lines - kernel.executed))
-        return self.a[self.place].clone()
+        return self.s[self.place].clone()
 
     def _compare(self, output: Tensor, faults: Faults, result: Result) -> None:
         """Allow twice torch's own distance from float64 in the mean, four times in the maximum."""
