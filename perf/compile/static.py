@@ -136,7 +136,7 @@ def compile_case(case: CompileCase) -> Compiled:
         grid=launch.grid(problem, plan),
         **launch.kernel_arguments(
             a,
-            a,
+            meta(*a.shape) if backward else a,
             meta(G, B, H, dtype=dtype if backward else torch.float32) if case.has_v_0 else None,
             M.transpose(1, 2) if backward else M,
             meta(*a.shape) if backward else None,

@@ -51,6 +51,8 @@ def launch_all(name: str, device: torch.device) -> int:
             # One CTA group a direction, so that it takes several batch blocks: of "many", in bf16,
             # the first two interleaved, then the other two.
             plan = replace(plan, programs=G * -(-H // plan.block_h))
+        # As in a layer, which overwrites the drive, but not the gradient of the output.
+        s = torch.empty_like(a) if epilogue.endswith("_grad") else a
         launch.recurrence(
             a,
             normal(G, layout.B, H),
@@ -61,8 +63,9 @@ def launch_all(name: str, device: torch.device) -> int:
             reverse=(False, True),
             tf32=True,
             plan=plan,
+            s=s,
         )
-        if not bool(a.isfinite().all()):
+        if not bool(s.isfinite().all()):
             raise ArithmeticError(f"{plan}: not finite for {layout}, {epilogue}, {dtype}")
         launches += 1
     return launches

@@ -245,6 +245,20 @@ def test_faults_of_every_kind_are_found(fault, why, bench, monkeypatch):
     assert why in rows(verdict="wrong")[0]["reason"]
 
 
+def test_kernel_that_takes_a_gradient_from_where_it_stores_one_is_found(bench, monkeypatch):
+    def in_place(*arguments):
+        made = kernel_arguments(*arguments)
+        return made | {"a_ptr": made["s_ptr"]}
+
+    kernel_arguments = launch.kernel_arguments
+    monkeypatch.setattr(launch, "kernel_arguments", in_place)
+    module, x = a_call()
+    module.requires_grad_(True)
+    with pytest.warns(RuntimeWarning, match="times the error that is allowed"):
+        assert served(module, x) == "in-place"
+    assert {row["epilogue"] for row in rows(verdict="wrong")} == {"tanh_grad"}
+
+
 def failing(error: BaseException) -> Callable[..., None]:
     def fault(plan, arguments):
         if plan.name == "resident":

@@ -94,7 +94,7 @@ def precompile(kernel: Kernel, bench: Bench) -> Callable[[], None]:
     def compile_all() -> None:
         for layout in layouts:
             sample = draw(kernel, layout, bench.device, 0)
-            _launch(kernel, sample, sample.a, compile_only=True)
+            _launch(kernel, sample, sample.a, sample.a, compile_only=True)
 
     return compile_all
 
@@ -170,20 +170,24 @@ def _run(kernel: Kernel, sample: Sample) -> tuple[Tensor, Tensor] | None:
 
     None if it wrote outside of all rows, or anything but 0 to rows of no token.
     """
-    a = _among_nan(sample.a)
+    # As in a layer, which overwrites the drive, but not the gradient of the output.
+    if _is_gradient(kernel):
+        a, s = sample.a, _among_nan(torch.full_like(sample.a, torch.nan))
+    else:
+        a = s = _among_nan(sample.a)
     with launch.trial():
-        ends = _launch(kernel, sample, a)
+        ends = _launch(kernel, sample, a, s)
     assert ends is not None
-    whole = a.as_strided((a.numel() + 2 * GUARD,), (1,), 0)
+    whole = s.as_strided((s.numel() + 2 * GUARD,), (1,), 0)
     is_kept = whole[:GUARD].isnan().all() & whole[-GUARD:].isnan().all()
-    live = sample.layout.live_rows(a.device)
+    live = sample.layout.live_rows(s.device)
     if live is not None:
-        is_kept = is_kept & (a[~live] == 0).all()
-    return (a, ends) if bool(is_kept) else None
+        is_kept = is_kept & (s[~live] == 0).all()
+    return (s, ends) if bool(is_kept) else None
 
 
 def _launch(
-    kernel: Kernel, sample: Sample, a: Tensor, *, compile_only: bool = False
+    kernel: Kernel, sample: Sample, a: Tensor, s: Tensor, *, compile_only: bool = False
 ) -> Tensor | None:
     return launch.recurrence(
         a,
@@ -195,6 +199,7 @@ def _launch(
         reverse=_reverse(kernel),
         tf32=kernel.tf32,
         plan=kernel.plan,
+        s=s,
         compile_only=compile_only,
     )
 
