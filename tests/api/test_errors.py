@@ -12,7 +12,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 import tritonrnn
 from tests.support.cases import RecordedCalls
 
-pytestmark = pytest.mark.usefixtures("torch_back_end")
+# In place, and by torch's own kernels.
+pytestmark = [
+    pytest.mark.usefixtures("torch_back_end", "fewest_steps"),
+    pytest.mark.parametrize("fewest_steps", [1, 1000], ids=["long", "short"], indirect=True),
+]
 
 
 def packed_rows(rows: int, batch_sizes: list[int], width: int = 3) -> PackedSequence:

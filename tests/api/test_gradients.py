@@ -159,6 +159,13 @@ def test_backward_keeps_input_and_output_of_each_layer_only(case, measure, imple
     assert grown <= more_tokens * (case.I + case.L * case.D * case.H) * 4 + row_maps
 
 
+@pytest.mark.parametrize("measure", [tensors_saved, tensors_alive], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_short_call_keeps_no_more_than_torchs(measure, layout, fewest_steps):
+    case = Case(T=fewest_steps[False, True] - 1, B=1 if layout == "unbatched" else 3, layout=layout)
+    assert measure(case, tritonrnn.RNN) <= measure(case, torch.nn.RNN)
+
+
 @pytest.mark.parametrize("lengths", [False, True], ids=["padded", "lengths"])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("D", [1, 2])
