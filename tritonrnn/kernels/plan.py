@@ -397,8 +397,9 @@ def max_registers(problem: Problem, plan: LaunchPlan) -> int | None:
     time on a multiprocessor; a walk rather wants the shortest step.
     """
     device = plan.device
-    if not device.has_mma_sync or device.has_wgmma:
-        # Hopper's kernels don't spill as they are, and do where told (bf16 resident H 201).
+    if not device.has_mma_sync or (device.has_wgmma and plan.name != "stepwise"):
+        # Hopper's walks don't spill as they are, and do where told (bf16 resident H 201). A step
+        # does as it is (bf16 stepwise H 32).
         return None
     if plan.name == "cooperative" and plan.interleave == 1:
         # Told, it loads the next tiles beside the product that it makes, even where the registers
