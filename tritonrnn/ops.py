@@ -324,14 +324,15 @@ def _elman_backward_kernel(
             backend = "torch" if backend == "aten" else backend
         shape = len(rows), output.shape[-1]
         if grad_output is None:
-            contiguous = output.new_zeros(output.shape)
+            a = dz = output.new_zeros(shape)
+        elif _is_plain(grad_output):
+            a = grad_output.view(shape)
+            dz = torch.empty_like(a)
         else:
-            contiguous = grad_output.resolve_neg().contiguous()
-        given = contiguous.view(shape)
-        # The walk may overwrite a copy, which unusual strides need, but not what is autograd's.
-        dz = torch.empty_like(given) if contiguous is grad_output else given
+            # The walk may overwrite the copy.
+            a = dz = grad_output.clone(memory_format=torch.contiguous_format).view(shape)
         grad_input, *grads = layer.backward(
-            given,
+            a,
             dz,
             grad_h_n,
             rows,
@@ -347,6 +348,11 @@ def _elman_backward_kernel(
         if grad_input is not None:
             grad_input = grad_input.view(input.shape)
         return [grad for grad in (grad_input, *grads) if grad is not None]
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Return whether a tensor is its memory, one element after the other."""
+    return x.is_contiguous() and not x.is_neg() and not x._is_zerotensor()
 
 
 def _elman_fake(

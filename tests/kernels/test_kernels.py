@@ -9,7 +9,12 @@ import torch
 from torch.autograd import forward_ad
 
 import tritonrnn
-from tests.support.cases import Case, assert_no_shared_storage, assert_zero_gradients
+from tests.support.cases import (
+    Case,
+    assert_cotangents_of_any_memory,
+    assert_no_shared_storage,
+    assert_zero_gradients,
+)
 from tritonrnn.kernels import launch
 
 pytestmark = [
@@ -31,6 +36,12 @@ def triton_back_end(torch_back_end):
 @pytest.mark.usefixtures("triton_back_end")
 def test_kernels_share_no_storage_between_gradients():
     assert_no_shared_storage(KernelCase(T=2, D=2, layout="unbatched"))
+
+
+@pytest.mark.parametrize("layout", ["time-major", "unsorted"])
+@pytest.mark.usefixtures("triton_back_end")
+def test_kernels_take_cotangents_of_any_memory(layout):
+    assert_cotangents_of_any_memory(KernelCase(T=3, H=5, D=2, layout=layout))
 
 
 @pytest.mark.usefixtures("triton_back_end")

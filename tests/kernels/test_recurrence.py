@@ -292,12 +292,22 @@ def test_recurrence_takes_tensors_that_begin_between_vectors(epilogue, plan):
     def shifted(x: Tensor) -> Tensor:
         return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
 
-    s = shifted(case.a)
     if case.aux is not None:
         case.aux = shifted(case.aux)
-    assert s.data_ptr() % 16 != 0
-    case.walk(s, plan_of(case, plan))
+    a, s = shifted(case.a), torch.empty_like(case.a)
+    assert a.data_ptr() % 16 != 0
+    case.walk(a, plan_of(case, plan), s)
     assert torch.equal(s, expected)
+    case.walk(a, plan_of(case, plan))
+    assert torch.equal(a, expected)
+
+
+@pytest.mark.parametrize("plan", PLANS_HERE)
+def test_recurrence_reads_views_that_negate_memory(plan):
+    case = make_case(LAYOUTS["packed"], 20, "tanh")
+    expected = case.run(plan)
+    case.M, case.v_0 = torch._neg_view(-case.M), torch._neg_view(-case.v_0)
+    assert torch.equal(case.run(plan), expected)
 
 
 def test_stepwise_reads_weights_beyond_32_bits():

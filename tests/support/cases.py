@@ -318,6 +318,27 @@ def assert_no_shared_storage(case: Case) -> None:
     assert len({x.grad.untyped_storage().data_ptr() for x in leaves.values()}) == len(leaves)
 
 
+def assert_cotangents_of_any_memory(case: Case) -> None:
+    """Check that gradients depend on the values of cotangents alone, which nothing overwrites."""
+    _, ours = pair(case)
+    data, hx = case.tensors()
+    output, h_n = ours(case.input(data), hx)
+    results, leaves = (plain(output), h_n), (data, hx, *ours.parameters())
+    cotangents = case.cotangents(*results)
+    expected = torch.autograd.grad(results, leaves, cotangents, retain_graph=True)
+    forms = {
+        "contiguous": torch.clone,
+        "transposed": lambda x: x.mT.contiguous().mT,
+        "negative view": lambda x: torch._neg_view(-x),
+        "between vectors": lambda x: x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x),
+    }
+    for name, form in forms.items():
+        given = [form(x) for x in cotangents]
+        got = torch.autograd.grad(results, leaves, given, retain_graph=True)
+        assert all(torch.equal(x, y) for x, y in zip(got, expected)), name
+        assert all(torch.equal(x, y) for x, y in zip(given, cotangents)), name
+
+
 def assert_zero_gradients(case: Case) -> None:
     """Check that an empty batch leaves every parameter a gradient of zeros."""
     theirs, ours = pair(case)

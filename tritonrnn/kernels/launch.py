@@ -92,9 +92,13 @@ def recurrence(
     s = a if s is None else s
     if a.numel() == 0:
         return layout.final_states(s, reverse, otherwise) if with_ends else None
+    # Kernels see memory only, not that a view negates what is there.
+    v_0, M = None if v_0 is None else v_0.resolve_neg(), M.resolve_neg()
     if (a.data_ptr() | s.data_ptr()) % 16 != 0:
-        # Kernels access memory by vectors of 16 bytes. What the package allocates is aligned so.
+        # Kernels access memory by vectors of 16 bytes. What the package allocates is aligned so;
+        # the gradient of an output may be a part of a larger tensor.
         aligned = a.clone()
+        into = aligned if s.data_ptr() % 16 != 0 else s
         ends = recurrence(
             aligned,
             v_0,
@@ -107,9 +111,11 @@ def recurrence(
             with_ends=with_ends,
             otherwise=otherwise,
             plan=plan,
+            s=into,
             compile_only=compile_only,
         )
-        s.copy_(aligned)
+        if into is not s:
+            s.copy_(into)
         return ends
     if aux is not None and aux.data_ptr() % 16 != 0:
         aux = aux.clone()
