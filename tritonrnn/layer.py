@@ -99,7 +99,7 @@ def backward(
 
     Args:
         grad_output: ``[N, G * H]``, contiguous.
-        dz: as grad_output, overwritten; may be the same.
+        dz: as grad_output, where dz_t is stored; may be the same.
         grad_h_n: ``[G, B, H]``, or None for zero.
         input, hx, weights, layout, nonlinearity, bidirectional: as given to :func:`forward`.
         output: what :func:`forward` returned.

@@ -248,7 +248,7 @@ def recurrence(
     dtype: torch.dtype = torch.float64,
     operand: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
-    """Return what ``tritonrnn.kernels.launch.recurrence`` writes over ``a``, in ``dtype``.
+    """Return what ``tritonrnn.kernels.launch.recurrence`` stores in ``s``, in ``dtype``.
 
     v_0 takes the place of M s_{t-1} at the first step of a sequence. In a narrow dtype it rounds
     wherever a loop of torch operators would; its distance from float64 is then the yardstick for

@@ -2,7 +2,7 @@
 
 The tile picture (``common.py`` has the formula and the names). A program's BLOCK_H rows of M stay
 in shared memory for the whole walk, in tiles of BLOCK_K columns. The state travels from step to
-step through ``a``, and a program waits until all programs of its CTA group, those that share its
+step through ``s``, and a program waits until all programs of its CTA group, those that share its
 sequences, have stored the step before (``cta_barrier.py``). ▒ stays, ░ is read, ▓ is made in a
 step:
 
@@ -15,7 +15,7 @@ step:
                 ├──┼──┼──┼──┤           ├──┼──┤                  ├──┼──┤
      program 2  │  │  │  │  │           │░░│  │                  │  │  │
                 └──┴──┴──┴──┘           └──┴──┘                  └──┴──┘
-                stays in shared         read through L2,         stored to a,
+                stays in shared         read through L2,         stored to s,
                 memory                  BLOCK_READ at once       then arrive
 
 Where registers allow, a CTA group walks INTERLEAVE = 2 of its batch blocks at the same time: the
