@@ -80,6 +80,9 @@ def test_exported_program_agrees_and_trains_whatever_the_length_and_batch(case, 
     program = saved_and_loaded(exported(case, model))
     for T, B in ((2, 3), (11, 4)):
         assert_agrees(replace(case, T=T, B=B, seed=T), program, model)
+    if case.layout in ("time-major", "batch-first"):
+        with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0"):
+            program.module()(*arguments_of(replace(case, T=0)))
     assert operators_of(program).count("tritonrnn.elman.with_reserve") == case.L
 
 
