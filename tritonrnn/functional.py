@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import overload
 
 import torch
@@ -22,7 +22,7 @@ from tritonrnn.validation import Call, check
 def rnn(
     input: Tensor,
     hx: Tensor | None,
-    weights: Sequence[Tensor],
+    weights: Iterable[Tensor],
     *,
     nonlinearity: str = "tanh",
     num_layers: int = 1,
@@ -39,7 +39,7 @@ def rnn(
 def rnn(
     input: PackedSequence,
     hx: Tensor | None,
-    weights: Sequence[Tensor],
+    weights: Iterable[Tensor],
     *,
     nonlinearity: str = "tanh",
     num_layers: int = 1,
@@ -55,7 +55,7 @@ def rnn(
 def rnn(
     input: Tensor | PackedSequence,
     hx: Tensor | None,
-    weights: Sequence[Tensor],
+    weights: Iterable[Tensor],
     *,
     nonlinearity: str = "tanh",
     num_layers: int = 1,
@@ -139,7 +139,8 @@ def rnn(
     call = check(
         input,
         hx,
-        weights,
+        # Module.parameters() is no sequence.
+        list(weights),
         nonlinearity,
         num_layers,
         bidirectional,

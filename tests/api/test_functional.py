@@ -42,12 +42,12 @@ def test_functional_form_is_torchs_module(layout, hx, nonlinearity, bias):
     torch.testing.assert_close(h_n, expected_h_n)
 
 
-@pytest.mark.parametrize("container", [list, tuple])
-def test_weights_come_in_any_sequence_and_need_be_no_parameters(container):
+@pytest.mark.parametrize("container", [list, tuple, iter])
+def test_weights_come_in_any_iterable_and_need_be_no_parameters(container):
     case = Case(dtype=torch.float64)
     module = case.module(nn.RNN)
     data, hx = case.tensors()
-    weights = container(weight.detach() * 1 for weight in module.parameters())
+    weights = container([weight.detach() * 1 for weight in module.parameters()])
     output, _ = rnn(data, hx, weights, **options(case))
     torch.testing.assert_close(output, module(data, hx)[0])
 
