@@ -108,8 +108,8 @@ def rnn(
 
     Returns:
         ``output``, the last layer's state at every step, shaped as the input with D * H features
-        (a ``PackedSequence`` or nested if the input is), and ``h_n``, every layer's and
-        direction's last state, shaped as ``hx``.
+        (a ``PackedSequence`` or nested if the input is, else contiguous), and ``h_n``, every
+        layer's and direction's last state, shaped as ``hx``.
 
     Raises:
         ValueError: the input is neither 2-D nor 3-D, or of another dtype than the weights;
@@ -161,7 +161,9 @@ def rnn(
         return like_jagged(input, data), h_n
     if input.dim() == 2:
         return data.squeeze(1), h_n.squeeze(1)
-    return data, h_n
+    # torch's kernels leave a batch-first output in the order of steps, the others do not. A model
+    # that takes a view of it must not depend on which of them served.
+    return data.contiguous() if batch_first else data, h_n
 
 
 def rnn_cell(
