@@ -256,7 +256,8 @@ def _elman_kernel(
         rows, where = rows_of(input, layout, seq_metadata, reset)
         B = where.parent.B
         # A program that was exported calls nothing else that would check these.
-        if layout in ("time_major", "batch_major") and where.parent.padded_T == 0:
+        T_at = {"time_major": 0, "batch_major": 1}.get(layout)
+        if T_at is not None and input.shape[T_at] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         if hx is not None and hx.shape[1] != B:
             raise RuntimeError(f"Expected hidden states of {B} sequences, got {hx.shape[1]}")
