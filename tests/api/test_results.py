@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
@@ -228,6 +229,22 @@ def test_memory_order_does_not_matter(what, layout):
     data.requires_grad_()
     hx.requires_grad_()
     assert_same_results(run(case, ours, data, hx), run(case, theirs, data, hx))
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("H", [4, 60, 300])
+@pytest.mark.parametrize("layout", ["time-major", "batch-first", "packed"])
+def test_steps_of_every_size_agree(H, layout, threads):
+    case = Case(T=5, B=20, I=3, H=H, D=2, layout=layout, dtype=torch.float64)
+    theirs, ours = pair(case)
+    assert_same_results(run(case, ours, *case.tensors()), run(case, theirs, *case.tensors()))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
