@@ -52,7 +52,7 @@ def launch_all(name: str, device: torch.device) -> int:
             # the first two interleaved, then the other two.
             plan = replace(plan, programs=G * -(-H // plan.block_h))
         # As in a layer, which overwrites the drive, but not the gradient of the output.
-        s = torch.empty_like(a) if epilogue.endswith("_grad") else a
+        s = torch.full_like(a, torch.nan) if epilogue.endswith("_grad") else a
         launch.recurrence(
             a,
             normal(G, layout.B, H),

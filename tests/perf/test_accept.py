@@ -236,9 +236,12 @@ def test_launches_are_of_every_plan(plan, monkeypatch):
     launched = []
     # The plans of a GPU, which need not be there, as nothing is launched.
     monkeypatch.setattr(launch, "device_of", lambda device: DEVICES["sm_90"])
-    monkeypatch.setattr(
-        launch, "recurrence", lambda *arguments, plan, **options: launched.append(plan)
-    )
+
+    def recurrence(*arguments, plan, s, **options):
+        launched.append(plan)
+        s.zero_()
+
+    monkeypatch.setattr(launch, "recurrence", recurrence)
     count = launches.launch_all(plan, torch.device("cpu"))
     # Some plans do not fit in float32.
     assert count >= len(launches.LAYOUTS) * len(launches.EPILOGUES)

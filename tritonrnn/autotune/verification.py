@@ -171,10 +171,8 @@ def _run(kernel: Kernel, sample: Sample) -> tuple[Tensor, Tensor] | None:
     None if it wrote outside of all rows, or anything but 0 to rows of no token.
     """
     # As in a layer, which overwrites the drive, but not the gradient of the output.
-    if _is_gradient(kernel):
-        a, s = sample.a, _among_nan(torch.full_like(sample.a, torch.nan))
-    else:
-        a = s = _among_nan(sample.a)
+    a = _among_nan(sample.a)
+    s = _among_nan(torch.full_like(a, torch.nan)) if _is_gradient(kernel) else a
     with launch.trial():
         ends = _launch(kernel, sample, a, s)
     assert ends is not None
@@ -183,6 +181,8 @@ def _run(kernel: Kernel, sample: Sample) -> tuple[Tensor, Tensor] | None:
     live = sample.layout.live_rows(s.device)
     if live is not None:
         is_kept = is_kept & (s[~live] == 0).all()
+    if s is not a and not _same_bits(a, sample.a):
+        return None
     return (s, ends) if bool(is_kept) else None
 
 
