@@ -318,6 +318,16 @@ class PackedForm(NamedTuple):
     layout: SequenceLayout
 
 
+def check_has_steps(shape: Sequence[int], layout: str) -> None:
+    """Check that a padded input has a step.
+
+    Raises:
+        RuntimeError: it has none.
+    """
+    if layout in ("time_major", "batch_major") and shape[1 if layout == "batch_major" else 0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+
 def check_batch_sizes(batch_sizes: list[int], num_rows: int) -> None:
     """Check that batch_sizes describe the rows of a ``PackedSequence``.
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from tritonrnn import flops, layer
 from tritonrnn.dispatch import choose_now, current_backend, recurrence_of
 from tritonrnn.environment import Backend
-from tritonrnn.layout import SequenceLayout
+from tritonrnn.layout import SequenceLayout, check_has_steps
 from tritonrnn.memo import is_traced, take, take_anew
 from tritonrnn.paths import aten
 from tritonrnn.paths.composite import elman_composite, gradients, is_batched, why_composite
@@ -253,12 +253,10 @@ def _elman_kernel(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with _below_autograd_and_autocast(input):
+        # A program that was exported calls nothing else that would check these.
+        check_has_steps(input.shape, layout)
         rows, where = rows_of(input, layout, seq_metadata, reset)
         B = where.parent.B
-        # A program that was exported calls nothing else that would check these.
-        T_at = {"time_major": 0, "batch_major": 1}.get(layout)
-        if T_at is not None and input.shape[T_at] == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         if hx is not None and hx.shape[1] != B:
             raise RuntimeError(f"Expected hidden states of {B} sequences, got {hx.shape[1]}")
         if backend != "auto":
@@ -329,11 +327,11 @@ def _elman_backward_kernel(
         shape = len(rows), output.shape[-1]
         if grad_output is None:
             a = dz = output.new_zeros(shape)
-        elif _is_plain(grad_output):
+        elif _is_its_memory(grad_output):
             a = grad_output.view(shape)
             dz = torch.empty_like(a)
         else:
-            # The walk may overwrite the copy.
+            # A copy of our own, which dz may overwrite.
             a = dz = grad_output.clone(memory_format=torch.contiguous_format).view(shape)
         grad_input, *grads = layer.backward(
             a,
@@ -354,7 +352,7 @@ def _elman_backward_kernel(
         return [grad for grad in (grad_input, *grads) if grad is not None]
 
 
-def _is_plain(x: Tensor) -> bool:
+def _is_its_memory(x: Tensor) -> bool:
     """Return whether a tensor is its memory, one element after the other."""
     return x.is_contiguous() and not x.is_neg() and not x._is_zerotensor()
 

@@ -19,7 +19,7 @@ from tritonrnn.dispatch import (
     choose_by_steps,
     current_backend,
 )
-from tritonrnn.layout import check_batch_sizes
+from tritonrnn.layout import check_batch_sizes, check_has_steps
 from tritonrnn.memo import is_traced, take
 from tritonrnn.nested import jagged_parts
 from tritonrnn.ragged import layout_of, longest_of
@@ -250,8 +250,7 @@ def _check_forms(
         _check_hx_dim(hx_dim, layout, len(shape))
     if layout not in ("packed", "jagged"):
         _check_data(data, weights[0], len(shape), is_autocast)
-        if shape[1 if layout == "batch_major" else 0] == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        check_has_steps(shape, layout)
     H = weights[1][0][0]
     each = len(weights) // (num_layers * G)
     for index, (weight_shape, weight_dtype, weight_device) in enumerate(weights):

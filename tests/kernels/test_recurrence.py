@@ -298,6 +298,9 @@ def test_recurrence_takes_tensors_that_begin_between_vectors(epilogue, plan):
     assert a.data_ptr() % 16 != 0
     case.walk(a, plan_of(case, plan), s)
     assert torch.equal(s, expected)
+    case.walk(case.a, plan_of(case, plan), a)
+    assert torch.equal(a, expected)
+    a.copy_(case.a)
     case.walk(a, plan_of(case, plan))
     assert torch.equal(a, expected)
 

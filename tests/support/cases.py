@@ -337,6 +337,18 @@ def assert_cotangents_of_any_memory(case: Case) -> None:
         got = torch.autograd.grad(results, leaves, given, retain_graph=True)
         assert all(torch.equal(x, y) for x, y in zip(got, expected)), name
         assert all(torch.equal(x, y) for x, y in zip(given, cotangents)), name
+    for ours, theirs in (
+        (
+            lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype, device=x.device),
+            torch.zeros_like,
+        ),
+        (lambda x: x.new_ones(()).expand_as(x), torch.ones_like),
+    ):
+        got, expected = (
+            torch.autograd.grad(results, leaves, [form(x) for x in cotangents], retain_graph=True)
+            for form in (ours, theirs)
+        )
+        assert all(torch.equal(x, y) for x, y in zip(got, expected))
 
 
 def assert_zero_gradients(case: Case) -> None:

@@ -76,7 +76,7 @@ def recurrence(
         reverse: for each group, whether it walks from a sequence's last step to its first.
         tf32: whether fp32 products may round their operands to TF32.
         plan: the plan to launch, or the name of one.
-        s: as a, overwritten, padding rows by 0; None to overwrite a.
+        s: as a, where s is stored, and 0 in padding rows; None to store over a.
         with_ends: whether to return the s that each sequence's walk ends with.
         otherwise: ``[G, B, H]``, what to return for sequences without a token, in the forward pass
             only; None for zero.
@@ -92,13 +92,12 @@ def recurrence(
     s = a if s is None else s
     if a.numel() == 0:
         return layout.final_states(s, reverse, otherwise) if with_ends else None
-    # Kernels see memory only, not that a view negates what is there.
-    v_0, M = None if v_0 is None else v_0.resolve_neg(), M.resolve_neg()
+    v_0, M = None if v_0 is None else _in_memory(v_0), _in_memory(M)
     if (a.data_ptr() | s.data_ptr()) % 16 != 0:
         # Kernels access memory by vectors of 16 bytes. What the package allocates is aligned so;
         # the gradient of an output may be a part of a larger tensor.
-        aligned = a.clone()
-        into = aligned if s.data_ptr() % 16 != 0 else s
+        aligned = a.clone() if a.data_ptr() % 16 != 0 else a
+        into = s if s.data_ptr() % 16 == 0 else torch.empty_like(aligned)
         ends = recurrence(
             aligned,
             v_0,
@@ -150,6 +149,11 @@ def recurrence(
             else:
                 _trial.counters.append(arguments["counters_ptr"])
     return layout.final_states(s, reverse, otherwise) if with_ends and is_split else ends
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    """Return a tensor whose values are in its memory, which is all that a kernel sees."""
+    return x.clone() if x.is_neg() or x._is_zerotensor() else x
 
 
 def _current_device(a: Tensor) -> AbstractContextManager[object]:
