@@ -58,10 +58,8 @@ def test_inference_has_a_limit_of_its_own(beyond, fewest_steps):
 @pytest.mark.parametrize("mapped", [False, True], ids=["padded", "lengths"])
 def test_batch_first_output_is_contiguous_on_both_sides(mapped, wants, beyond, fewest_steps):
     T = fewest_steps[mapped, wants] + beyond
-    module, lengths = (
-        tritonrnn.RNN(3, 5, batch_first=True),
-        torch.tensor([T, 1]) if mapped else None,
-    )
+    module = tritonrnn.RNN(3, 5, batch_first=True)
+    lengths = torch.tensor([T, 1]) if mapped else None
     with torch.set_grad_enabled(wants):
         assert module(torch.randn(2, T, 3), lengths=lengths)[0].is_contiguous()
 

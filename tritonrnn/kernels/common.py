@@ -12,8 +12,8 @@ side of the product,
     v[BLOCK_H, BLOCK_B] = M[BLOCK_H, H] s[H, BLOCK_B],
 
 because Hopper's MMA (``wgmma``) takes 64 rows or more there, and as few as 8 columns. Sequences are
-columns, so that a NaN stays in its own. The state may overwrite ``a``: nobody but a program reads
-its slice of a row of ``a``, and it does so before it stores the state there.
+columns, so that a NaN stays in its own. The state may overwrite ``a``: only the program that owns a
+slice of a row of ``a`` reads it, before it stores the state there.
 
 A sequence is live in a step between its own first and its own last one. A dead sequence loads and
 stores nothing. Before its first step its state is a true zero, chosen and never multiplied; after

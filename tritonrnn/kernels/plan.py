@@ -398,8 +398,8 @@ def max_registers(problem: Problem, plan: LaunchPlan) -> int | None:
     """
     device = plan.device
     if not device.has_mma_sync or (device.has_wgmma and plan.name != "stepwise"):
-        # Hopper's walks don't spill as they are, and do where told (bf16 resident H 201). A step
-        # does as it is (bf16 stepwise H 32).
+        # Hopper's kernels of a whole walk spill where told (bf16 resident H 201), not else; its
+        # stepwise one where not told (bf16 H 32).
         return None
     if plan.name == "cooperative" and plan.interleave == 1:
         # Told, it loads the next tiles beside the product that it makes, even where the registers
