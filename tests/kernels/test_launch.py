@@ -57,9 +57,10 @@ def test_wait_in_vain_in_a_trial_raises_here_and_soon(monkeypatch):
 def test_unaligned_rows_are_compiled_for_and_not_launched(monkeypatch):
     launched = on_launch(monkeypatch, lambda plan, arguments: None)
     layout = SequenceLayout.time_major(3, 2)
-    a = torch.zeros(layout.N * 5 + 1)[1:].view(layout.N, 5)
+    a = torch.ones(layout.N * 5 + 1)[1:].view(layout.N, 5)
     arguments = {"epilogue": "tanh", "reverse": (False,), "tf32": False, "plan": "resident"}
     launch.recurrence(a, None, torch.eye(5)[None], None, layout, **arguments, compile_only=True)
     assert launched == []
+    assert (a == 1).all()
     launch.recurrence(a, None, torch.eye(5)[None], None, layout, **arguments)
     assert launched == ["resident"]

@@ -113,7 +113,7 @@ def recurrence(
             s=into,
             compile_only=compile_only,
         )
-        if into is not s:
+        if into is not s and not compile_only:
             s.copy_(into)
         return ends
     if aux is not None and aux.data_ptr() % 16 != 0:
