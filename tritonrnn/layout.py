@@ -318,6 +318,11 @@ class PackedForm(NamedTuple):
     layout: SequenceLayout
 
 
+def is_in_memory(x: Tensor) -> bool:
+    """Return whether the values of a tensor are in its memory, which is all that a kernel sees."""
+    return not x.is_neg() and not x._is_zerotensor()
+
+
 def check_has_steps(shape: Sequence[int], layout: str) -> None:
     """Check that a padded input has a step.
 

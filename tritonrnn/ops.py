@@ -26,7 +26,7 @@ from torch import Tensor
 from tritonrnn import flops, layer
 from tritonrnn.dispatch import choose_now, current_backend, recurrence_of
 from tritonrnn.environment import Backend
-from tritonrnn.layout import SequenceLayout, check_has_steps
+from tritonrnn.layout import SequenceLayout, check_has_steps, is_in_memory
 from tritonrnn.memo import is_traced, take, take_anew
 from tritonrnn.paths import aten
 from tritonrnn.paths.composite import elman_composite, gradients, is_batched, why_composite
@@ -327,7 +327,7 @@ def _elman_backward_kernel(
         shape = len(rows), output.shape[-1]
         if grad_output is None:
             a = dz = output.new_zeros(shape)
-        elif _is_its_memory(grad_output):
+        elif grad_output.is_contiguous() and is_in_memory(grad_output):
             a = grad_output.view(shape)
             dz = torch.empty_like(a)
         else:
@@ -350,11 +350,6 @@ def _elman_backward_kernel(
         if grad_input is not None:
             grad_input = grad_input.view(input.shape)
         return [grad for grad in (grad_input, *grads) if grad is not None]
-
-
-def _is_its_memory(x: Tensor) -> bool:
-    """Return whether a tensor is its memory, one element after the other."""
-    return x.is_contiguous() and not x.is_neg() and not x._is_zerotensor()
 
 
 def _elman_fake(

@@ -168,7 +168,8 @@ def _round_to_tf32(x: Tensor) -> Tensor:
 def _run(kernel: Kernel, sample: Sample) -> tuple[Tensor, Tensor] | None:
     """Return the kernel's result, and what its walks end with.
 
-    None if it wrote outside of all rows, or anything but 0 to rows of no token.
+    None if it wrote outside of all rows, anything but 0 to rows of no token, or to the gradient of
+    the output.
     """
     # As in a layer, which overwrites the drive, but not the gradient of the output.
     a = _among_nan(sample.a)

@@ -29,7 +29,7 @@ from tritonrnn.kernels.plan import (
 )
 from tritonrnn.kernels.resident import ResidentConstants, resident_kernel
 from tritonrnn.kernels.stepwise import StepwiseConstants, stepwise_kernel
-from tritonrnn.layout import SequenceLayout
+from tritonrnn.layout import SequenceLayout, is_in_memory
 
 _INTERPRETED = triton.knobs.runtime.interpret
 # Polls until a program gives up waiting: some seconds on a GPU, where a poll is a round trip to L2,
@@ -92,7 +92,8 @@ def recurrence(
     s = a if s is None else s
     if a.numel() == 0:
         return layout.final_states(s, reverse, otherwise) if with_ends else None
-    v_0, M = None if v_0 is None else _in_memory(v_0), _in_memory(M)
+    v_0 = v_0 if v_0 is None or is_in_memory(v_0) else v_0.clone()
+    M = M if is_in_memory(M) else M.clone()
     if (a.data_ptr() | s.data_ptr()) % 16 != 0:
         # Kernels access memory by vectors of 16 bytes. What the package allocates is aligned so;
         # the gradient of an output may be a part of a larger tensor.
@@ -149,11 +150,6 @@ def recurrence(
             else:
                 _trial.counters.append(arguments["counters_ptr"])
     return layout.final_states(s, reverse, otherwise) if with_ends and is_split else ends
-
-
-def _in_memory(x: Tensor) -> Tensor:
-    """Return a tensor whose values are in its memory, which is all that a kernel sees."""
-    return x.clone() if x.is_neg() or x._is_zerotensor() else x
 
 
 def _current_device(a: Tensor) -> AbstractContextManager[object]:
